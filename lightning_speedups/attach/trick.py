@@ -1,0 +1,125 @@
+"""What all tricks that are callbacks share: the right kind of Trainer, and everything put back at the end."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class Trick(Callback):
+    """Base of the callbacks of this package.
+
+    A subclass changes what it must in ``setup`` (for stage ``"fit"``) or later, and puts it back in ``undo``, which
+    runs after the fit and also after an exception, when Lightning calls no ``teardown``.
+    """
+
+    @property
+    def name(self) -> str:
+        """The trick's name in messages."""
+        return type(self).__name__
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a Trainer of the other package."""
+        if not isinstance(trainer, Trainer):
+            raise MisconfigurationException(
+                f"{self.name} is a callback of `lightning.pytorch`, but it was given to a Trainer of "
+                f"`{type(trainer).__module__}`, whose classes are different ones. Use `from lightning.pytorch import "
+                "Trainer, LightningModule`."
+            )
+
+    def is_active(self, trainer: Trainer) -> bool:
+        """Tell whether the Trainer runs this trick: Lightning's tuners take the callbacks away for their trial runs."""
+        return self in callbacks_of(trainer)
+
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put back everything that was changed; may be called twice, or without a fit before it."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put everything back."""
+        self.undo(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put everything back."""
+        self.undo(trainer, pl_module)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the Trainer's callbacks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+    return callbacks
+
+
+def batches_an_epoch(trainer: Trainer) -> int | None:
+    """Return the number of training batches in an epoch, or None when the loader does not know; valid from
+    ``on_train_start`` on.
+    """
+    batches = trainer.num_training_batches
+    return None if batches == float("inf") else int(batches)
+
+
+def steps_in_epochs(trainer: Trainer, epochs: float) -> int | None:
+    """Return the optimizer steps in the run's first epochs, or None when the loader does not know its length.
+
+    Unlike ``trainer.estimated_stepping_batches`` it is right under ``GradientAccumulationScheduler``, and it neither
+    loads data nor disturbs a resumed loader.
+
+    Args:
+        trainer: A fitting Trainer, in ``on_train_start`` or later.
+        epochs: How many; a part of an epoch counts in proportion.
+    """
+    batches = batches_an_epoch(trainer)
+    if batches is None:
+        return None
+    schedule = next((c for c in callbacks_of(trainer) if isinstance(c, GradientAccumulationScheduler)), None)
+    steps = 0.0
+    for epoch in range(math.ceil(epochs)):
+        accumulate = schedule.get_accumulate_grad_batches(epoch) if schedule else trainer.accumulate_grad_batches
+        steps += math.ceil(batches / accumulate) * min(1.0, epochs - epoch)
+    return round(steps)
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Return the optimizer steps of the whole run, or None when it is open-ended; valid from ``on_train_start`` on."""
+    epochs = trainer.max_epochs
+    by_epochs = None if epochs is None or epochs < 0 else steps_in_epochs(trainer, epochs)
+    limits = [limit for limit in (by_epochs, trainer.max_steps) if limit is not None and limit >= 0]
+    return min(limits) if limits else None
+
+
+def loader_batch_size(trainer: Trainer) -> int | None:
+    """Return the batch size of the training loader in one process, in samples, or None where it does not say."""
+    loader = trainer.train_dataloader
+    for size in (
+        getattr(loader, "batch_size", None),
+        getattr(getattr(loader, "batch_sampler", None), "batch_size", None),
+    ):
+        if isinstance(size, int):
+            return size
+    # Whole batches as samples, so that the loader itself does not batch.
+    size = getattr(getattr(loader, "sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def raw_optimizers(trainer: Trainer) -> list[Optimizer]:
+    """Return the run's torch optimizers, without Lightning's wrapper."""
+    return [getattr(optimizer, "_optimizer", optimizer) for optimizer in trainer.strategy.optimizers]
+
+
+def patch(owner: Any, name: str, stand_in: Any) -> None:
+    """Put a stand-in for a method on one instance."""
+    owner.__dict__[name] = stand_in
+
+
+def unpatch(owner: Any, name: str, original: Any) -> None:
+    """Give an instance back the method it had: one of its own, or its class's."""
+    if getattr(original, "__func__", None) is getattr(type(owner), name, None):
+        owner.__dict__.pop(name, None)
+    else:
+        owner.__dict__[name] = original

@@ -1,0 +1,1 @@
+"""One trick, one file, named after its class."""

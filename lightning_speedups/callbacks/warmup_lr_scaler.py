@@ -1,0 +1,154 @@
+"""Learning-rate scaling with batch size, and warm-up (Goyal et al., arXiv:1706.02677; √k for Adam: Malladi et al.,
+arXiv:2205.10287).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_speedups.attach.optimizers import OptimizerTrick, Order
+from lightning_speedups.attach.trick import loader_batch_size, raw_optimizers, steps_in_epochs, total_steps
+from lightning_speedups.core.schedules import ramp
+
+Rule = Literal["auto", "linear", "sqrt"]
+
+
+def scaling_factor(ratio: float, rule: Rule, optimizer_name: str) -> float:
+    """Return how much the learning rate grows when the batch does.
+
+    Args:
+        ratio: Effective batch size over base batch size, above 0.
+        rule: ``"linear"``: the ratio; ``"sqrt"``: its root; ``"auto"``: the root for optimizers of the Adam family.
+        optimizer_name: Class name of the optimizer.
+
+    Example:
+        >>> scaling_factor(4.0, "auto", "SGD"), scaling_factor(4.0, "auto", "AdamW")
+        (4.0, 2.0)
+    """
+    if rule == "auto":
+        # Adam, AdamW, NAdam, Adagrad, Adadelta, Adafactor, LAMB: those that divide by a second moment.
+        rule = "sqrt" if any(part in optimizer_name.lower() for part in ("ada", "lamb")) else "linear"
+    return math.sqrt(ratio) if rule == "sqrt" else ratio
+
+
+class WarmupLRScaler(OptimizerTrick):
+    """Multiplies the learning rate by k = effective batch / base batch, and ramps it up over the first epochs.
+
+    The factor multiplies whatever the user's schedulers (or ``OneCycleMomentum``) give at each step: theirs go on as
+    they are, see only their own values, and so do checkpoints. It ramps per real optimizer step, keeps the ratios
+    between parameter groups, and takes each optimizer by itself. The effective batch is batch size × processes ×
+    accumulation.
+
+    When not to use it: with a learning rate tuned for this very batch size, or beyond a batch of about 8,000, where the
+    linear rule ends.
+
+    Args:
+        base_batch_size: Batch size for which the learning rate was tuned (256 in the paper), in samples. None: warm up
+            only.
+        rule: ``"linear"``, ``"sqrt"``, or ``"auto"``: the root for the Adam family, else linear.
+        warmup_epochs: Length of the ramp in epochs, 0 or more; parts of an epoch are allowed.
+        warmup_steps: Length of the ramp in optimizer steps, instead of ``warmup_epochs``.
+        start_factor: Factor on the learning rate at the first step, above 0. None: 1 where the rate is scaled up (the
+            paper: from the unscaled rate), else 0.01 of the full factor.
+        scale: The factor after the ramp, instead of the one computed from batch sizes.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At fit start, if the batch size or the length of an epoch is needed and unknown.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[WarmupLRScaler(base_batch_size=256)])
+    """
+
+    order = Order.FACTOR
+
+    def __init__(
+        self,
+        base_batch_size: int | None = None,
+        rule: Rule = "auto",
+        warmup_epochs: float = 5.0,
+        warmup_steps: int | None = None,
+        start_factor: float | None = None,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        if base_batch_size is not None and base_batch_size < 1:
+            raise ValueError(f"Expected `base_batch_size` to be 1 or more, or None, but got {base_batch_size}.")
+        if rule not in ("auto", "linear", "sqrt"):
+            raise ValueError(f"Expected `rule` to be 'auto', 'linear' or 'sqrt', but got {rule!r}.")
+        if not 0.0 <= warmup_epochs < float("inf"):
+            raise ValueError(f"Expected `warmup_epochs` to be 0 or more, but got {warmup_epochs}.")
+        if warmup_steps is not None and warmup_steps < 0:
+            raise ValueError(f"Expected `warmup_steps` to be 0 or more, or None, but got {warmup_steps}.")
+        for name, value in (("start_factor", start_factor), ("scale", scale)):
+            if value is not None and not 0.0 < value < float("inf"):
+                raise ValueError(f"Expected `{name}` to be above 0, or None, but got {value}.")
+        self.base_batch_size, self.rule = base_batch_size, rule
+        self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
+        self.start_factor, self.scale = start_factor, scale
+        self._steps = 0
+        self._full: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle the factors and the length of the ramp."""
+        super().on_train_start(trainer, pl_module)
+        steps = self.warmup_steps if self.warmup_steps is not None else steps_in_epochs(trainer, self.warmup_epochs)
+        if steps is None:
+            raise MisconfigurationException(
+                f"WarmupLRScaler(warmup_epochs={self.warmup_epochs}) needs the length of an epoch, but this training "
+                "data has none. Give `warmup_steps` instead."
+            )
+        self._steps = steps
+        self._settle_factors(trainer)
+        size = (
+            ""
+            if self.scale or not self.base_batch_size
+            else f" (effective batch {self._effective_batch(trainer)}, base {self.base_batch_size})"
+        )
+        factors = ", ".join(f"× {self._start(full):g} → × {full:g}" for full in self._full)
+        rank_zero_info(f"WarmupLRScaler: learning rate {factors}{size} over the first {steps} optimizer steps.")
+        if (total := total_steps(trainer)) is not None and steps > total:
+            rank_zero_warn(
+                f"WarmupLRScaler: the ramp takes {steps} optimizer steps, but the run has {total} and never reaches the"
+                " full rate. Give a shorter `warmup_epochs` or `warmup_steps`."
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow an accumulation that changes between epochs."""
+        self._settle_factors(trainer)
+        super().on_train_epoch_start(trainer, pl_module)
+
+    def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Multiply the rate."""
+        full = self._full[optimizer]
+        return {"lr": values["lr"] * ramp(step, self._steps, self._start(full), full)}
+
+    def _start(self, full: float) -> float:
+        if self.start_factor is not None:
+            return self.start_factor
+        return 1.0 if full > 1.0 else 0.01 * full
+
+    def _settle_factors(self, trainer: Trainer) -> None:
+        names = [type(optimizer).__name__ for optimizer in raw_optimizers(trainer)]
+        if self.scale is not None or self.base_batch_size is None:
+            self._full = [self.scale or 1.0] * len(names)
+        else:
+            ratio = self._effective_batch(trainer) / self.base_batch_size
+            self._full = [scaling_factor(ratio, self.rule, name) for name in names]
+
+    def _effective_batch(self, trainer: Trainer) -> int:
+        size = loader_batch_size(trainer)
+        if size is None:
+            raise MisconfigurationException(
+                f"WarmupLRScaler(base_batch_size={self.base_batch_size}) needs the batch size, but it cannot be read "
+                "from this training loader (it takes one DataLoader with a `batch_size`). Give `scale=`, the effective"
+                " batch size over the base batch size."
+            )
+        return size * trainer.world_size * trainer.accumulate_grad_batches

@@ -1,0 +1,1 @@
+"""Pure arithmetic: standard library and torch only, no Lightning, no global state."""

@@ -1,0 +1,197 @@
+"""Class labels that stay labels for everything but the loss, which reads them as a mixture of two classes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+from torch.utils._pytree import tree_map_only
+
+from lightning_speedups.core.mixing import complementary
+
+
+class Reads:
+    """Counts how often a loss has read a mixture; shared by all labels made from one batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class MixedLabels(Tensor):
+    """Integer labels in which each sample belongs to two classes by shares.
+
+    They *are* the dominant labels: they index, compare and go into metrics as a plain integer tensor. Only
+    ``F.cross_entropy``, ``F.nll_loss``, ``F.one_hot`` (and so ``nn.CrossEntropyLoss``, ``nn.NLLLoss`` and this
+    package's losses) read the mixture. Selecting, reshaping, casting to another integer type and moving keep it; any
+    other operation gives plain tensors.
+
+    Make them with [mix][lightning_speedups.core.labels.MixedLabels.mix].
+    """
+
+    _labels: Tensor
+    _other: Tensor
+    _share: Tensor
+    _reads: Reads
+
+    @staticmethod
+    def mix(first: Tensor, second: Tensor, lam: Tensor, reads: Reads | None = None) -> MixedLabels:
+        """Mix two sets of labels: ``λ·one_hot(first) + (1 − λ)·one_hot(second)``.
+
+        Args:
+            first: Integer labels, ``(N, ...)``.
+            second: Labels of the partners, same shape, type and device.
+            lam: Share of ``first``, in [0, 1], broadcastable to ``first`` from the left: ``(N,)`` or ``(1,)``.
+            reads: Where reads are counted; its own when None.
+
+        Example:
+            >>> labels = MixedLabels.mix(torch.tensor([0, 2]), torch.tensor([2, 0]), torch.tensor([0.75]))
+            >>> labels.tolist(), F.one_hot(labels, 3).tolist()
+            ([0, 2], [[0.75, 0.0, 0.25], [0.25, 0.0, 0.75]])
+        """
+        lam = complementary(lam).view(-1, *[1] * (first.ndim - 1)).expand(first.shape)
+        leads = lam >= 0.5
+        return _wrap(
+            torch.where(leads, first, second),
+            torch.where(leads, second, first),
+            torch.where(leads, lam, 1 - lam),
+            reads or Reads(),
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Send losses to the mixture, shape operations to all its parts, and everything else to the plain labels."""
+        kwargs = kwargs or {}
+        if func in _READS_MIXTURE:
+            return _READS_MIXTURE[func](*args, **kwargs)
+        if func in _KEEPS_MIXTURE and isinstance(args[0], MixedLabels):
+            mixed = args[0]
+            labels = func(mixed._labels, *_plain(args[1:]), **_plain(kwargs))
+            if labels.is_floating_point() or labels.dtype == torch.bool:
+                return labels
+            other = func(mixed._other, *_plain(args[1:]), **_plain(kwargs))
+            share = mixed._share.to(labels.device)
+            if func not in _CASTS:
+                share = func(share, *_plain(args[1:]), **_plain(kwargs))
+            return _wrap(labels, other, share, mixed._reads)
+        return func(*_plain(args), **_plain(kwargs))
+
+
+def soft_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Turn labels, plain or mixed, into class probabilities.
+
+    Args:
+        labels: Integer labels, ``(N, ...)``.
+        num_classes: C.
+        ignore_index: This label carries no probability.
+
+    Returns:
+        Probabilities, float32, ``(N, C, ...)``, and their sum over the classes, ``(N, ...)``: 1 where nothing is
+        ignored, the share of the other label where one of two is, 0 where both are.
+
+    Example:
+        >>> soft_targets(torch.tensor([1, -100]), 2)
+        (tensor([[0., 1.],
+                [0., 0.]]), tensor([1., 0.]))
+    """
+    if not isinstance(labels, MixedLabels):
+        kept = labels != ignore_index
+        return _one_hot(labels, kept, num_classes).float(), kept.float()
+    labels._reads.count += 1
+    kept, kept_other = labels._labels != ignore_index, labels._other != ignore_index
+    share, share_other = labels._share, 1 - labels._share
+    soft = share.unsqueeze(1) * _one_hot(labels._labels, kept, num_classes)
+    soft = soft + share_other.unsqueeze(1) * _one_hot(labels._other, kept_other, num_classes)
+    return soft, share * kept + share_other * kept_other
+
+
+def _one_hot(labels: Tensor, kept: Tensor, num_classes: int) -> Tensor:
+    hot = F.one_hot(torch.where(kept, labels, 0).long(), num_classes)
+    hot = hot * kept.unsqueeze(-1)
+    return hot.movedim(-1, 1)
+
+
+def _wrap(labels: Tensor, other: Tensor, share: Tensor, reads: Reads) -> MixedLabels:
+    mixed = labels.as_subclass(MixedLabels)
+    # The plain tensors beside it: torch.compile cannot strip a subclass, but it can read an attribute.
+    mixed._labels, mixed._other, mixed._share, mixed._reads = labels, other, share, reads
+    return mixed
+
+
+def _plain(values: Any) -> Any:
+    return tree_map_only(MixedLabels, lambda mixed: mixed._labels, values)
+
+
+def _mixed_cross_entropy(
+    input: Tensor,
+    target: MixedLabels,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Compute F.cross_entropy with the mixture as soft target; the mean is over the targets that are not ignored."""
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    num_classes = input.shape[1]
+    soft, mass = soft_targets(target, num_classes, ignore_index)
+    if label_smoothing > 0.0:  # here, not in torch, which would smooth ignored samples as well
+        soft = soft * (1 - label_smoothing) + mass.unsqueeze(1) * (label_smoothing / num_classes)
+    loss = F.cross_entropy(input, soft, weight=weight, reduction="sum" if reduction == "mean" else reduction)
+    return loss / mass.sum() if reduction == "mean" else loss
+
+
+def _mixed_nll_loss(
+    input: Tensor,
+    target: MixedLabels,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Compute F.nll_loss of log-probabilities; equal to the cross-entropy of the scores they came from."""
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    soft, mass = soft_targets(target, input.shape[1], ignore_index)
+    if weight is not None:
+        soft = soft * weight.view(-1, *[1] * (input.ndim - 2))
+    loss = -(input * soft)
+    if reduction == "none":
+        return loss.sum(1)
+    return loss.sum() / mass.sum() if reduction == "mean" else loss.sum()
+
+
+def _mixed_one_hot(input: MixedLabels, num_classes: int = -1) -> Tensor:
+    """Compute F.one_hot as float shares, ``(N, ..., C)``."""
+    # torchmetrics makes its targets one-hot to count hits: there the dominant label is meant.
+    if not torch.compiler.is_compiling() and sys._getframe(2).f_globals.get("__name__", "").startswith("torchmetrics"):
+        return F.one_hot(input._labels, num_classes)
+    if num_classes == -1:
+        num_classes = int(torch.maximum(input._labels.max(), input._other.max())) + 1
+    return soft_targets(input, num_classes)[0].movedim(1, -1)
+
+
+_READS_MIXTURE: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.cross_entropy: _mixed_cross_entropy,
+    F.nll_loss: _mixed_nll_loss,
+    F.one_hot: _mixed_one_hot,
+}
+_CASTS = {Tensor.to, Tensor.long, Tensor.int, Tensor.cuda, Tensor.cpu, Tensor.type}
+_KEEPS_MIXTURE = _CASTS | {
+    Tensor.__getitem__, Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.clone,
+    Tensor.detach, Tensor.contiguous, Tensor.permute, Tensor.transpose, Tensor.index_select,
+    torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.clone, torch.permute, torch.index_select,
+}  # fmt: skip

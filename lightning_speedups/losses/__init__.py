@@ -1,0 +1,1 @@
+"""Loss modules; no Lightning in here."""
