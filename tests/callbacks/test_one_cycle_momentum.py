@@ -1,0 +1,233 @@
+"""Each step of a real fit against torch's own OneCycleLR."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.lr_scheduler import OneCycleLR
+
+from lightning_speedups import OneCycleMomentum
+from small import Classifier, ReplayLoader, assert_same_weights, fit_interrupted, loader, resume, trainer, weights
+
+
+def EXAMPLE():
+    return {"callbacks": [OneCycleMomentum(max_lr=0.2)]}
+
+
+def oracle(total, max_lr=0.4, **shape):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0, momentum=0.9)
+    scheduler = OneCycleLR(optimizer, max_lr=max_lr, total_steps=total, **shape)
+    values = []
+    for step in range(total):
+        values.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
+        optimizer.step()
+        if step < total - 1:
+            scheduler.step()
+    return values
+
+
+def read(module, key="momentum", group=0):
+    return [(step[group]["lr"], step[group][key][0] if key == "betas" else step[group][key]) for step in module.values]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    "shape", [{}, {"three_phase": True}, {"anneal": "linear", "div_factor": 10.0, "pct_start": 0.2}]
+)
+def test_each_step_equals_torch_also_with_a_short_last_window(shape, accumulate):
+    module = Classifier()
+    trainer(callbacks=[OneCycleMomentum(0.4, **shape)], accumulate_grad_batches=accumulate).fit(module, loader(48))
+    total = 3 * math.ceil(6 / accumulate)
+    shape = {"anneal_strategy": shape.get("anneal", "cos")} | {k: v for k, v in shape.items() if k != "anneal"}
+    np.testing.assert_allclose(read(module), oracle(total, **shape), rtol=1e-9)
+
+
+def test_adam_cycles_its_first_beta_and_keeps_the_second():
+    module = Classifier(optimizer="adam")
+    trainer(callbacks=[OneCycleMomentum(0.4)]).fit(module, loader())
+    np.testing.assert_allclose(read(module, "betas"), oracle(12), rtol=1e-9)
+    assert {step[0]["betas"][1] for step in module.values} == {0.999}
+
+
+class ScaledOnCPU(Classifier):
+    """Its loss is infinite in some batches, so that GradScaler skips their steps."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad, self.batch = bad, 0
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.batch += 1
+        return loss * float("inf") if self.batch - 1 in self.bad else loss
+
+
+def fp16():
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
+def test_a_step_that_the_grad_scaler_skips_moves_nothing():
+    module = ScaledOnCPU(bad={0, 5, 6})
+    callback = OneCycleMomentum(0.4, total_steps=12)
+    trainer(callbacks=[callback], plugins=[fp16()]).fit(module, loader())
+    assert callback.steps_done == [9]
+    np.testing.assert_allclose(read(module), oracle(12)[:9], rtol=1e-9)
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_a_run_resumed_at_any_step_goes_on_exactly(stop):
+    whole, parted = Classifier(), Classifier()
+    parted.load_state_dict(whole.state_dict())
+    trainer(callbacks=[OneCycleMomentum(0.4)]).fit(whole, ReplayLoader())
+    fit_interrupted(parted, ReplayLoader(), stop, [OneCycleMomentum(0.4)])
+    resume(parted, ReplayLoader(), [OneCycleMomentum(0.4)])
+    np.testing.assert_allclose(read(parted), oracle(12), rtol=1e-9)
+    assert_same_weights(weights(whole), weights(parted))
+
+
+def test_resumed_with_another_length_it_stretches_and_names_both_totals():
+    module = Classifier()
+    fit_interrupted(module, ReplayLoader(), 6, [OneCycleMomentum(0.4)], max_epochs=2)
+    module.values.clear()
+    with pytest.warns(UserWarning, match="had 8 optimizer steps, this one has 16"):
+        resume(module, ReplayLoader(), [OneCycleMomentum(0.4)], max_epochs=4)
+    np.testing.assert_allclose(read(module), oracle(16)[6:], rtol=1e-9)
+
+
+def test_past_the_end_it_stays_there():
+    module = Classifier()
+    trainer(callbacks=[OneCycleMomentum(0.4, total_steps=5)]).fit(module, loader())
+    np.testing.assert_allclose(read(module), oracle(5) + [oracle(5)[-1]] * 7, rtol=1e-9)
+
+
+def test_a_changing_accumulation_is_counted_right():
+    module = Classifier()
+    callbacks = [GradientAccumulationScheduler({0: 1, 1: 2, 2: 4}), OneCycleMomentum(0.4)]
+    trainer(callbacks=callbacks).fit(module, loader())
+    np.testing.assert_allclose(read(module), oracle(4 + 2 + 1), rtol=1e-9)
+
+
+def test_max_steps_ends_the_cycle():
+    module = Classifier()
+    trainer(callbacks=[OneCycleMomentum(0.4)], max_epochs=-1, max_steps=7).fit(module, loader())
+    np.testing.assert_allclose(read(module), oracle(7), rtol=1e-9)
+
+
+class TwoGroups(Classifier):
+    def configure_optimizers(self):
+        groups = [{"params": self.backbone.parameters()}, {"params": self.head.parameters()}]
+        optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+        optimizer.register_step_pre_hook(self._note)
+        return optimizer
+
+
+def test_each_group_can_have_its_own_peak():
+    module = TwoGroups()
+    trainer(callbacks=[OneCycleMomentum([0.1, 0.4])]).fit(module, loader())
+    np.testing.assert_allclose(read(module, group=0), oracle(12, max_lr=0.1), rtol=1e-9)
+    np.testing.assert_allclose(read(module, group=1), oracle(12, max_lr=0.4), rtol=1e-9)
+
+
+def test_momentum_can_be_left_alone():
+    module = Classifier()
+    trainer(callbacks=[OneCycleMomentum(0.4, cycle_momentum=False)]).fit(module, loader())
+    assert {momentum for _, momentum in read(module)} == {0.9}
+    np.testing.assert_allclose([lr for lr, _ in read(module)], [lr for lr, _ in oracle(12)], rtol=1e-9)
+
+
+def test_checkpoints_hold_the_users_own_rate():
+    run = trainer(callbacks=[OneCycleMomentum(0.4)], max_epochs=1)
+    run.fit(Classifier(lr=0.123), loader())
+    run.save_checkpoint("end.ckpt")
+    saved = torch.load("end.ckpt", weights_only=True)
+    assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 0.123
+    assert saved["callbacks"]["OneCycleMomentum"] == {"steps_done": [4], "total_steps": 4}
+
+
+class Scheduled(Classifier):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+class NoMomentum(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.Adagrad(self.parameters())
+
+
+class Manual(Classifier):
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("module", "callbacks", "arguments", "told"),
+    [
+        (Scheduled, [OneCycleMomentum(0.4)], {}, "the scheduler StepLR from configure_optimizers"),
+        (
+            Classifier,
+            [OneCycleMomentum(0.4), StochasticWeightAveraging(0.1)],
+            {},
+            "the callback StochasticWeightAveraging",
+        ),
+        (Classifier, [OneCycleMomentum([0.4, 0.1])], {}, "has 2 values, but SGD has 1 parameter groups"),
+        (NoMomentum, [OneCycleMomentum(0.4)], {}, "Adagrad has neither. Use `cycle_momentum=False`"),
+        (Classifier, [OneCycleMomentum(0.4)], {"max_epochs": -1}, "Give `total_steps=`"),
+        (Manual, [OneCycleMomentum(0.4)], {}, "Give `total_steps=`"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_what_cannot_work_is_refused_at_fit_start_by_name(module, callbacks, arguments, told):
+    module = module()
+    with pytest.raises(MisconfigurationException, match=told):
+        trainer(callbacks=callbacks, **arguments).fit(module, loader())
+    assert not module.losses
+
+
+def test_manual_optimization_works_with_a_given_length():
+    module = Manual()
+    trainer(callbacks=[OneCycleMomentum(0.4, total_steps=12)]).fit(module, loader())
+    np.testing.assert_allclose(read(module), oracle(12), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"max_lr": 0.0}, "`max_lr` to be a number above 0, .* but got 0.0"),
+        ({"max_lr": float("nan")}, "`max_lr`"),
+        ({"max_lr": []}, "`max_lr`"),
+        ({"max_lr": [0.1, -1.0]}, "`max_lr`"),
+        ({"total_steps": 0}, "`total_steps` to be 1 or more"),
+        ({"pct_start": 1.0}, "`pct_start`"),
+        ({"pct_start": 0.6, "three_phase": True}, "at most 0.5 with `three_phase`"),
+        ({"anneal": "cosine"}, "`anneal` to be 'cos' or 'linear', but got 'cosine'"),
+        ({"div_factor": 0.0}, "`div_factor`"),
+        ({"final_div_factor": float("nan")}, "`final_div_factor`"),
+        ({"base_momentum": 1.0}, "`base_momentum`"),
+        ({"max_momentum": -0.1}, "`max_momentum`"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, told):
+    with pytest.raises(ValueError, match=told):
+        OneCycleMomentum(**{"max_lr": 0.1, **arguments})
+
+
+def test_it_pickles_with_its_count():
+    callback = OneCycleMomentum(0.4)
+    trainer(callbacks=[callback]).fit(Classifier(), loader())
+    assert pickle.loads(pickle.dumps(callback)).steps_done == [12]

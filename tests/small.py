@@ -1,0 +1,139 @@
+"""A small classifier, loaders and a Trainer for tests that go through a real fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+CLASSES = 4
+
+
+def images(count: int = 32, channels: int = 2, side: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, CLASSES, (count,), generator=generator)
+    inputs = torch.randn(count, channels, side, side, generator=generator)
+    return inputs + labels.view(-1, 1, 1, 1) * 0.3, labels
+
+
+def loader(count: int = 32, batch_size: int = 8, seed: int = 0) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*images(count, seed=seed)), batch_size=batch_size)
+
+
+class ReplayLoader:
+    """Yields batches that depend on epoch and position alone, and goes on where a checkpoint stood."""
+
+    def __init__(self, batches: int = 4, batch_size: int = 8) -> None:
+        self.batches, self.batch_size, self.epoch, self.position = batches, batch_size, 0, 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self):
+        while self.position < self.batches:
+            self.position += 1
+            batch = images(self.batch_size, seed=1000 * self.epoch + self.position)
+            if self.position == self.batches:  # before the last yield: nobody asks the generator again after it
+                self.epoch, self.position = self.epoch + 1, 0
+                yield batch
+                return
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class Classifier(LightningModule):
+    """Backbone with BatchNorm, head, and a training_step that knows of no trick."""
+
+    def __init__(self, criterion: nn.Module | None = None, lr: float = 0.05, optimizer: str = "sgd") -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        self.head = nn.Linear(6, CLASSES)
+        self.criterion, self.lr, self.optimizer = criterion, lr, optimizer
+        self.seen: list[Any] = []
+        self.losses: list[float] = []
+        self.values: list[list[dict[str, Any]]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        self.seen.append((inputs, labels))
+        loss = (self.criterion or F.cross_entropy)(self.head(self.backbone(inputs)), labels)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, labels = batch
+        self.log("val_loss", F.cross_entropy(self.head(self.backbone(inputs)), labels))
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "adam":
+            optimizer: Any = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
+        else:
+            optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=0.01)
+        optimizer.register_step_pre_hook(self._note)
+        return optimizer
+
+    def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.values.append([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
+
+
+class Interrupted(Exception):
+    """Ends a fit in the middle."""
+
+
+class InterruptAt(Callback):
+    """Saves a checkpoint after a step, as a ModelCheckpoint would, and ends the run with an exception."""
+
+    def __init__(self, step: int, path: str = "at.ckpt") -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise Interrupted
+
+
+def fit_interrupted(module: LightningModule, data: Any, step: int, callbacks: list[Callback], **arguments: Any) -> None:
+    with pytest.raises(Interrupted):
+        trainer(callbacks=[*callbacks, InterruptAt(step)], **arguments).fit(module, data)
+
+
+def resume(module: LightningModule, data: Any, callbacks: list[Callback], **arguments: Any) -> Trainer:
+    resumed = trainer(callbacks=callbacks, **arguments)
+    resumed.fit(module, data, ckpt_path="at.ckpt", weights_only=True)
+    return resumed
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, f"these differ: {different}"
+
+
+def trainer(**arguments: Any) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "max_epochs": 3,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**(quiet | arguments))
