@@ -26,11 +26,28 @@ def loader(count: int = 32, batch_size: int = 8, seed: int = 0) -> DataLoader[An
     return DataLoader(TensorDataset(*images(count, seed=seed)), batch_size=batch_size)
 
 
+class Batches:
+    """A loader that hands out ready batches; Lightning takes a mere list for several loaders."""
+
+    def __init__(self, *batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 class ReplayLoader:
     """Yields batches that depend on epoch and position alone, and goes on where a checkpoint stood."""
 
     def __init__(self, batches: int = 4, batch_size: int = 8) -> None:
         self.batches, self.batch_size, self.epoch, self.position = batches, batch_size, 0, 0
+        self.sampler = self  # Lightning tells a loader's sampler the epoch, also where it forgets to load the state
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.batches
@@ -69,7 +86,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, labels = batch
         self.seen.append((inputs, labels))
-        loss = (self.criterion or F.cross_entropy)(self.head(self.backbone(inputs)), labels)
+        loss = (F.cross_entropy if self.criterion is None else self.criterion)(self.head(self.backbone(inputs)), labels)
         self.losses.append(loss.item())
         return loss
 
@@ -94,20 +111,29 @@ class Interrupted(Exception):
 
 
 class InterruptAt(Callback):
-    """Saves a checkpoint after a step, as a ModelCheckpoint would, and ends the run with an exception."""
+    """Saves a checkpoint after a step (or at the end of its epoch), as a ModelCheckpoint would, and ends the run."""
 
-    def __init__(self, step: int, path: str = "at.ckpt") -> None:
-        self.step, self.path = step, path
+    def __init__(self, step: int, epoch_end: bool = False) -> None:
+        self.step, self.epoch_end = step, epoch_end
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if not self.epoch_end:
+            self.interrupt(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.interrupt(trainer)
+
+    def interrupt(self, trainer: Trainer) -> None:
         if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint("at.ckpt")
             raise Interrupted
 
 
-def fit_interrupted(module: LightningModule, data: Any, step: int, callbacks: list[Callback], **arguments: Any) -> None:
+def fit_interrupted(
+    module: LightningModule, data: Any, step: int, callbacks: list[Any], epoch_end: bool = False, **arguments: Any
+) -> None:
     with pytest.raises(Interrupted):
-        trainer(callbacks=[*callbacks, InterruptAt(step)], **arguments).fit(module, data)
+        trainer(callbacks=[*callbacks, InterruptAt(step, epoch_end)], **arguments).fit(module, data)
 
 
 def resume(module: LightningModule, data: Any, callbacks: list[Callback], **arguments: Any) -> Trainer:

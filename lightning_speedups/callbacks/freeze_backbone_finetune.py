@@ -43,7 +43,7 @@ def find_backbone(pl_module: LightningModule, backbone: Backbone) -> list[nn.Mod
                 f"has {[name for name, _ in pl_module.named_children()]}; name one, give a callable, or None for a timm"
                 " model."
             ) from error
-    roots = [picked] if isinstance(picked, nn.Module) else list(picked)
+    roots = list(picked) if isinstance(picked, Iterable) and not isinstance(picked, nn.Module) else [picked]
     if not roots or not all(isinstance(root, nn.Module) for root in roots):
         raise MisconfigurationException(
             f"FreezeBackboneFinetune: `backbone` must pick nn.Modules, but it picked {picked!r}."
@@ -172,25 +172,29 @@ class FreezeBackboneFinetune(OptimizerTrick):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimizers have the backbone in groups of its own."""
-        backbone = {id(p) for p in self._parameters() if p.requires_grad}
-        held: set[int] = set()
+        backbone = {id(parameter) for parameter in self._parameters()}
+        lacking = {id(parameter) for parameter in self._parameters() if parameter.requires_grad}
+        if not lacking:
+            raise MisconfigurationException(
+                "FreezeBackboneFinetune: no parameter of the backbone can be trained at all."
+            )
         self._backbone_groups = set()
         for i, optimizer in enumerate(raw_optimizers(trainer)):
             for g, group in enumerate(optimizer.param_groups):
-                ids = {id(p) for p in group["params"]}
-                held |= ids & backbone
+                ids = {id(parameter) for parameter in group["params"]}
+                lacking -= ids
                 if ids & backbone:
                     self._backbone_groups.add((i, g))
                     if ids - backbone:
                         raise MisconfigurationException(
-                            "FreezeBackboneFinetune found backbone and head in one parameter group: the optimizer was "
-                            "not made in `configure_optimizers`. Make it there."
+                            "FreezeBackboneFinetune found backbone and head in one parameter group: the optimizer was not"
+                            " made in `configure_optimizers`. Make it there."
                         )
-        if held != backbone or not backbone:
+        if lacking:
             raise MisconfigurationException(
-                f"FreezeBackboneFinetune: {len(backbone) - len(held)} of the backbone's {len(backbone)} trainable "
-                "parameters are in no optimizer and would never train. Give all parameters to the optimizer in "
-                "`configure_optimizers`, and leave the freezing to this callback."
+                f"FreezeBackboneFinetune: {len(lacking)} of the backbone's trainable parameters are in no optimizer and"
+                " would never train. Give all parameters to the optimizer in `configure_optimizers`, and leave the"
+                " freezing to this callback."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
