@@ -6,18 +6,17 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-log = logging.getLogger(__name__)
 
-
-def choose_precision(asked: str, kind: str, native_bf16: bool) -> tuple[str, str]:
+def choose_precision(asked: Any, kind: str, native_bf16: bool) -> tuple[Any, str]:
     """Choose the fastest sound precision for a kind of hardware.
 
     Args:
@@ -34,6 +33,7 @@ def choose_precision(asked: str, kind: str, native_bf16: bool) -> tuple[str, str
         >>> choose_precision("auto", "cuda", native_bf16=True)[0]
         'bf16-mixed'
     """
+    asked = {16: "16-mixed", "16": "16-mixed"}.get(asked, asked)  # Lightning's aliases
     if asked not in ("16-mixed", "auto"):
         return asked, "as given"
     if kind == "cpu":
@@ -48,11 +48,11 @@ def choose_precision(asked: str, kind: str, native_bf16: bool) -> tuple[str, str
 
 
 def trainer_defaults(
-    precision: str = "16-mixed", accelerator: str = "auto", devices: Any = "auto", **overrides: Any
+    precision: str = "16-mixed", accelerator: str | Accelerator = "auto", devices: Any = "auto", **overrides: Any
 ) -> dict[str, Any]:
     """Return Trainer arguments that are fast on the hardware found: ``Trainer(**trainer_defaults(), callbacks=[...])``.
 
-    It says in one log line (INFO) what it chose and why. On a GPU it keeps the float16 asked for, with loss scaling,
+    It says in one log line what it chose and why. On a GPU it keeps the float16 asked for, with loss scaling,
     and with ``"auto"`` prefers bfloat16 where that is native. On a CPU float16 was 130 times slower than float32, so it
     takes bfloat16 where that is native, else float32. ``benchmark=True`` on CUDA, unless ``deterministic`` is asked
     for.
@@ -92,22 +92,19 @@ def trainer_defaults(
         settings["precision"] = chosen
     if kind == "cuda" and not overrides.get("deterministic"):
         settings["benchmark"] = True
-    log.info(
-        "trainer_defaults: %s, precision %s (%s)%s",
-        kind,
-        chosen,
-        why,
-        ", cuDNN autotuning" if "benchmark" in settings else "",
-    )
+    autotuning = ", cuDNN autotuning" if "benchmark" in settings else ""
+    rank_zero_info(f"trainer_defaults: {kind}, precision {chosen} ({why}){autotuning}.")
     return settings | overrides
 
 
-def _kind(accelerator: str) -> str:
+def _kind(accelerator: str | Accelerator) -> str:
     if accelerator in ("auto", "gpu"):
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    return str(accelerator)
+    if isinstance(accelerator, Accelerator):
+        return type(accelerator).__name__.removesuffix("Accelerator").lower()
+    return accelerator
 
 
 def _native_bf16(kind: str) -> bool:

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_speedups import defaults, trainer_defaults
@@ -30,6 +31,8 @@ def EXAMPLE():
         ("auto", "tpu", False, "32-true"),
         ("64-true", "cpu", True, "64-true"),
         ("bf16-mixed", "cpu", False, "bf16-mixed"),
+        (16, "cpu", False, "32-true"),
+        ("16", "cuda", True, "16-mixed"),
     ],
 )
 def test_the_precision_fits_the_hardware(asked, kind, native, chosen):
@@ -49,6 +52,11 @@ def test_an_old_gpu_gets_float16_and_autotuning(gpu):
         "precision": "16-mixed",
         "benchmark": True,
     }
+
+
+def test_an_accelerator_object_is_known_by_its_class(monkeypatch):
+    monkeypatch.setattr(defaults, "_native_bf16", lambda kind: kind == "cpu")
+    assert trainer_defaults(accelerator=CPUAccelerator())["precision"] == "bf16-mixed"
 
 
 def test_no_autotuning_for_a_deterministic_run_or_without_a_gpu(gpu):
@@ -98,4 +106,4 @@ def test_it_says_once_what_it_chose_and_why(caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         trainer_defaults(accelerator="cpu")
     told = [record.getMessage() for record in caplog.records if "trainer_defaults" in record.getMessage()]
-    assert told == ["trainer_defaults: cpu, precision 32-true (this CPU has no fast half precision)"]
+    assert told == ["trainer_defaults: cpu, precision 32-true (this CPU has no fast half precision)."]

@@ -6,6 +6,7 @@ anyone could build on them.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
@@ -161,18 +162,34 @@ class _Driver:
 
     def make(self, original: Callable[..., Any], trainer: Trainer) -> None:
         with ExitStack() as splits:
+            splitting = []
             for trick in self.tricks:
                 if belongs := trick.splits_groups(trainer.lightning_module):
                     splits.enter_context(split_groups(belongs))
-            original(trainer)
+                    splitting.append(trick.name)
+            try:
+                original(trainer)
+            except Exception as error:
+                if splitting:
+                    error.add_note(f"{', '.join(splitting)} split the parameter groups; the new ones come last.")
+                raise
 
     def step(self, original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        self.hide()
-        self.show(getattr(optimizer, "_optimizer", optimizer))
+        torchs = getattr(optimizer, "_optimizer", optimizer)
+        if not self.stands(torchs):
+            self.hide()
+            self.show(torchs)
         try:
             return original(optimizer, *args, **kwargs)
         finally:
             self.hide()
+
+    def stands(self, optimizer: Optimizer) -> bool:
+        """Tell whether the values shown are still on all groups of an optimizer."""
+        on = {id(group) for group, *_ in self.shown}
+        return all(id(group) in on for group in optimizer.param_groups) and all(
+            _equals(group[key], value) for group, key, _, value in self.shown
+        )
 
     def hidden(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.hide()
@@ -190,7 +207,7 @@ class _Driver:
                 values: dict[str, Any] = {}
                 for trick in tricks:
                     if len(trick.steps_done) > i:  # else it has not started yet
-                        values |= trick.group_values(i, g, trick.steps_done[i], {**group, **values})
+                        values |= trick.group_values(i, g, trick.steps_done[i], ChainMap(values, group))
                 for key, value in values.items():
                     before = group[key].clone() if isinstance(group[key], Tensor) else group[key]
                     _set(group, key, value)
@@ -238,21 +255,38 @@ def split_groups(belongs: Callable[[Tensor], bool]) -> Iterator[None]:
 
     Schedulers that are made in the meantime so see the groups from the start.
 
+    Groups keep their places: what is split off comes last.
+
     Args:
-        belongs: Says of a parameter whether it goes into the second part of its group.
+        belongs: Says of a parameter whether it is split off from its group.
     """
-    original = Optimizer.add_param_group
+    init, add = Optimizer.__init__, Optimizer.add_param_group
+    split_off: dict[int, list[dict[str, Any]]] = {}
+
+    def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        split_off[id(self)] = []
+        init(self, *args, **kwargs)
+        for group in split_off.pop(id(self)):
+            add(self, group)
 
     def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
         given = param_group["params"]
         params = [given] if isinstance(given, Tensor) else list(given)
-        for second in (False, True):
-            part = [p for p in params if belongs(p[1] if isinstance(p, tuple) else p) is second]
-            if part:
-                original(self, {**param_group, "params": part})
+        parts: tuple[list[Any], list[Any]] = ([], [])
+        for parameter in params:
+            parts[belongs(parameter[1] if isinstance(parameter, tuple) else parameter)].append(parameter)
+        kept, split = ({**param_group, "params": part} for part in parts)
+        if not (parts[0] and parts[1]):
+            add(self, {**param_group, "params": params})
+        else:
+            add(self, kept)
+            if id(self) in split_off:
+                split_off[id(self)].append(split)
+            else:
+                add(self, split)
 
-    Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+    Optimizer.__init__, Optimizer.add_param_group = __init__, add_param_group  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Optimizer.add_param_group = original  # type: ignore[method-assign]
+        Optimizer.__init__, Optimizer.add_param_group = init, add  # type: ignore[method-assign]

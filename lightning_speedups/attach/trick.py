@@ -40,6 +40,8 @@ class Trick(Callback):
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back everything that was changed; may be called twice, or without a fit before it."""
+        for name in ("log", "log_dict"):  # Lightning leaves the module's there, which would be pickled with the trick
+            self.__dict__.pop(name, None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put everything back."""
@@ -74,15 +76,33 @@ def steps_in_epochs(trainer: Trainer, epochs: float) -> int | None:
         trainer: A fitting Trainer, in ``on_train_start`` or later.
         epochs: How many; a part of an epoch counts in proportion.
     """
+    if epochs == 0:
+        return 0
     batches = batches_an_epoch(trainer)
     if batches is None:
         return None
-    schedule = next((c for c in callbacks_of(trainer) if isinstance(c, GradientAccumulationScheduler)), None)
-    steps = 0.0
-    for epoch in range(math.ceil(epochs)):
-        accumulate = schedule.get_accumulate_grad_batches(epoch) if schedule else trainer.accumulate_grad_batches
-        steps += math.ceil(batches / accumulate) * min(1.0, epochs - epoch)
-    return round(steps)
+    whole = (math.ceil(batches / accumulation(trainer, epoch)) for epoch in range(math.ceil(epochs)))
+    return round(sum(steps * min(1.0, epochs - epoch) for epoch, steps in enumerate(whole)))
+
+
+def accumulation(trainer: Trainer, epoch: int) -> int:
+    """Return how many batches make one optimizer step in an epoch.
+
+    ``trainer.accumulate_grad_batches`` follows a ``GradientAccumulationScheduler`` only once that had its turn.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
+
+
+def total_batches(trainer: Trainer) -> int | None:
+    """Return the training batches of the whole run, or None when it is open-ended; valid from ``on_train_start`` on."""
+    batches, epochs = batches_an_epoch(trainer), trainer.max_epochs
+    by_epochs = None if batches is None or epochs is None or epochs < 0 else batches * epochs
+    by_steps = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else None
+    limits = [limit for limit in (by_epochs, by_steps) if limit is not None]
+    return min(limits) if limits else None
 
 
 def total_steps(trainer: Trainer) -> int | None:

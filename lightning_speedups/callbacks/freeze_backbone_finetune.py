@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_speedups.attach.optimizers import OptimizerTrick, Order
 from lightning_speedups.attach.trick import raw_optimizers
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
+from lightning_speedups.core.arguments import check_number
 
 Backbone = str | Callable[[LightningModule], nn.Module | Iterable[nn.Module]] | None
 
@@ -78,25 +79,32 @@ def is_norm(module: nn.Module) -> bool:
         >>> is_norm(nn.BatchNorm2d(3)), is_norm(nn.LayerNorm(3)), is_norm(nn.Linear(3, 3))
         (True, True, False)
     """
-    return any("norm" in kind.__name__.lower() for kind in type(module).__mro__)
+    torchs = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+    # A container that is named after the norm in it is none itself.
+    by_name = "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+    return isinstance(module, torchs) or by_name
 
 
 class _StaysInEval:
-    """Stands in for the ``train`` method of a frozen module, so that no ``model.train()`` anywhere moves its
-    statistics.
+    """Stands in for the ``train`` method of a frozen module, so that no ``model.train()`` moves its statistics.
+
+    Its children go with the call: they may be of the head, or dropouts.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.mode_before = module, module.training
+        module.training = False
         module.__dict__["train"] = self
-        self()
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        return type(self.module).train(self.module, False)
+        for child in self.module.children():
+            child.train(mode)
+        self.module.training = False
+        return self.module
 
     def undo(self) -> None:
         del self.module.__dict__["train"]
-        self.module.train(self.mode_before)
+        self.module.training = self.mode_before
 
 
 class FreezeBackboneFinetune(OptimizerTrick):
@@ -145,12 +153,8 @@ class FreezeBackboneFinetune(OptimizerTrick):
         super().__init__()
         if not (backbone is None or callable(backbone) or (isinstance(backbone, str) and backbone)):
             raise ValueError(f"Expected `backbone` to be an attribute path, a callable or None, but got {backbone!r}.")
-        if unfreeze_at_epoch is not None and unfreeze_at_epoch < 0:
-            raise ValueError(
-                f"Expected `unfreeze_at_epoch` to be 0 or more, or None for never, but got {unfreeze_at_epoch}."
-            )
-        if not 0.0 < backbone_lr_ratio < float("inf"):
-            raise ValueError(f"Expected `backbone_lr_ratio` to be above 0, but got {backbone_lr_ratio}.")
+        check_number("unfreeze_at_epoch", unfreeze_at_epoch, 0, whole=True, optional=True)
+        check_number("backbone_lr_ratio", backbone_lr_ratio, 0, above=True)
         self.backbone, self.unfreeze_at_epoch = backbone, unfreeze_at_epoch
         self.backbone_lr_ratio, self.train_norm = backbone_lr_ratio, train_norm
         self._modules: list[nn.Module] = []
@@ -187,8 +191,8 @@ class FreezeBackboneFinetune(OptimizerTrick):
                     self._backbone_groups.add((i, g))
                     if ids - backbone:
                         raise MisconfigurationException(
-                            "FreezeBackboneFinetune found backbone and head in one parameter group: the optimizer was not"
-                            " made in `configure_optimizers`. Make it there."
+                            "FreezeBackboneFinetune found backbone and head in one parameter group: the optimizer was "
+                            "not made in `configure_optimizers`. Make it there."
                         )
         if lacking:
             raise MisconfigurationException(

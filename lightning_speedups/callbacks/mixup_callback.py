@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchTrick, Order, batch_number
-from lightning_speedups.attach.trick import total_steps
+from lightning_speedups.attach.trick import total_batches
+from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, get_part, replace_part
 from lightning_speedups.core.labels import MixedLabels, Reads, soft_targets
 from lightning_speedups.core.mixing import blend, complementary, cut_box, draw_lambda, kept_share, paste
@@ -107,6 +108,9 @@ class MixupCallback(BatchTrick):
         MisconfigurationException: If the batch has no such parts, if nothing reads the mixture, or if ``training_step``
             fetches its own batches.
 
+    Source:
+        Zhang et al., arXiv:1710.09412; Yun et al., arXiv:1905.04899.
+
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[MixupCallback(alpha=0.2, stop_after=0.8)])
@@ -129,18 +133,24 @@ class MixupCallback(BatchTrick):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("alpha", alpha), ("cutmix_alpha", cutmix_alpha)):
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"Expected `{name}` to be 0 or more, but got {value}.")
+        check_number("alpha", alpha, 0)
+        check_number("cutmix_alpha", cutmix_alpha, 0)
         if alpha == cutmix_alpha == 0:
             raise ValueError("Expected `alpha` or `cutmix_alpha` above 0, but got 0 for both, which mixes nothing.")
-        for name, value in (("prob", prob), ("switch_prob", switch_prob), ("stop_after", stop_after)):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"Expected `{name}` in [0, 1], but got {value}.")
+        check_number("prob", prob, 0, 1)
+        check_number("switch_prob", switch_prob, 0, 1)
+        check_number("stop_after", stop_after, 0, 1)
         if targets not in ("labels", "soft"):
             raise ValueError(f"Expected `targets` to be 'labels' or 'soft', but got {targets!r}.")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"Expected `num_classes` to be 1 or more, but got {num_classes}.")
+        check_number("num_classes", num_classes, 1, whole=True, optional=True)
+        check_number("seed", seed, whole=True, optional=True)
+        for name, place in (("inputs", inputs), ("labels", labels)):
+            if not isinstance(place, (int, str)) or isinstance(place, bool):
+                raise ValueError(f"Expected `{name}` to be an index, a key or an attribute name, but got {place!r}.")
+        if inputs == labels:
+            raise ValueError(
+                f"Expected `inputs` and `labels` to be two places in the batch, but got {inputs!r} for both."
+            )
         self.alpha, self.cutmix_alpha, self.prob, self.switch_prob = alpha, cutmix_alpha, prob, switch_prob
         self.per_element, self.targets, self.num_classes, self.stop_after = (
             per_element,
@@ -148,11 +158,12 @@ class MixupCallback(BatchTrick):
             num_classes,
             stop_after,
         )
-        self.inputs, self.labels, self.seed = inputs, labels, seed
-        self._run_seed = seed
+        self.inputs, self.labels = inputs, labels
+        self.seed = None if seed is None else int(seed)
+        self._run_seed = self.seed
         self._unread: Reads | None = None
         self._checked = False
-        self._last_step: float = float("inf")
+        self._mixed_batches = float("inf")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the batch pipeline."""
@@ -161,16 +172,17 @@ class MixupCallback(BatchTrick):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the seed and the last mixed step."""
-        if self._run_seed is None:
-            self._run_seed = torch.initial_seed()
+        if self._run_seed is None:  # one for all ranks: a checkpoint holds one
+            self._run_seed = trainer.strategy.broadcast(torch.initial_seed())
+        self._mixed_batches = float("inf")
         if self.stop_after < 1.0:
-            steps = total_steps(trainer)
-            if steps is None:
+            batches = total_batches(trainer)
+            if batches is None:
                 raise MisconfigurationException(
-                    f"MixupCallback(stop_after={self.stop_after}) is a fraction of the run, but this run has no known "
-                    "length. Give the Trainer `max_steps`, or leave `stop_after` at 1.0."
+                    f"MixupCallback(stop_after={self.stop_after}) is a fraction of the run, but this run has no known"
+                    " length. Give the Trainer `max_steps`, or leave `stop_after` at 1.0."
                 )
-            self._last_step = self.stop_after * steps
+            self._mixed_batches = self.stop_after * batches
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Mix inputs and labels."""
@@ -186,9 +198,15 @@ class MixupCallback(BatchTrick):
                 f"CutMix cuts a box out of images (N, ..., H, W), but the inputs have the shape {tuple(inputs.shape)}. "
                 "Use `cutmix_alpha=0`."
             )
+        if self.cutmix_alpha > 0 and labels.ndim > 2:
+            raise MisconfigurationException(
+                f"CutMix pastes parts of images, but labels of shape {tuple(labels.shape)} (one for each pixel) would "
+                "have to be pasted alike, which MixupCallback does not do. Use `cutmix_alpha=0`."
+            )
         mixture = None
-        if trainer.global_step < self._last_step:
-            generator = generator_for(self._run_seed, trainer.global_rank, batch_number(trainer))
+        number = batch_number(trainer)
+        if number < self._mixed_batches:
+            generator = generator_for(self._run_seed, trainer.global_rank, number)
             mixture = mix_inputs(
                 inputs, generator, self.alpha, self.cutmix_alpha, self.prob, self.switch_prob, self.per_element
             )
@@ -212,6 +230,9 @@ class MixupCallback(BatchTrick):
     ) -> None:
         """Stop a run whose loss does not see the mixture."""
         if self._unread is None:
+            return
+        if self._unread.count == 0 and pl_module.automatic_optimization and not outputs:
+            self._unread = None  # training_step skipped the batch: the next one will tell
             return
         if self._unread.count == 0:
             raise MisconfigurationException(
@@ -245,15 +266,21 @@ class MixupCallback(BatchTrick):
             raise MisconfigurationException(
                 f"MixupCallback({argument}={place!r}): {error.args[0]}. Name the right place."
             ) from error
-        if not isinstance(part, Tensor) or part.ndim == 0 or part.dtype == torch.bool:
-            found = (
-                f"a {part.dtype} tensor of shape {tuple(part.shape)}"
-                if isinstance(part, Tensor)
-                else type(part).__name__
-            )
+        if not isinstance(part, Tensor) or part.ndim == 0:
+            found = "a tensor without dimensions" if isinstance(part, Tensor) else type(part).__name__
             raise MisconfigurationException(
-                f"MixupCallback({argument}={place!r}) expected a tensor with a batch dimension, not of bool, but found "
-                f"{found} there."
+                f"MixupCallback({argument}={place!r}) expected a tensor with a batch dimension, but found {found}."
+                " Name the right place."
+            )
+        if argument == "inputs" and not (part.is_floating_point() or part.dtype == torch.uint8):
+            raise MisconfigurationException(
+                f"MixupCallback({argument}={place!r}) blends floating-point or uint8 inputs, but found {part.dtype}."
+                " Name the place of the inputs; codes such as token ids cannot be blended."
+            )
+        if part.dtype == torch.bool:
+            raise MisconfigurationException(
+                f"MixupCallback({argument}={place!r}) found bool labels. Make them integer class labels (`.long()`), or"
+                " floating-point targets (`.float()`), which are mixed directly."
             )
         if argument == "labels" and self._hands_over_soft(part) and self.num_classes is None:
             raise MisconfigurationException(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_speedups.attach.optimizers import OptimizerTrick, Order
 from lightning_speedups.attach.trick import callbacks_of, raw_optimizers, total_steps
+from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.schedules import Anneal, one_cycle
+
+curve = lru_cache(maxsize=8)(one_cycle)  # parameter groups ask for the same point
 
 
 def set_momentum(group: Mapping[str, Any], momentum: float) -> dict[str, Any]:
@@ -59,6 +63,9 @@ class OneCycleMomentum(OptimizerTrick):
             learning rate, if ``max_lr`` does not fit the parameter groups, or if the optimizer has no momentum to
             cycle.
 
+    Source:
+        Smith & Topin, arXiv:1708.07120; Smith, arXiv:1803.09820.
+
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[OneCycleMomentum(max_lr=0.4)], max_epochs=10)
@@ -80,23 +87,16 @@ class OneCycleMomentum(OptimizerTrick):
         cycle_momentum: bool = True,
     ) -> None:
         super().__init__()
-        rates = list(max_lr) if isinstance(max_lr, Sequence) else [max_lr]
-        if not rates or not all(0.0 < rate < float("inf") for rate in rates):
-            raise ValueError(
-                f"Expected `max_lr` to be a number above 0, or one for each parameter group, but got {max_lr}."
-            )
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"Expected `total_steps` to be 1 or more, or None, but got {total_steps}.")
-        if not 0.0 < pct_start < 1.0 or (three_phase and pct_start > 0.5):
-            raise ValueError(f"Expected `pct_start` in (0, 1), at most 0.5 with `three_phase`, but got {pct_start}.")
+        for rate in max_lr if isinstance(max_lr, (list, tuple)) and max_lr else [max_lr]:
+            check_number("max_lr", rate, 0, above=True)
+        check_number("total_steps", total_steps, 1, whole=True, optional=True)
+        check_number("pct_start", pct_start, 0, 0.5 if three_phase else 1, above=True, below=not three_phase)
         if anneal not in ("cos", "linear"):
             raise ValueError(f"Expected `anneal` to be 'cos' or 'linear', but got {anneal!r}.")
-        for name, value in (("div_factor", div_factor), ("final_div_factor", final_div_factor)):
-            if not 0.0 < value < float("inf"):
-                raise ValueError(f"Expected `{name}` to be above 0, but got {value}.")
-        for name, value in (("base_momentum", base_momentum), ("max_momentum", max_momentum)):
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"Expected `{name}` in [0, 1), but got {value}.")
+        check_number("div_factor", div_factor, 0, above=True)
+        check_number("final_div_factor", final_div_factor, 0, above=True)
+        check_number("base_momentum", base_momentum, 0, 1, below=True)
+        check_number("max_momentum", max_momentum, 0, 1, below=True)
         self.max_lr, self.total_steps, self.cycle_momentum = max_lr, total_steps, cycle_momentum
         self.shape: dict[str, Any] = {
             "pct_start": pct_start,
@@ -166,7 +166,7 @@ class OneCycleMomentum(OptimizerTrick):
         """Set rate and momentum."""
         assert self._total is not None
         max_lr = self.max_lr[group] if isinstance(self.max_lr, Sequence) else self.max_lr
-        lr, momentum = one_cycle(step, self._total, max_lr=max_lr, **self.shape)
+        lr, momentum = curve(step, self._total, max_lr=max_lr, **self.shape)
         return {"lr": lr, **(set_momentum(values, momentum) if self.cycle_momentum else {})}
 
     def state_dict(self) -> dict[str, Any]:

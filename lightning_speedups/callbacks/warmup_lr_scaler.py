@@ -13,7 +13,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_speedups.attach.optimizers import OptimizerTrick, Order
-from lightning_speedups.attach.trick import loader_batch_size, raw_optimizers, steps_in_epochs, total_steps
+from lightning_speedups.attach.trick import (
+    accumulation,
+    loader_batch_size,
+    raw_optimizers,
+    steps_in_epochs,
+    total_steps,
+)
+from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.schedules import ramp
 
 Rule = Literal["auto", "linear", "sqrt"]
@@ -54,13 +61,16 @@ class WarmupLRScaler(OptimizerTrick):
         rule: ``"linear"``, ``"sqrt"``, or ``"auto"``: the root for the Adam family, else linear.
         warmup_epochs: Length of the ramp in epochs, 0 or more; parts of an epoch are allowed.
         warmup_steps: Length of the ramp in optimizer steps, instead of ``warmup_epochs``.
-        start_factor: Factor on the learning rate at the first step, above 0. None: 1 where the rate is scaled up (the
-            paper: from the unscaled rate), else 0.01 of the full factor.
+        start_factor: Factor on the learning rate at the first step, above 0. None: 1, the unscaled rate, as in the
+            paper; 0.01 where it only warms up.
         scale: The factor after the ramp, instead of the one computed from batch sizes.
 
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At fit start, if the batch size or the length of an epoch is needed and unknown.
+
+    Source:
+        Goyal et al., arXiv:1706.02677; Malladi et al., arXiv:2205.10287.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -79,17 +89,13 @@ class WarmupLRScaler(OptimizerTrick):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        if base_batch_size is not None and base_batch_size < 1:
-            raise ValueError(f"Expected `base_batch_size` to be 1 or more, or None, but got {base_batch_size}.")
+        check_number("base_batch_size", base_batch_size, 1, whole=True, optional=True)
         if rule not in ("auto", "linear", "sqrt"):
             raise ValueError(f"Expected `rule` to be 'auto', 'linear' or 'sqrt', but got {rule!r}.")
-        if not 0.0 <= warmup_epochs < float("inf"):
-            raise ValueError(f"Expected `warmup_epochs` to be 0 or more, but got {warmup_epochs}.")
-        if warmup_steps is not None and warmup_steps < 0:
-            raise ValueError(f"Expected `warmup_steps` to be 0 or more, or None, but got {warmup_steps}.")
-        for name, value in (("start_factor", start_factor), ("scale", scale)):
-            if value is not None and not 0.0 < value < float("inf"):
-                raise ValueError(f"Expected `{name}` to be above 0, or None, but got {value}.")
+        check_number("warmup_epochs", warmup_epochs, 0)
+        check_number("warmup_steps", warmup_steps, 0, whole=True, optional=True)
+        check_number("start_factor", start_factor, 0, above=True, optional=True)
+        check_number("scale", scale, 0, above=True, optional=True)
         self.base_batch_size, self.rule = base_batch_size, rule
         self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
         self.start_factor, self.scale = start_factor, scale
@@ -133,7 +139,7 @@ class WarmupLRScaler(OptimizerTrick):
     def _start(self, full: float) -> float:
         if self.start_factor is not None:
             return self.start_factor
-        return 1.0 if full > 1.0 else 0.01 * full
+        return 0.01 if self.scale is None and self.base_batch_size is None else 1.0
 
     def _settle_factors(self, trainer: Trainer) -> None:
         names = [type(optimizer).__name__ for optimizer in raw_optimizers(trainer)]
@@ -151,4 +157,4 @@ class WarmupLRScaler(OptimizerTrick):
                 "from this training loader (it takes one DataLoader with a `batch_size`). Give `scale=`, the effective"
                 " batch size over the base batch size."
             )
-        return size * trainer.world_size * trainer.accumulate_grad_batches
+        return size * trainer.world_size * accumulation(trainer, trainer.current_epoch)

@@ -74,17 +74,19 @@ class MixedLabels(Tensor):
         kwargs = kwargs or {}
         if func in _READS_MIXTURE:
             return _READS_MIXTURE[func](*args, **kwargs)
-        if func in _KEEPS_MIXTURE and isinstance(args[0], MixedLabels):
-            mixed = args[0]
-            labels = func(mixed._labels, *_plain(args[1:]), **_plain(kwargs))
-            if labels.is_floating_point() or labels.dtype == torch.bool:
-                return labels
-            other = func(mixed._other, *_plain(args[1:]), **_plain(kwargs))
-            share = mixed._share.to(labels.device)
-            if func not in _CASTS:
-                share = func(share, *_plain(args[1:]), **_plain(kwargs))
-            return _wrap(labels, other, share, mixed._reads)
-        return func(*_plain(args), **_plain(kwargs))
+        if func.__name__ in _WRITES and args and isinstance(args[0], MixedLabels):
+            raise ValueError(
+                f"`{func.__name__}` would change mixed labels in place, but only the dominant one of each two. Change"
+                ' them in the dataset or the transfer hooks, or use MixupCallback(targets="soft", num_classes=...).'
+            )
+        if func in _KEEPS_MIXTURE and (mixed := _all_mixed(args, kwargs)) is not None:
+            labels, other = (func(*_parts(args, part), **_parts(kwargs, part)) for part in ("_labels", "_other"))
+            if func in _CASTS:
+                share = mixed._share.to(labels.device) if isinstance(labels, Tensor) else None
+            else:
+                share = func(*_parts(args, "_share"), **_parts(kwargs, "_share"))
+            return _wrap_all(labels, other, share, mixed)
+        return func(*_parts(args, "_labels"), **_parts(kwargs, "_labels"))
 
 
 def soft_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -105,20 +107,21 @@ def soft_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> 
                 [0., 0.]]), tensor([1., 0.]))
     """
     if not isinstance(labels, MixedLabels):
-        kept = labels != ignore_index
-        return _one_hot(labels, kept, num_classes).float(), kept.float()
+        hot, kept = _one_hot(labels, num_classes, ignore_index)
+        return hot.float(), kept.float()
     labels._reads.count += 1
-    kept, kept_other = labels._labels != ignore_index, labels._other != ignore_index
     share, share_other = labels._share, 1 - labels._share
-    soft = share.unsqueeze(1) * _one_hot(labels._labels, kept, num_classes)
-    soft = soft + share_other.unsqueeze(1) * _one_hot(labels._other, kept_other, num_classes)
+    hot, kept = _one_hot(labels._labels, num_classes, ignore_index)
+    hot_other, kept_other = _one_hot(labels._other, num_classes, ignore_index)
+    soft = share.unsqueeze(1) * hot + share_other.unsqueeze(1) * hot_other
     return soft, share * kept + share_other * kept_other
 
 
-def _one_hot(labels: Tensor, kept: Tensor, num_classes: int) -> Tensor:
-    hot = F.one_hot(torch.where(kept, labels, 0).long(), num_classes)
-    hot = hot * kept.unsqueeze(-1)
-    return hot.movedim(-1, 1)
+def _one_hot(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    labels = labels.long()  # a byte never equals -100, or does so for the wrong reason
+    kept = labels != ignore_index
+    hot = F.one_hot(torch.where(kept, labels, 0), num_classes) * kept.unsqueeze(-1)
+    return hot.movedim(-1, 1), kept
 
 
 def _wrap(labels: Tensor, other: Tensor, share: Tensor, reads: Reads) -> MixedLabels:
@@ -128,8 +131,29 @@ def _wrap(labels: Tensor, other: Tensor, share: Tensor, reads: Reads) -> MixedLa
     return mixed
 
 
-def _plain(values: Any) -> Any:
-    return tree_map_only(MixedLabels, lambda mixed: mixed._labels, values)
+def _wrap_all(labels: Any, other: Any, share: Any, mixed: MixedLabels) -> Any:
+    """Wrap one result, or each of several; what is no whole-number tensor any more is handed out as it is."""
+    if isinstance(labels, (tuple, list)):
+        return type(labels)(_wrap_all(*parts, mixed) for parts in zip(labels, other, share, strict=True))
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        return labels
+    return _wrap(labels, other, share, mixed._reads)
+
+
+def _all_mixed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> MixedLabels | None:
+    """Return the mixed labels that an operation works on (``input``, or all of a list), or None if there is another."""
+    operand = args[0] if args else kwargs.get("input", kwargs.get("tensors"))
+    operands = list(operand) if isinstance(operand, (tuple, list)) else [operand]
+    return operands[0] if operands and all(isinstance(one, MixedLabels) for one in operands) else None
+
+
+def _parts(values: Any, part: str) -> Any:
+    return tree_map_only(MixedLabels, lambda mixed: getattr(mixed, part), values)
+
+
+def _batched(input: Tensor, target: MixedLabels) -> tuple[Tensor, Tensor]:
+    """Give a single sample, (C,) with a scalar label, a batch dimension."""
+    return (input.unsqueeze(0), target.unsqueeze(0)) if input.ndim == 1 else (input, target)
 
 
 def _mixed_cross_entropy(
@@ -145,12 +169,16 @@ def _mixed_cross_entropy(
     """Compute F.cross_entropy with the mixture as soft target; the mean is over the targets that are not ignored."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    single = input.ndim == 1
+    input, labels = _batched(input, target)
     num_classes = input.shape[1]
-    soft, mass = soft_targets(target, num_classes, ignore_index)
+    soft, mass = soft_targets(labels, num_classes, ignore_index)
     if label_smoothing > 0.0:  # here, not in torch, which would smooth ignored samples as well
         soft = soft * (1 - label_smoothing) + mass.unsqueeze(1) * (label_smoothing / num_classes)
     loss = F.cross_entropy(input, soft, weight=weight, reduction="sum" if reduction == "mean" else reduction)
-    return loss / mass.sum() if reduction == "mean" else loss
+    if reduction == "mean":
+        return loss / mass.sum()
+    return loss.squeeze(0) if single else loss
 
 
 def _mixed_nll_loss(
@@ -165,12 +193,14 @@ def _mixed_nll_loss(
     """Compute F.nll_loss of log-probabilities; equal to the cross-entropy of the scores they came from."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    soft, mass = soft_targets(target, input.shape[1], ignore_index)
+    single = input.ndim == 1
+    input, labels = _batched(input, target)
+    soft, mass = soft_targets(labels, input.shape[1], ignore_index)
     if weight is not None:
         soft = soft * weight.view(-1, *[1] * (input.ndim - 2))
     loss = -(input * soft)
     if reduction == "none":
-        return loss.sum(1)
+        return loss.sum(1).squeeze(0) if single else loss.sum(1)
     return loss.sum() / mass.sum() if reduction == "mean" else loss.sum()
 
 
@@ -181,6 +211,8 @@ def _mixed_one_hot(input: MixedLabels, num_classes: int = -1) -> Tensor:
         return F.one_hot(input._labels, num_classes)
     if num_classes == -1:
         num_classes = int(torch.maximum(input._labels.max(), input._other.max())) + 1
+    if input.ndim == 0:
+        return soft_targets(input.unsqueeze(0), num_classes)[0].squeeze(0)
     return soft_targets(input, num_classes)[0].movedim(1, -1)
 
 
@@ -189,9 +221,16 @@ _READS_MIXTURE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.nll_loss: _mixed_nll_loss,
     F.one_hot: _mixed_one_hot,
 }
-_CASTS = {Tensor.to, Tensor.long, Tensor.int, Tensor.cuda, Tensor.cpu, Tensor.type}
+_CASTS = {Tensor.to, Tensor.long, Tensor.int, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as}
 _KEEPS_MIXTURE = _CASTS | {
-    Tensor.__getitem__, Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.clone,
-    Tensor.detach, Tensor.contiguous, Tensor.permute, Tensor.transpose, Tensor.index_select,
-    torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze, torch.clone, torch.permute, torch.index_select,
+    Tensor.__getitem__, torch.cat, torch.stack,
+    *(getattr(owner, name) for owner in (Tensor, torch) for name in (
+        "reshape", "flatten", "ravel", "squeeze", "unsqueeze", "clone", "permute", "transpose", "flip", "roll",
+        "index_select", "repeat_interleave", "chunk", "split", "unbind", "detach",
+    )),
+    *(getattr(Tensor, name) for name in ("view", "contiguous", "repeat", "expand")),
 }  # fmt: skip
+_WRITES = {name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {"__setitem__"}
+_WRITES |= {
+    name for name in dir(Tensor) if name.startswith("__i") and name not in ("__int__", "__invert__", "__init__")
+}

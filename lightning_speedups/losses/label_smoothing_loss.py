@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.labels import MixedLabels, soft_targets
 
 Reduction = Literal["none", "mean", "sum"]
@@ -19,7 +20,7 @@ def smooth(targets: Tensor, smoothing: float) -> Tensor:
     """Move the share ε of each target's probability from where it is to all classes evenly.
 
     A target in which every class already has some probability has been smoothed before (or comes from a teacher) and is
-    left as it is.
+    left as it is. With two classes that holds for mixed probabilities as well: there, mix labels, not probabilities.
 
     Args:
         targets: Class probabilities, ``(N, C, ...)``.
@@ -78,12 +79,12 @@ class LabelSmoothingLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        if not 0.0 <= smoothing < 1.0:
-            raise ValueError(f"Expected `smoothing` in [0, 1), but got {smoothing}: at 1 all labels would be the same.")
+        check_number("smoothing", smoothing, 0, 1, below=True)
+        check_number("ignore_index", ignore_index, whole=True)
         if reduction not in ("none", "mean", "sum"):
             raise ValueError(f"Expected `reduction` to be 'none', 'mean' or 'sum', but got {reduction!r}.")
-        if weight is not None and (weight.ndim != 1 or not bool((weight >= 0).all())):
-            raise ValueError(f"Expected `weight` to be a vector of class weights >= 0, but got {weight}.")
+        if weight is not None and not (isinstance(weight, Tensor) and weight.ndim == 1 and bool((weight >= 0).all())):
+            raise ValueError(f"Expected `weight` to be a tensor (C,) of class weights >= 0, or None, but got {weight}.")
         self.smoothing, self.ignore_index, self.reduction = smoothing, ignore_index, reduction
         self.register_buffer("weight", weight)
 
@@ -104,6 +105,7 @@ class LabelSmoothingLoss(nn.Module):
         if input.dtype in (torch.float16, torch.bfloat16):
             input = input.float()
         soft = target.is_floating_point()
+        target = target.to(input.dtype) if soft else target.long()
         expected = input.shape if soft else (input.shape[0], *input.shape[2:])
         if target.shape != expected:
             raise ValueError(

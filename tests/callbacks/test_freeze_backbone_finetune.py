@@ -154,6 +154,95 @@ def test_resumed_from_the_end_of_an_epoch_it_equals_the_whole_run(epoch):
     assert_same_weights(weights(whole), weights(parted))
 
 
+class NormFreeBlock(nn.Module):
+    """Named after a norm and with a buffer, but a container: of a norm, a dropout and a norm inside another."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+        self.inner = nn.Sequential(nn.BatchNorm2d(6), nn.Dropout(0.0))
+
+    def forward(self, inputs):
+        return self.inner(inputs - self.mean)
+
+
+def test_modes_of_nested_modules_are_kept_and_given_back():
+    class Module(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.backbone[1] = NormFreeBlock()
+            self.modes = []
+
+        def training_step(self, batch, batch_idx):
+            self.train()
+            block = self.backbone[1]
+            self.modes.append((block.inner[0].training, block.inner[1].training, self.head.training))
+            return super().training_step(batch, batch_idx)
+
+    module = Module()
+    start = weights(module.backbone)
+    trainer(callbacks=[FreezeBackboneFinetune(unfreeze_at_epoch=None)], max_epochs=1).fit(module, loader())
+    assert set(module.modes) == {(False, True, True)}  # the norm rests, the dropout and the head do not
+    assert_same_weights(start, weights(module.backbone))
+    assert all(sub.training for sub in module.modules())
+    module.modes.clear()
+    trainer(callbacks=[FreezeBackboneFinetune(unfreeze_at_epoch=1)], max_epochs=2).fit(module, loader())
+    assert module.modes[4:] == [(True, True, True)] * 4
+
+
+def test_a_frozen_root_with_a_buffer_does_not_switch_off_its_head():
+    class Root(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.model = NormFreeBlock()
+            self.model.head = self.head
+            del self.head
+            self.model.backbone = self.backbone
+            del self.backbone
+
+        def training_step(self, batch, batch_idx):
+            self.train()
+            assert self.model.head.training
+            return F.cross_entropy(self.model.head(self.model.backbone(batch[0])), batch[1])
+
+    module = Root()
+
+    def all_but_the_head(module):
+        return [module.model.backbone, module.model.inner]
+
+    trainer(callbacks=[FreezeBackboneFinetune(all_but_the_head)], max_epochs=2).fit(module, loader())
+    assert all(sub.training for sub in module.modules())
+
+
+def test_groups_keep_their_places_and_what_is_split_off_comes_last():
+    class Grouped(Classifier):
+        def configure_optimizers(self):
+            groups = [
+                {"params": [self.backbone[0].weight, self.head.weight], "lr": 0.1},
+                {"params": [self.head.bias], "lr": 0.2},
+                {"params": [*self.backbone[1].parameters(), self.backbone[0].bias], "lr": 0.3},
+            ]
+            optimizer = torch.optim.SGD(groups, 1.0)
+            assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2, 0.3, 0.1]
+            optimizer.register_step_pre_hook(self._note)
+            return optimizer
+
+    module = Grouped()
+    trainer(callbacks=[FreezeBackboneFinetune(backbone_lr_ratio=0.5)], max_epochs=1).fit(module, loader())
+    np.testing.assert_allclose([group["lr"] for group in module.values[0]], [0.1, 0.2, 0.15, 0.05])
+
+
+def test_an_error_that_the_split_groups_may_have_caused_names_the_trick():
+    class OneLambda(Classifier):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0])]
+
+    with pytest.raises(ValueError, match="Expected 2 lr_lambdas") as caught:
+        trainer(callbacks=[FreezeBackboneFinetune()]).fit(OneLambda(), loader())
+    assert caught.value.__notes__ == ["FreezeBackboneFinetune split the parameter groups; the new ones come last."]
+
+
 def frozen_state(module):
     return (
         {name: parameter.requires_grad for name, parameter in module.named_parameters()},

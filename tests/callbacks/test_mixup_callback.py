@@ -196,6 +196,44 @@ def test_a_loss_that_does_not_see_the_mixture_stops_the_run_in_the_first_step(ac
     assert run.fit_loop.epoch_loop.batch_progress.current.ready == 1
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_first_batch_that_training_step_skips_is_no_proof_of_a_wrong_loss():
+    class Skipping(Classifier):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    class SkippingWrong(WrongLoss):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    trainer(callbacks=[MixupCallback()], max_epochs=1).fit(Skipping(), loader())
+    run = trainer(callbacks=[MixupCallback()], max_epochs=1)
+    with pytest.raises(MisconfigurationException, match="nothing in SkippingWrong"):
+        run.fit(SkippingWrong(), loader())
+    assert run.fit_loop.epoch_loop.batch_progress.current.ready == 2
+
+
+class TwoOptimizers(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.backbone.parameters(), 0.1)
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_manual_optimization_with_two_optimizers_stops_mixing_at_the_same_batch():
+    module = TwoOptimizers()
+    trainer(callbacks=[MixupCallback(stop_after=0.5)]).fit(module, loader())
+    assert [type(labels) is not torch.Tensor for _, labels in module.seen] == [True] * 6 + [False] * 6
+
+
 @pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(label_smoothing=0.1), LabelSmoothingLoss(0.1)])
 def test_loss_modules_see_the_mixture_and_smooth_once(criterion):
     module = Classifier(criterion)
@@ -238,7 +276,7 @@ def test_it_stops_after_the_fraction_of_the_run():
     module = Classifier()
     trainer(callbacks=[MixupCallback(alpha=1.0, stop_after=0.5)], accumulate_grad_batches=2).fit(module, loader(48))
     mixed = [type(labels) is not torch.Tensor for _, labels in module.seen]
-    assert mixed == [True] * 10 + [False] * 8  # 9 steps: those that begin before step 4.5, that is 5, are mixed
+    assert mixed == [True] * 9 + [False] * 9
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -265,10 +303,10 @@ def test_images_in_bytes_and_in_channels_last(per_element):
     ("options", "data", "told"),
     [
         ({"labels": "y"}, images(8), r"labels='y'\): no part 'y' in a batch of type"),
-        ({"inputs": 1, "labels": 2}, images(8), r"labels=2\): no part 2"),
+        ({"inputs": 0, "labels": 2}, images(8), r"labels=2\): no part 2"),
         ({"labels": 0, "inputs": 1}, (torch.tensor(3), images(8)[0]), "labels=0"),
-        ({}, (images(8)[0], torch.ones(8, CLASSES) > 0), "not of bool"),
-        ({}, (images(8)[0], ["a"] * 8), "found list there"),
+        ({}, (images(8)[0], torch.ones(8, CLASSES) > 0), "found bool labels"),
+        ({}, (images(8)[0], ["a"] * 8), "but found list"),
         ({}, (images(8)[0], torch.zeros(4, dtype=torch.int64)), "as many inputs as labels"),
         (
             {"cutmix_alpha": 1.0},
@@ -276,6 +314,12 @@ def test_images_in_bytes_and_in_channels_last(per_element):
             r"CutMix cuts a box out of images \(N, ..., H, W\)",
         ),
         ({"targets": "soft"}, images(8), "needs `num_classes`"),
+        ({"inputs": 1, "labels": 0}, images(8), "blends floating-point or uint8 inputs, but found torch.int64"),
+        (
+            {"cutmix_alpha": 1.0},
+            (images(8)[0], torch.zeros(8, 8, 8, dtype=torch.int64)),
+            "CutMix pastes parts of images",
+        ),
     ],
 )
 def test_batches_it_cannot_mix_are_refused_by_name_before_the_first_step(options, data, told):
@@ -293,15 +337,19 @@ def test_a_fraction_of_an_endless_run_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"alpha": -0.1}, "`alpha` to be 0 or more, but got -0.1"),
+        ({"alpha": -0.1}, "`alpha` to be a number of 0 or more, but got -0.1"),
         ({"alpha": float("nan")}, "`alpha`"),
         ({"cutmix_alpha": float("inf")}, "`cutmix_alpha`"),
         ({"alpha": 0.0}, "mixes nothing"),
-        ({"prob": 1.1}, r"`prob` in \[0, 1\], but got 1.1"),
+        ({"prob": 1.1}, r"`prob` to be a number in \[0, 1\], but got 1.1"),
         ({"switch_prob": -1.0}, "`switch_prob`"),
         ({"stop_after": float("nan")}, "`stop_after`"),
         ({"targets": "hard"}, "`targets` to be 'labels' or 'soft', but got 'hard'"),
         ({"num_classes": 0}, "`num_classes`"),
+        ({"num_classes": float("nan")}, "`num_classes`"),
+        ({"seed": 1.5}, "`seed`"),
+        ({"labels": None}, "`labels` to be an index, a key or an attribute name, but got None"),
+        ({"inputs": "x", "labels": "x"}, "two places in the batch, but got 'x' for both"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, told):

@@ -30,7 +30,7 @@ from small import (
 
 
 def EXAMPLE():
-    return {"callbacks": [WarmupLRScaler(base_batch_size=4, warmup_epochs=1.5)]}
+    return {"callbacks": [WarmupLRScaler(base_batch_size=4, warmup_epochs=0.5)]}
 
 
 def rates(module, group=0):
@@ -116,6 +116,19 @@ def test_a_resumed_run_goes_on_exactly_and_its_checkpoint_holds_the_schedulers_r
     assert_same_weights(weights(whole), weights(parted))
 
 
+@pytest.mark.parametrize("base", [8, 16])
+def test_with_a_base_it_starts_at_the_unscaled_rate_also_where_it_scales_down(base):
+    module = Classifier(lr=0.1)
+    trainer(callbacks=[WarmupLRScaler(base_batch_size=base, warmup_steps=4)]).fit(module, loader())
+    np.testing.assert_allclose(rates(module), 0.1 * np.array(factors(12, 4, 1.0, 8 / base)), rtol=1e-9)
+
+
+def test_no_ramp_needs_no_length():
+    module = Classifier(lr=0.1)
+    trainer(callbacks=[WarmupLRScaler(scale=2.0, warmup_epochs=0)], max_epochs=1).fit(module, LOADERS["iterable"]())
+    assert set(rates(module)) == {0.2}
+
+
 def test_ratios_between_groups_are_kept():
     module = Classifier()
     module.configure_optimizers = lambda: optimizer
@@ -152,10 +165,11 @@ def test_the_rule_follows_the_optimizer(optimizer, rule, factor):
     assert scaling_factor(9.0, rule, optimizer) == factor
 
 
-def test_the_factor_follows_an_accumulation_that_changes_between_epochs():
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_factor_follows_an_accumulation_that_changes_between_epochs(order):
     module = Classifier(lr=0.1)
     callbacks = [GradientAccumulationScheduler({0: 1, 1: 2, 2: 4}), WarmupLRScaler(base_batch_size=8, warmup_epochs=0)]
-    trainer(callbacks=callbacks).fit(module, loader())
+    trainer(callbacks=callbacks[::order]).fit(module, loader())
     np.testing.assert_allclose(rates(module), [0.1] * 4 + [0.2] * 2 + [0.4], rtol=1e-9)
 
 

@@ -160,6 +160,64 @@ def test_a_selection_keeps_its_part_of_the_mixture():
         )
 
 
+@pytest.mark.parametrize(
+    ("join", "how"),
+    [
+        (lambda t: torch.cat([t, t]), lambda x: torch.cat([x, x])),
+        (lambda t: torch.cat(t.chunk(4)), lambda x: x),
+        (lambda t: torch.cat(torch.split(t, 10)), lambda x: x),
+        (lambda t: torch.stack(t.unbind()), lambda x: x),
+        (lambda t: t.flip(0), lambda x: x.flip(0)),
+        (lambda t: torch.flatten(input=t), lambda x: x),
+        (lambda t: t.repeat(2), lambda x: x.repeat(2, 1)),
+    ],
+)
+def test_parts_and_joints_keep_the_mixture(join, how):
+    labels, soft, *_ = mixture()
+    assert torch.equal(F.cross_entropy(how(scores()), join(labels)), F.cross_entropy(how(scores()), how(soft)))
+
+
+def write_index(t):
+    t[t == 0] = -100
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_index,
+        lambda t: t.sub_(1),
+        lambda t: t.masked_fill_(t == 0, -100),
+        lambda t: t.clamp_(max=2),
+        lambda t: t.__iadd__(1),
+    ],
+)
+def test_writing_into_them_is_refused_because_it_would_change_one_of_two(write):
+    labels, soft, *_ = mixture()
+    with pytest.raises(ValueError, match=r'would change mixed labels in place.*targets="soft"'):
+        write(labels)
+    assert torch.equal(F.cross_entropy(scores(), labels), F.cross_entropy(scores(), soft))
+
+
+def test_one_sample_without_a_batch_dimension():
+    labels, soft, *_ = mixture()
+    for reduction in ("mean", "none", "sum"):
+        assert torch.equal(
+            F.cross_entropy(scores()[3], labels[3], reduction=reduction),
+            F.cross_entropy(scores()[3], soft[3], reduction=reduction),
+        )
+    assert torch.equal(F.one_hot(labels[3], C), soft[3])
+    torch.testing.assert_close(F.nll_loss(scores()[3].log_softmax(0), labels[3]), F.cross_entropy(scores()[3], soft[3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_few_bytes(dtype):
+    first, second = torch.tensor([0, 156, 1], dtype=dtype), torch.tensor([156, 0, 1], dtype=dtype)
+    x, lam = torch.randn(3, 200), torch.tensor([0.7])
+    soft = 0.7 * F.one_hot(first.long(), 200) + (1 - lam) * F.one_hot(second.long(), 200)
+    torch.testing.assert_close(F.cross_entropy(x, MixedLabels.mix(first, second, lam)), F.cross_entropy(x, soft))
+    assert MixedLabels.mix(first, second, lam).type() == first.type()
+
+
 METRICS = {
     "accuracy": torchmetrics.Accuracy("multiclass", num_classes=C),
     "top 2": torchmetrics.Accuracy("multiclass", num_classes=C, top_k=2),

@@ -54,6 +54,22 @@ def test_mixed_labels_are_smoothed_once_with_the_summed_weight_as_normaliser():
     torch.testing.assert_close(LabelSmoothingLoss(0.1, WEIGHT)(x, soft), expected)
 
 
+@pytest.mark.parametrize("weight", [None, torch.rand(200) + 0.1])
+def test_byte_labels_equal_whole_ones(weight):
+    x, target = torch.randn(3, 200), torch.tensor([0, 156, 3])
+    loss = LabelSmoothingLoss(0.1, weight)
+    assert torch.equal(loss(x, target.byte()), loss(x, target))
+
+
+def test_probabilities_are_taken_in_the_precision_of_the_loss():
+    x, soft = torch.randn(3, C), torch.eye(C)[:3]
+    expected = LabelSmoothingLoss(0.1)(x, soft)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        loss = LabelSmoothingLoss(0.1)(x, soft.to(dtype))
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, expected)
+
+
 def test_targets_that_are_smoothed_already_are_not_smoothed_again():
     x, target = torch.randn(7, C), torch.randint(0, C, (7,))
     once = 0.8 * F.one_hot(target, C) + 0.2 / C
@@ -86,12 +102,15 @@ def test_gradient_is_right():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"smoothing": 1.0}, r"`smoothing` in \[0, 1\), but got 1.0"),
+        ({"smoothing": 1.0}, r"`smoothing` to be a number in \[0, 1\), but got 1.0"),
         ({"smoothing": -0.1}, "`smoothing`"),
         ({"smoothing": float("nan")}, "`smoothing`"),
         ({"reduction": "avg"}, "`reduction` to be 'none', 'mean' or 'sum', but got 'avg'"),
         ({"weight": torch.tensor([1.0, -1.0])}, "`weight`"),
         ({"weight": torch.ones(2, 2)}, "`weight`"),
+        ({"weight": [1.0, 2.0]}, "`weight` to be a tensor"),
+        ({"ignore_index": float("nan")}, "`ignore_index`"),
+        ({"smoothing": "0.1"}, "`smoothing`"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, told):
