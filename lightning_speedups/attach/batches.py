@@ -1,5 +1,6 @@
 """One ordered pipeline of batch changes for each Trainer, on ``strategy.batch_to_device``.
- That is the one place which sees every kind of batch, on its device, after the user's own transfer hooks (also those of
+
+That is the one place which sees every kind of batch, on its device, after the user's own transfer hooks (also those of
 a DataModule), and before any callback, metric or training_step does.
 """
 

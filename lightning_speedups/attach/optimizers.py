@@ -1,5 +1,6 @@
 """Values on the optimizers' parameter groups for the time of a step, and a count of the steps that really happened.
- Lightning has no hook after ``optimizer.step``, counts a step that GradScaler skipped, and lets schedulers and
+
+Lightning has no hook after ``optimizer.step``, counts a step that GradScaler skipped, and lets schedulers and
 checkpoints read whatever stands in the groups. So a trick's values are put on before the step and taken off before
 anyone could build on them.
 """
@@ -8,14 +9,14 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import IntEnum
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -70,12 +71,6 @@ class OptimizerTrick(Trick):
         driver = _driver(trainer) or _Driver(trainer)
         if self not in driver.tricks:
             driver.tricks = sorted([*driver.tricks, self], key=lambda trick: trick.order)
-        # A monitor reads the groups in the hooks in which they are set, so it comes later (Lightning keeps checkpoints
-        # last).
-        rank = {LearningRateMonitor: 1, Checkpoint: 2}
-        trainer.callbacks = sorted(  # type: ignore[attr-defined]
-            callbacks_of(trainer), key=lambda c: next((r for kind, r in rank.items() if isinstance(c, kind)), 0)
-        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count."""
@@ -85,33 +80,14 @@ class OptimizerTrick(Trick):
             self.steps_done = [trainer.global_step // max(len(optimizers), 1)] * len(optimizers)
         for i, optimizer in enumerate(optimizers):
             self._handles.append(optimizer.register_step_post_hook(partial(self._count, trainer, i)))
+        if driver := _driver(trainer):
+            driver.watch()
 
     def _count(self, trainer: Trainer, i: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimizers are called by GradScaler also when they must skip; they carry the verdict while they are.
         skipped = getattr(optimizer, "found_inf", None)
         if self.is_active(trainer) and not (skipped is not None and bool(skipped)):
             self.steps_done[i] += 1
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the values, for monitors."""
-        self._show(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Show the values, for monitors and training_step."""
-        self._show(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Take the values off before a checkpoint or a callback builds on them."""
-        if driver := _driver(trainer):
-            driver.hide()
-
-    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # In manual optimization a scheduler may be stepped before the next optimizer step: there only the step sees the
-        # values.
-        if (driver := _driver(trainer)) and pl_module.automatic_optimization:
-            driver.show()
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the values off and leave the driver; the last one removes it."""
@@ -137,8 +113,11 @@ class OptimizerTrick(Trick):
 
 
 class _Driver:
-    """Stands in for four methods of one Trainer: the optimizers' making, the step, and two readers that must not see a
-    trick's values.
+    """Stands in for a few methods of one Trainer: where optimizers are made and step, where rates are read for the
+    user, and where they are saved.
+
+    The values are on while one of these runs and no longer: whoever builds on the groups in a hook (``group["lr"] *=
+    0.5``) builds on the base values.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -146,19 +125,43 @@ class _Driver:
         self.tricks: list[OptimizerTrick] = []
         self.shown: list[tuple[dict[str, Any], str, Any, Any]] = []  # group, key, value before, value set
         self.originals: list[tuple[Any, str, Any]] = []
-        for owner, name, stand_in in (
+        self.handles: list[Any] = []
+        self.bare: AbstractContextManager[None] | None = None
+        monitors = [callback for callback in callbacks_of(trainer) if isinstance(callback, LearningRateMonitor)]
+        stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
             (trainer.strategy, "setup_optimizers", self.make),
+            (trainer.strategy, "training_step", self.read),
             (trainer.strategy, "optimizer_step", self.step),
-            (trainer.strategy, "optimizer_state", self.hidden),
-            (trainer.fit_loop.epoch_loop, "update_lr_schedulers", self.hidden),
-        ):
+            (trainer.strategy, "optimizer_state", self.save),
+            *((monitor, "_extract_stats", self.read) for monitor in monitors),
+        ]
+        for owner, name, stand_in in stand_ins:
             original = getattr(owner, name)
             self.originals.append((owner, name, original))
             patch(owner, name, _StandIn(self, partial(stand_in, original)))
 
     def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
         for owner, name, original in self.originals:
             unpatch(owner, name, original)
+
+    def watch(self) -> None:
+        """Notice steps that do not come through Lightning (``self.optimizers(use_pl_optimizer=False)``)."""
+        if not self.handles:
+            for optimizer in raw_optimizers(self.trainer):
+                self.handles.append(optimizer.register_step_pre_hook(self.before_bare_step))
+                self.handles.append(optimizer.register_step_post_hook(self.after_bare_step))
+
+    def before_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.shown:
+            self.bare = self.showing(optimizer)
+            self.bare.__enter__()
+
+    def after_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.bare is not None:
+            self.bare.__exit__(None, None, None)
+            self.bare = None
 
     def make(self, original: Callable[..., Any], trainer: Trainer) -> None:
         with ExitStack() as splits:
@@ -175,29 +178,29 @@ class _Driver:
                 raise
 
     def step(self, original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        torchs = getattr(optimizer, "_optimizer", optimizer)
-        if not self.stands(torchs):
-            self.hide()
-            self.show(torchs)
-        try:
+        with self.showing(getattr(optimizer, "_optimizer", optimizer)):
             return original(optimizer, *args, **kwargs)
+
+    def read(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # In manual optimization training_step steps the schedulers too: there only the step sees the values.
+        if not self.trainer.lightning_module.automatic_optimization:
+            return original(*args, **kwargs)
+        with self.showing():
+            return original(*args, **kwargs)
+
+    def save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        taken = self.hide()
+        try:
+            return original(*args, **kwargs)
         finally:
-            self.hide()
+            for group, key, _, value in taken:
+                self.put(group, key, value)
 
-    def stands(self, optimizer: Optimizer) -> bool:
-        """Tell whether the values shown are still on all groups of an optimizer."""
-        on = {id(group) for group, *_ in self.shown}
-        return all(id(group) in on for group in optimizer.param_groups) and all(
-            _equals(group[key], value) for group, key, _, value in self.shown
-        )
-
-    def hidden(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.hide()
-        return original(*args, **kwargs)
-
-    def show(self, only: Optimizer | None = None) -> None:
-        """Put the tricks' values on the groups."""
+    @contextmanager
+    def showing(self, only: Optimizer | None = None) -> Iterator[None]:
+        """Put the tricks' values on the groups for as long as it lasts."""
         if self.shown:
+            yield  # inside another one, which takes them off
             return
         tricks = [trick for trick in self.tricks if trick.is_active(self.trainer)]
         for i, optimizer in enumerate(raw_optimizers(self.trainer)):
@@ -209,16 +212,24 @@ class _Driver:
                     if len(trick.steps_done) > i:  # else it has not started yet
                         values |= trick.group_values(i, g, trick.steps_done[i], ChainMap(values, group))
                 for key, value in values.items():
-                    before = group[key].clone() if isinstance(group[key], Tensor) else group[key]
-                    _set(group, key, value)
-                    self.shown.append((group, key, before, value))
+                    self.put(group, key, value)
+        try:
+            yield
+        finally:
+            self.hide()
 
-    def hide(self) -> None:
-        """Give the groups their own values back, except where someone else has written meanwhile."""
-        for group, key, before, value in self.shown:
-            if _equals(group[key], value):
-                _set(group, key, before)
+    def put(self, group: dict[str, Any], key: str, value: Any) -> None:
+        before = group[key].clone() if isinstance(group[key], Tensor) else group[key]
+        _set(group, key, value)
+        self.shown.append((group, key, before, value))
+
+    def hide(self) -> list[tuple[dict[str, Any], str, Any, Any]]:
+        """Give the groups their own values back, except where someone else has written; return what was taken off."""
+        taken = [entry for entry in self.shown if _equals(entry[0][entry[1]], entry[3])]
+        for group, key, before, _ in taken:
+            _set(group, key, before)
         self.shown = []
+        return taken
 
 
 class _StandIn:
@@ -271,11 +282,16 @@ def split_groups(belongs: Callable[[Tensor], bool]) -> Iterator[None]:
 
     def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
         given = param_group["params"]
+        if isinstance(given, set):
+            add(self, param_group)  # torch says what is wrong with it
         params = [given] if isinstance(given, Tensor) else list(given)
         parts: tuple[list[Any], list[Any]] = ([], [])
         for parameter in params:
-            parts[belongs(parameter[1] if isinstance(parameter, tuple) else parameter)].append(parameter)
+            tensor = parameter[1] if isinstance(parameter, tuple) else parameter
+            parts[isinstance(tensor, Tensor) and belongs(tensor)].append(parameter)
         kept, split = ({**param_group, "params": part} for part in parts)
+        if "name" in split:
+            split["name"] = f"{split['name']}-split"  # LearningRateMonitor refuses two groups of one name
         if not (parts[0] and parts[1]):
             add(self, {**param_group, "params": params})
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +99,20 @@ def accumulation(trainer: Trainer, epoch: int) -> int:
 
 def total_batches(trainer: Trainer) -> int | None:
     """Return the training batches of the whole run, or None when it is open-ended; valid from ``on_train_start`` on."""
-    batches, epochs = batches_an_epoch(trainer), trainer.max_epochs
-    by_epochs = None if batches is None or epochs is None or epochs < 0 else batches * epochs
-    by_steps = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else None
-    limits = [limit for limit in (by_epochs, by_steps) if limit is not None]
-    return min(limits) if limits else None
+    batches, steps_left = batches_an_epoch(trainer), trainer.max_steps
+    epochs = None if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+    if batches is None:
+        return None if steps_left < 0 else steps_left * accumulation(trainer, 0)
+    if steps_left < 0 or batches == 0:
+        return None if epochs is None else batches * epochs
+    total = 0
+    for epoch in itertools.count() if epochs is None else range(epochs):
+        size = accumulation(trainer, epoch)
+        if steps_left * size <= batches:
+            return total + steps_left * size
+        steps_left -= math.ceil(batches / size)
+        total += batches
+    return total
 
 
 def total_steps(trainer: Trainer) -> int | None:

@@ -1,5 +1,6 @@
 """Keeps the strategy's wrapper in step with the set of trainable parameters.
- DDP's reducer knows only the parameters that could be trained when it was built. One that is unfrozen later trains on
+
+DDP's reducer knows only the parameters that could be trained when it was built. One that is unfrozen later trains on
 each rank by itself, and the ranks part silently (Lightning #20340); one that is frozen later would be waited for.
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +25,8 @@ def require_rewrapping(trainer: Trainer, name: str) -> None:
     Raises:
         MisconfigurationException: If the strategy is neither single-device nor DDP.
     """
-    if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+    follows = isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy))
+    if not follows or isinstance(trainer.strategy, DeepSpeedStrategy):  # which Lightning derives from DDPStrategy
         raise MisconfigurationException(
             f"{name} freezes and unfreezes parameters during the fit, which {type(trainer.strategy).__name__} does not "
             "follow. Use `strategy='ddp'` (or a single device)."
@@ -54,7 +56,7 @@ def rewrapped(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         and isinstance(strategy.model, DistributedDataParallel)
         and trainable(pl_module) != before
     ):
-        # Else the old reducer would reduce as well, for as long as it lives.
+        # The old reducer's hooks on the parameters would otherwise live as long as it does.
         strategy.model._remove_autograd_hooks()  # type: ignore[no-untyped-call]
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()

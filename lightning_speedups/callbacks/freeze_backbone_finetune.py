@@ -207,15 +207,15 @@ class FreezeBackboneFinetune(OptimizerTrick):
         if self.unfreeze_at_epoch is None or trainer.current_epoch < self.unfreeze_at_epoch:
             with rewrapped(trainer, pl_module):
                 self._freeze()
+                if not any(p.requires_grad for p in pl_module.parameters()):
+                    raise MisconfigurationException(
+                        "FreezeBackboneFinetune froze every parameter: nothing is left to train. `backbone` must not "
+                        "contain the head."
+                    )
             until = "to the end" if self.unfreeze_at_epoch is None else f"until epoch {self.unfreeze_at_epoch}"
             rank_zero_info(
                 f"FreezeBackboneFinetune: {sum(p.numel() for p in self._frozen):,} parameters frozen {until}."
             )
-            if not any(p.requires_grad for p in pl_module.parameters()):
-                raise MisconfigurationException(
-                    "FreezeBackboneFinetune froze every parameter: nothing is left to train. `backbone` must not "
-                    "contain the head."
-                )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unfreeze when the time has come."""
@@ -244,7 +244,6 @@ class FreezeBackboneFinetune(OptimizerTrick):
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
-                    parameter.grad = None  # else momentum and weight decay would go on moving it
                     self._frozen.append(parameter)
             if is_norm(module) or any(True for _ in module.buffers(recurse=False)):
                 self._kept_in_eval.append(_StaysInEval(module))

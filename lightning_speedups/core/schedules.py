@@ -1,5 +1,6 @@
 """Schedules as pure functions: a step in, a value out.
- Sources: Goyal et al., arXiv:1706.02677 (warm-up); Smith & Topin, arXiv:1708.07120 and Smith, arXiv:1803.09820
+
+Sources: Goyal et al., arXiv:1706.02677 (warm-up); Smith & Topin, arXiv:1708.07120 and Smith, arXiv:1803.09820
 (one-cycle).
 """
 

@@ -88,6 +88,18 @@ def test_a_frozen_backbone_keeps_every_bit_and_no_graph_then_all_of_it_trains(no
     )
 
 
+def test_gradients_left_from_before_do_not_move_a_frozen_backbone():
+    class NeverZeroed(Classifier):
+        def optimizer_zero_grad(self, *_):
+            pass
+
+    module = NeverZeroed()
+    F.cross_entropy(module.head(module.backbone(torch.randn(8, 2, 8, 8))), torch.arange(8) % CLASSES).backward()
+    start = weights(nn.ParameterList(module.backbone.parameters()))
+    trainer(callbacks=[FreezeBackboneFinetune(unfreeze_at_epoch=None)], max_epochs=1).fit(module, loader())
+    assert_same_weights(start, weights(nn.ParameterList(module.backbone.parameters())))
+
+
 def test_norms_may_train_while_the_rest_is_frozen():
     module = model(cls=Spy)
     start = weights(module.backbone)

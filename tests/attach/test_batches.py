@@ -1,0 +1,467 @@
+"""Every kind of batch is changed on its way to training_step, in training only, and nothing is left behind."""
+
+import signal
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from patches import patched
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_speedups import MixupCallback, WarmupLRScaler
+from lightning_speedups.attach.batches import BatchTrick, Order, batch_number
+from lightning_speedups.core.batch import get_part, replace_part
+from small import Classifier, loader, trainer, weights
+
+
+class Linear(BatchTrick):
+    """x → times·x + plus, so that the order of two of them shows."""
+
+    def __init__(self, times, plus, order=Order.MIX, place=0):
+        super().__init__()
+        self.times, self.plus, self.order, self.place = times, plus, order, place
+        self.numbers = []
+
+    def change_batch(self, trainer, pl_module, batch):
+        self.numbers.append(batch_number(trainer))
+        return replace_part(batch, self.place, get_part(batch, self.place) * self.times + self.plus)
+
+
+class Seer(LightningModule):
+    """Keeps what its steps receive."""
+
+    def __init__(self, place=0):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.place = place
+        self.trained, self.validated, self.kinds = [], [], []
+
+    def training_step(self, batch, batch_idx):
+        part = get_part(batch, self.place)
+        self.trained.append(part.clone())
+        self.kinds.append(type(batch))
+        return self.layer(part).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(get_part(batch, self.place).clone())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class NamedPair(NamedTuple):
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+@dataclass
+class Record:
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+@dataclass(frozen=True)
+class FrozenRecord:
+    image: torch.Tensor
+    label: torch.Tensor
+
+    def to(self, *args, **kwargs):  # Lightning refuses a frozen dataclass that does not move itself
+        return FrozenRecord(self.image.to(*args, **kwargs), self.label.to(*args, **kwargs))
+
+
+class Own:
+    def __init__(self, image, label):
+        self.image, self.label = image, label
+
+
+class OwnDict(dict):
+    pass
+
+
+CONTAINERS = {
+    "list": (lambda x, y: [x, y], 0, 1),
+    "tuple": (lambda x, y: (x, y), 0, 1),
+    "dict": (lambda x, y: {"image": x, "label": y}, "image", "label"),
+    "dict subclass": (lambda x, y: OwnDict(image=x, label=y), "image", "label"),
+    "namedtuple by index": (NamedPair, 0, 1),
+    "namedtuple by name": (NamedPair, "image", "label"),
+    "dataclass": (Record, "image", "label"),
+    "frozen dataclass": (FrozenRecord, "image", "label"),
+    "own class": (Own, "image", "label"),
+    "namespace": (lambda x, y: SimpleNamespace(image=x, label=y), "image", "label"),
+}
+
+
+class WholeBatches(list):
+    """A dataset of ready batches: on a CPU training_step then gets the dataset's own memory."""
+
+
+def as_it_is(batch):
+    return batch
+
+
+def batches(container, count=3):
+    make = CONTAINERS[container][0]
+    parts = [(torch.arange(8.0).view(4, 2) + 10 * i, torch.arange(4) % 2) for i in range(count)]
+    copies = [(x.clone(), y.clone()) for x, y in parts]
+    return DataLoader(WholeBatches(make(x, y) for x, y in parts), batch_size=None, collate_fn=as_it_is), parts, copies
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_container_is_changed_keeps_its_type_and_leaves_the_dataset_alone(container):
+    make, place, _ = CONTAINERS[container]
+    data, parts, copies = batches(container)
+    module = Seer(place)
+    trainer(max_epochs=2, callbacks=[Linear(2.0, 1.0, place=place)]).fit(module, data)
+    expected = [x * 2 + 1 for x, _ in copies] * 2
+    assert len(module.trained) == 6
+    assert all(torch.equal(seen, want) for seen, want in zip(module.trained, expected, strict=True))
+    assert set(module.kinds) == {type(make(*parts[0]))}
+    assert all(
+        torch.equal(a, b) for now, before in zip(parts, copies, strict=True) for a, b in zip(now, before, strict=True)
+    )
+
+
+class ReadsMixture(Seer):
+    def __init__(self, place, labels):
+        super().__init__(place)
+        self.labels = labels
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        logits = torch.cat([self.layer(get_part(batch, self.place)), torch.zeros(4, 1)], 1)
+        return nn.functional.cross_entropy(logits, get_part(batch, self.labels))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_mixup_changes_every_container_and_leaves_the_dataset_alone(container):
+    make, inputs, labels = CONTAINERS[container]
+    data, parts, copies = batches(container)
+    module = ReadsMixture(inputs, labels)
+    trainer(max_epochs=1, callbacks=[MixupCallback(alpha=1.0, inputs=inputs, labels=labels, seed=3)]).fit(module, data)
+    assert any(not torch.equal(seen, x) for seen, (x, _) in zip(module.trained, copies, strict=True))
+    for seen, (x, _) in zip(module.trained, copies, strict=True):
+        # One λ a batch: each row is λ·own + (1-λ)·partner's, so the mean over the batch stays.
+        torch.testing.assert_close(seen.mean(0), x.mean(0))
+    assert set(module.kinds) == {type(make(*parts[0]))}
+    assert all(
+        torch.equal(a, b) for now, before in zip(parts, copies, strict=True) for a, b in zip(now, before, strict=True)
+    )
+
+
+class MovesBatchesItself(LightningDataModule):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def train_dataloader(self):
+        return batches("tuple")[0]
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        self.calls.append("before")
+        return batch[0] + 1, batch[1]
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        self.calls.append("transfer")
+        return batch[0] * 10, batch[1]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        self.calls.append("after")
+        return batch[0] + 3, batch[1]
+
+
+class MovesInModule(Seer):
+    on_before_batch_transfer = MovesBatchesItself.on_before_batch_transfer
+    transfer_batch_to_device = MovesBatchesItself.transfer_batch_to_device
+    on_after_batch_transfer = MovesBatchesItself.on_after_batch_transfer
+    calls: list
+
+
+@pytest.mark.parametrize("owner", ["datamodule", "module"])
+def test_the_users_transfer_hooks_run_and_come_first(owner):
+    if owner == "datamodule":
+        module, data = Seer(), MovesBatchesItself()
+        hooks = data
+    else:
+        module, data = MovesInModule(), batches("tuple")[0]
+        module.calls = []
+        hooks = module
+    trainer(max_epochs=1, callbacks=[Linear(2.0, 0.5)]).fit(module, data)
+    for seen, (x, _) in zip(module.trained, batches("tuple")[2], strict=True):
+        torch.testing.assert_close(seen, ((x + 1) * 10 + 3) * 2 + 0.5)
+    assert hooks.calls == ["before", "transfer", "after"] * 3
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_tricks_apply_in_their_order_however_they_are_listed(listed):
+    tricks = [Linear(10.0, 0.0, Order.RESIZE), Linear(1.0, 1.0, Order.MEMORY_FORMAT), Linear(-1.0, 0.0, Order.MIX)]
+    module = Seer()
+    trainer(max_epochs=1, callbacks=tricks[::-1] if listed else tricks).fit(module, batches("tuple")[0])
+    for seen, (x, _) in zip(module.trained, batches("tuple")[2], strict=True):
+        torch.testing.assert_close(seen, -(x * 10 + 1))
+
+
+class SetsUpTwice(Linear):
+    def setup(self, trainer, pl_module, stage):
+        super().setup(trainer, pl_module, stage)
+        super().setup(trainer, pl_module, stage)
+
+
+def test_setting_up_twice_changes_a_batch_once():
+    module = Seer()
+    trainer(max_epochs=1, callbacks=[SetsUpTwice(2.0, 1.0), Linear(1.0, 0.0)]).fit(module, batches("tuple")[0])
+    torch.testing.assert_close(module.trained[0], batches("tuple")[2][0][0] * 2 + 1)
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+def test_a_batch_of_none_is_left_to_lightning():
+    trick, module = Linear(2.0, 1.0), Seer()
+    with_a_gap = WholeBatches([batches("tuple")[1][0], None, batches("tuple")[1][1]])
+    trainer(max_epochs=1, callbacks=[trick]).fit(module, DataLoader(with_a_gap, batch_size=None, collate_fn=as_it_is))
+    assert len(module.trained) == len(trick.numbers) == 2
+
+
+def test_validation_and_sanity_check_get_unchanged_batches():
+    module, one = Seer(), trainer(max_epochs=2, num_sanity_val_steps=1, callbacks=[Linear(2.0, 1.0)])
+    one.fit(module, batches("tuple")[0], batches("tuple", 2)[0])
+    assert len(module.validated) == 1 + 2 * 2
+    copies = [x for x, _ in batches("tuple", 2)[2]]
+    for seen, x in zip(module.validated, [copies[0], *copies, *copies], strict=True):
+        assert torch.equal(seen, x)
+    one.validate(module, batches("tuple", 2)[0], verbose=False)
+    assert torch.equal(module.validated[-1], copies[-1])
+
+
+def test_a_trick_works_in_validation_between_training_batches_without_touching_it():
+    module = Seer()
+    trainer(max_epochs=1, val_check_interval=1, callbacks=[Linear(2.0, 1.0)]).fit(
+        module, batches("tuple")[0], batches("tuple", 1)[0]
+    )
+    first = batches("tuple", 1)[2][0][0]
+    assert len(module.validated) == 3
+    assert all(torch.equal(seen, first) for seen in module.validated)
+    torch.testing.assert_close(module.trained[2], batches("tuple")[2][2][0] * 2 + 1)
+
+
+def test_batch_numbers_count_the_whole_run_and_go_on_after_a_resume():
+    trick, module = Linear(1.0, 0.0), Seer()
+    first = trainer(max_epochs=2, callbacks=[trick])
+    first.fit(module, batches("tuple")[0])
+    assert trick.numbers == [0, 1, 2, 3, 4, 5]
+    first.save_checkpoint("last.ckpt")
+    again = Linear(1.0, 0.0)
+    trainer(max_epochs=3, callbacks=[again]).fit(Seer(), batches("tuple")[0], ckpt_path="last.ckpt")
+    assert again.numbers == [6, 7, 8]
+
+
+class StopsAt(Callback):
+    def __init__(self, hook, error):
+        self.hook, self.error = hook, error
+        setattr(self, hook, self._raise)
+
+    def _raise(self, *args, **kwargs):
+        raise self.error
+
+
+def test_after_a_fit_nothing_is_left_and_the_same_objects_fit_again():
+    trick, module = Linear(2.0, 1.0), Seer()
+    one = trainer(max_epochs=1, callbacks=[trick])
+    one.fit(module, batches("tuple")[0])
+    assert patched(one) == set()
+    one.fit_loop.max_epochs = 2
+    one.fit(module, batches("tuple")[0])
+    other = trainer(max_epochs=1, callbacks=[trick])
+    other.fit(module, batches("tuple")[0])
+    assert patched(one) == patched(other) == set()
+    assert len(module.trained) == 9
+    for seen, (x, _) in zip(module.trained, batches("tuple")[2] * 3, strict=True):
+        torch.testing.assert_close(seen, x * 2 + 1)
+
+
+HOOKS = ["setup", "on_fit_start", "on_train_start", "on_train_batch_start", "on_validation_start", "on_train_end"]
+
+
+@pytest.mark.parametrize("position", ["before the tricks", "after the tricks"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_an_exception_leaves_nothing_and_the_same_objects_fit_again(hook, position):
+    tricks, stop = [Linear(2.0, 1.0), MixupCallback(seed=0)], StopsAt(hook, ZeroDivisionError("on purpose"))
+    callbacks = [stop, *tricks] if position == "before the tricks" else [*tricks, stop]
+    one = trainer(max_epochs=1, callbacks=callbacks)
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        one.fit(ReadsMixture(0, 1), batches("tuple")[0], batches("tuple", 1)[0])
+    assert patched(one) == set()
+    one.callbacks.remove(stop)
+    module = Seer()
+    trainer(max_epochs=1, callbacks=tricks[:1]).fit(module, batches("tuple")[0])
+    torch.testing.assert_close(module.trained[0], batches("tuple")[2][0][0] * 2 + 1)
+
+
+def test_the_same_trainer_fits_again_after_an_exception():
+    stop, trick = StopsAt("on_train_batch_start", ZeroDivisionError()), Linear(2.0, 1.0)
+    one = trainer(max_epochs=1, callbacks=[trick, stop])
+    with pytest.raises(ZeroDivisionError):
+        one.fit(Seer(), batches("tuple")[0])
+    one.callbacks.remove(stop)
+    module = Seer()
+    one.fit(module, batches("tuple")[0])
+    assert patched(one) == set()
+    assert module.trained
+    torch.testing.assert_close(module.trained[-1], batches("tuple")[2][2][0] * 2 + 1)
+
+
+def test_ctrl_c_leaves_nothing():
+    before = signal.getsignal(signal.SIGINT)
+    one = trainer(max_epochs=1, callbacks=[Linear(2.0, 1.0), StopsAt("on_train_batch_end", KeyboardInterrupt())])
+    try:
+        with pytest.raises(SystemExit):
+            one.fit(Seer(), batches("tuple")[0])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert patched(one) == set()
+
+
+class FetchesItself(Seer):
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return self.layer(batch[0]).sum()
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_a_module_that_fetches_its_own_batches_is_refused_by_name():
+    one = trainer(max_epochs=1, callbacks=[Linear(2.0, 1.0)])
+    with pytest.raises(MisconfigurationException, match=r"(?s)Linear.*FetchesItself\.training_step.*dataloader_iter"):
+        one.fit(FetchesItself(), batches("tuple")[0])
+    assert patched(one) == set()
+
+
+@pytest.mark.parametrize("averaging", [WeightAveraging, EMAWeightAveraging])
+@pytest.mark.parametrize("first", [True, False])
+def test_weight_averaging_beside_a_trick_changes_nothing_for_either(averaging, first):
+    def fit(*callbacks):
+        torch.manual_seed(0)
+        module = Classifier()
+        trainer(max_epochs=2, callbacks=list(callbacks)).fit(module, loader(), loader(8))
+        return module
+
+    tricks = [MixupCallback(alpha=1.0, seed=1), WarmupLRScaler(scale=2.0, warmup_steps=2)]
+    ema = averaging()
+    module = fit(*([ema, *tricks] if first else [*tricks, ema]))
+    alone = fit(*tricks)
+    assert len(module.losses) == 8
+    assert module.losses == alone.losses  # the training went on unaveraged
+    averaged = weights(module)
+    assert any(not torch.equal(averaged[name], value) for name, value in weights(alone).items())
+
+
+class Sized(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.batch_size = 2
+        self.sizes = []
+
+    def training_step(self, batch, batch_idx):
+        self.sizes.append(len(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self):
+        return loader(16, self.batch_size)
+
+    def val_dataloader(self):
+        return loader(4, 4)
+
+
+@pytest.mark.parametrize("tuner", ["lr_find", "scale_batch_size"])
+def test_tuners_run_without_the_tricks_and_leave_nothing(tuner):
+    trick, warmup = Linear(0.0, 99.0), WarmupLRScaler(scale=2.0, warmup_steps=2)
+    module, one = Sized(), trainer(max_epochs=2, callbacks=[warmup, trick])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if tuner == "lr_find":
+            found = Tuner(one).lr_find(module, num_training=6, min_lr=1e-4, max_lr=0.1, early_stop_threshold=None)
+            assert found is not None
+        else:
+            assert Tuner(one).scale_batch_size(module, init_val=2, max_trials=2, steps_per_trial=1) == 4
+    trials = len(module.seen)
+    assert trials
+    assert not any((inputs == 99).all() for inputs, _ in module.seen)
+    assert patched(one) == set()
+    one.fit(module)
+    assert len(module.seen) > trials
+    assert all((inputs == 99).all() for inputs, _ in module.seen[trials:])
+
+
+def test_the_finder_callback_runs_without_the_tricks_and_the_fit_with_them():
+    from lightning.pytorch.callbacks import LearningRateFinder
+
+    trick = Linear(0.0, 99.0)
+    finder = LearningRateFinder(min_lr=1e-4, max_lr=0.1, num_training_steps=6, early_stop_threshold=None)
+    module, one = Sized(), trainer(max_epochs=1, callbacks=[trick, finder, MixupCallback(seed=0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one.fit(module)
+    changed = [bool((inputs == 99).all()) for inputs, _ in module.seen]
+    assert changed == [False] * 6 + [True] * 8
+    assert patched(one) == set()
+
+
+class ForeignModule(pytorch_lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0]).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("trick", [Linear(2.0, 1.0), MixupCallback(), WarmupLRScaler(warmup_steps=1)])
+def test_a_trainer_of_the_other_package_is_refused_by_name(trick):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = pytorch_lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[trick],
+        )
+        with pytest.raises(MisconfigurationException, match=r"lightning\.pytorch.*pytorch_lightning"):
+            one.fit(ForeignModule(), batches("tuple")[0])
+
+
+class KeepsItsBatches(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.before = weights(self)
+
+    def on_train_end(self):
+        torch.save([inputs for inputs, _ in self.seen], f"rank{self.global_rank}.pt")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize(("strategy", "processes"), [("ddp_fork", 1), ("ddp_fork", 2), ("ddp_spawn", 2)])
+def test_processes_of_their_own_change_their_batches(strategy, processes, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tricks = [Linear(0.0, 99.0), MixupCallback(seed=0), WarmupLRScaler(scale=2.0, warmup_steps=1)]
+    one, module = trainer(max_epochs=1, strategy=strategy, devices=processes, callbacks=tricks), KeepsItsBatches()
+    one.fit(module, loader(8 * processes, 4))
+    for rank in range(processes):
+        seen = torch.load(f"rank{rank}.pt", weights_only=True)
+        assert len(seen) == 2
+        assert all((inputs == 99).all() for inputs in seen)
+    # The worker's weights came back, and the objects are as good as new here.
+    assert any(not torch.equal(a, b) for a, b in zip(weights(module).values(), module.before.values(), strict=True))
+    assert patched(one) == set()

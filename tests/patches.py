@@ -1,0 +1,27 @@
+"""What a trick has patched on a Trainer, found without knowing what that is."""
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from torch.optim import Optimizer
+
+ADD_PARAM_GROUP = Optimizer.add_param_group
+
+
+def patched(trainer: Trainer) -> set[str]:
+    """Names of instance attributes that hide a method of the class, and what was changed for every Trainer."""
+    loop = trainer.fit_loop
+    monitors = [callback for callback in trainer.callbacks if isinstance(callback, LearningRateMonitor)]
+    owners = (
+        trainer, trainer.strategy, trainer.precision_plugin, loop, loop.epoch_loop, loop.epoch_loop.automatic_optimization,
+        trainer.lightning_module, *monitors,
+    )  # fmt: skip
+    found = {
+        f"{type(owner).__name__}.{name}"
+        for owner in owners
+        if owner is not None
+        for name in vars(owner)
+        if callable(getattr(type(owner), name, None))
+    }
+    if Optimizer.add_param_group is not ADD_PARAM_GROUP:
+        found.add("Optimizer.add_param_group")
+    return found

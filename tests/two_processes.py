@@ -1,0 +1,92 @@
+"""A fit in two processes on one CPU, and what each of them noted."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from small import trainer
+
+SAMPLES, FEATURES = 32, 5
+
+
+def forked(**options: Any) -> DDPStrategy:
+    return DDPStrategy(start_method="fork", timeout=timedelta(seconds=60), **options)
+
+
+def two(callbacks: list[Callback], options: dict[str, Any] | None = None, **arguments: Any) -> Trainer:
+    """A Trainer of two processes."""
+    return trainer(
+        devices=2, strategy=forked(**(options or {})), use_distributed_sampler=False, callbacks=callbacks, **arguments
+    )
+
+
+def regression() -> TensorDataset:
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(SAMPLES, FEATURES, generator=generator)
+    return TensorDataset(inputs, inputs @ torch.randn(FEATURES, 1, generator=generator))
+
+
+class Regressor(LightningModule):
+    """Each process trains on samples of its own; all together they make the batch of a single process."""
+
+    def __init__(self, batch_size: int = 8) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        torch.manual_seed(11)
+        self.backbone = nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh())
+        self.head = nn.Linear(6, 1)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rank, processes = self.trainer.global_rank, self.trainer.world_size
+        own = TensorDataset(*(part[rank::processes] for part in regression().tensors))
+        return DataLoader(own, batch_size=self.batch_size // processes)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        return ((self.head(self.backbone(inputs)) - targets) ** 2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+class Notes(Callback):
+    """Writes each process's weights after every epoch, and the rates of its steps, into a folder."""
+
+    def __init__(self, folder: str = "notes") -> None:
+        self.folder = Path(folder)
+        self.weights: list[dict[str, Tensor]] = []
+        self.rates: list[list[float]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.strategy.optimizers:
+            optimizer.register_step_pre_hook(self._rates)
+
+    def _rates(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder.mkdir(exist_ok=True)
+        inputs = [inputs for inputs, _ in getattr(pl_module, "seen", [])]
+        notes = {"weights": self.weights, "rates": self.rates, "inputs": inputs}
+        torch.save(notes, self.folder / f"rank{trainer.global_rank}.pt")
+
+    def read(self, processes: int = 2) -> list[dict[str, Any]]:
+        return [torch.load(self.folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference between two sets of weights."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
