@@ -83,7 +83,8 @@ class MixupCallback(BatchTrick):
     they index, compare, and enter metrics as the label with the larger share. Only ``F.cross_entropy``, ``F.nll_loss``,
     ``F.one_hot``, the modules built on them and ``LabelSmoothingLoss`` see the mixture. If nothing reads it in the
     first step, the run stops with an error rather than train on the wrong target. Targets that are floating point
-    (regression, multi-label, one-hot) are mixed directly.
+    (regression, multi-label, one-hot) are mixed directly. With class weights take ``LabelSmoothingLoss``: torch divides
+    the loss of mixed and of unmixed labels by different sums.
 
     When not to use it: in short runs (in imagenette's experience it pays from about 80 epochs on, and before that costs
     accuracy), with few classes and little overfitting, or where a blend of two inputs has no meaning. It saves no time

@@ -27,8 +27,8 @@ class MixedLabels(Tensor):
 
     They *are* the dominant labels: they index, compare and go into metrics as a plain integer tensor. Only
     ``F.cross_entropy``, ``F.nll_loss``, ``F.one_hot`` (and so ``nn.CrossEntropyLoss``, ``nn.NLLLoss`` and this
-    package's losses) read the mixture. Selecting, reshaping, casting to another integer type and moving keep it; any
-    other operation gives plain tensors.
+    package's losses) read the mixture. Selecting, joining, reshaping, casting to another integer type and moving keep
+    it; writing into it is refused, as it would change one label of two; any other operation gives plain tensors.
 
     Make them with [mix][lightning_speedups.core.labels.MixedLabels.mix].
     """

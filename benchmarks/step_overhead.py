@@ -1,0 +1,134 @@
+"""What each trick costs a training step beyond a bare Trainer, in microseconds.
+
+A network so small that hooks and patches are all there is to see. All arms are interleaved in one run, in an order that is shuffled anew
+each round; the difference to the bare Trainer is taken within a round. Run nothing beside it.
+
+    python benchmarks/step_overhead.py [--rounds 15] [--steps 400]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import random
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import track
+from torch import nn
+
+from lightning_speedups import (
+    FreezeBackboneFinetune,
+    LabelSmoothingLoss,
+    MixupCallback,
+    OneCycleMomentum,
+    WarmupLRScaler,
+)
+from lightning_speedups.measure.machine import machine_facts, versions
+
+ARMS = {
+    "bare Trainer": list,
+    "OneCycleMomentum": lambda: [OneCycleMomentum(0.1)],
+    "WarmupLRScaler": lambda: [WarmupLRScaler(scale=2.0, warmup_steps=100)],
+    "FreezeBackboneFinetune": lambda: [FreezeBackboneFinetune("backbone", unfreeze_at_epoch=0)],
+    "MixupCallback": lambda: [MixupCallback(seed=0)],
+    "LabelSmoothingLoss": list,
+    "all": lambda: [
+        OneCycleMomentum(0.1),
+        WarmupLRScaler(scale=2.0, warmup_steps=100),
+        FreezeBackboneFinetune("backbone", unfreeze_at_epoch=0),
+        MixupCallback(seed=0),
+    ],
+}
+
+
+class Tiny(LightningModule):
+    def __init__(self, criterion):
+        super().__init__()
+        self.backbone, self.head, self.criterion = nn.Linear(8, 8), nn.Linear(8, 4), criterion
+
+    def training_step(self, batch, batch_idx):
+        return self.criterion(self.head(self.backbone(batch[0])), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
+
+
+class Clock(Callback):
+    """Takes the median time from one step to the next, which a busy moment of the machine does not move."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.times = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.times.append(time.perf_counter())
+
+    def median(self):
+        return statistics.median(b - a for a, b in itertools.pairwise(self.times[20:]))
+
+
+class Repeat:
+    """One batch, many times."""
+
+    def __init__(self, steps):
+        self.steps, self.batch = steps, (torch.randn(16, 8), torch.randint(0, 4, (16,)))
+
+    def __len__(self):
+        return self.steps
+
+    def __iter__(self):
+        return iter([self.batch] * self.steps)
+
+
+def step_microseconds(arm: str, steps: int) -> float:
+    criterion = LabelSmoothingLoss(0.1) if arm in ("LabelSmoothingLoss", "all") else F.cross_entropy
+    clock = Clock()
+    trainer = Trainer(
+        callbacks=[clock, *ARMS[arm]()], max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Tiny(criterion), Repeat(steps))
+    return clock.median() * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step_overhead.json")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for seed in track(range(-1, args.rounds), "rounds"):
+        for arm in random.Random(seed).sample(list(ARMS), len(ARMS)):
+            taken = step_microseconds(arm, args.steps)
+            if seed >= 0:  # the first round only warms up
+                times[arm].append(taken)
+    bare = times["bare Trainer"]
+    rows = {}
+    for arm, taken in times.items():
+        extra = sorted(a - b for a, b in zip(taken, bare, strict=True))
+        quarter = len(extra) // 4
+        rows[arm] = {
+            "step_us": round(statistics.median(taken), 1),
+            "extra_us": round(statistics.median(extra), 1),
+            "extra_us_quartiles": [round(extra[quarter], 1), round(extra[-1 - quarter], 1)],
+        }
+        print(
+            f"{arm:24s} {rows[arm]['step_us']:8.1f} µs a step, {rows[arm]['extra_us']:+7.1f} {rows[arm]['extra_us_quartiles']}"
+        )
+    facts = {"machine": machine_facts(), "versions": versions(), "rounds": args.rounds, "steps": args.steps}
+    args.out.write_text(json.dumps({**facts, "arms": rows, "step_us": times}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

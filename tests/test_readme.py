@@ -1,0 +1,39 @@
+"""The README's example runs as it stands, and its commands are the ones that work."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_speedups
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
+def test_the_example_runs_as_it_stands_and_learns():
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    inputs, labels = names["data"].tensors
+    with torch.no_grad():
+        accuracy = (names["model"].net(inputs.float() / 16).argmax(1) == labels).float().mean()
+    assert accuracy > 0.9
+
+
+def test_the_two_commands_stand_there_once_each():
+    assert TEXT.count("\npip install '.[bench]' && lightning-speedups compare\n") == 1
+    assert TEXT.count("\npip install -e '.[dev]' && pytest\n") == 1
+
+
+def test_the_version_is_the_same_everywhere():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == lightning_speedups.__version__
+
+
+def test_every_result_file_that_is_named_exists():
+    named = re.findall(r"`(benchmarks/[^`]+)`", TEXT)
+    assert named
+    assert all((ROOT / name).exists() for name in named)
