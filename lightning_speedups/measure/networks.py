@@ -1,0 +1,120 @@
+"""The networks that are compared: a small convolutional one, or any of timm's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_speedups.measure.errors import CompareError
+from lightning_speedups.measure.images import ImageData
+
+__all__ = ["DEFAULT_MODEL", "ConvNet", "build_network", "load_backbone"]
+
+DEFAULT_MODEL = "convnet"
+
+
+class ConvNet(nn.Module):
+    """Convolutions with BatchNorm and ReLU in ``backbone``, one linear layer in ``head``.
+
+    A strided stem and one stage for each halving until the map is 6 pixels wide or less, so that the cost stays in
+    the millions of multiply-adds for images of any sensible size.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Classes to tell apart.
+        side: Shorter side of the images in pixels.
+        width: Channels of the stem; each stage doubles them, up to eight times as many.
+
+    Example:
+        >>> ConvNet(1, 10, side=24, width=8)(torch.zeros(2, 1, 24, 24)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, *, side: int, width: int) -> None:
+        super().__init__()
+        stride = 2 if side <= 48 else 4
+        layers: list[nn.Module] = [_block(in_channels, width, stride)]
+        channels, side = width, side // stride
+        while True:
+            layers.append(_block(channels, channels, 1))
+            if side <= 3:
+                break
+            wider = min(2 * channels, 8 * width)
+            layers.append(_block(channels, wider, 2))
+            channels, side = wider, side // 2
+        self.backbone = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
+        self.head = nn.Linear(channels, num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer, under the name that timm's models use."""
+        return self.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, (N, num_classes), of images, (N, C, H, W)."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+
+def _block(channels: int, wider: int, stride: int) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, wider, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(wider), nn.ReLU(inplace=True))
+
+
+def build_network(name: str, data: ImageData, *, width: int | None = None) -> nn.Module:
+    """A fresh network for some images, initialised from torch's global generator as any user's network is.
+
+    Args:
+        name: ``"convnet"`` or the name of a timm model.
+        data: The images it shall classify.
+        width: Channels of the ConvNet's stem; by default 24 for grey images, 32 for colour.
+
+    Returns:
+        The network; ``get_classifier()`` gives its last layer.
+
+    Raises:
+        CompareError: If timm has no model of that name, or the model can't take images of that shape.
+    """
+    _, channels, height, wide = data.x_train.shape
+    if name == DEFAULT_MODEL:
+        return ConvNet(channels, data.num_classes, side=min(height, wide), width=width or (24 if channels == 1 else 32))
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [DEFAULT_MODEL, *timm.list_models()], n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
+        raise CompareError(f"unknown model {name!r}: {hint}")
+    options: dict[str, Any] = {"num_classes": data.num_classes, "in_chans": channels}
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **options)
+        if getattr(model, "default_cfg", {}).get("fixed_input_size"):
+            model = timm.create_model(name, pretrained=False, img_size=(height, wide), **options)
+        with torch.no_grad():
+            logits = model.eval()(data.x_train[:2].float())
+    except Exception as error:  # timm's models fail in as many ways as there are models
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise CompareError(f"the model {name!r} can't take images of {wide}x{height} pixels: {reason}") from error
+    if logits.shape != (min(2, len(data.x_train)), data.num_classes):
+        raise CompareError(f"the model {name!r} gives {tuple(logits.shape)}, not one number a class for each image")
+    return model.train()
+
+
+def _classifier(network: nn.Module) -> Iterable[nn.Module]:
+    last = network.get_classifier()  # type: ignore[operator]
+    return last if isinstance(last, tuple | list) else [last]
+
+
+def load_backbone(network: nn.Module, pretrained: nn.Module) -> None:
+    """Copy the weights and running statistics of one network into another of the same kind, except the classifier.
+
+    Args:
+        network: Changed in place; keeps its own classifier.
+        pretrained: Left as it is; may have another number of classes.
+    """
+    heads = {id(tensor) for head in _classifier(network) for tensor in head.state_dict(keep_vars=True).values()}
+    own = network.state_dict(keep_vars=True)
+    state = {name: value for name, value in pretrained.state_dict().items() if id(own[name]) not in heads}
+    network.load_state_dict(state, strict=False)

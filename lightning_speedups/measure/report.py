@@ -1,0 +1,147 @@
+"""A comparison as a table for the terminal and as a picture."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, median
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from lightning_speedups.core.throughput import Spread
+from lightning_speedups.measure.results import Comparison, Run, Summary
+
+__all__ = ["figure", "table"]
+
+NOTHING = "–"
+
+
+def table(comparison: Comparison) -> Table:
+    """A rich table with one row an arm.
+
+    Args:
+        comparison: What was measured.
+
+    Returns:
+        The table, with the notes that a reader needs as its caption.
+    """
+    settings = comparison.settings
+    result = Table(
+        title=f"{settings['model']} on {settings['data']}: {settings['epochs']} epochs, {_seeds(settings['seeds'])}",
+        caption="\n".join(comparison.notes()),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    result.add_column("arm", no_wrap=True)
+    for name in ("to target, s", "epochs", "accuracy, %", "samples/s", "speed-up"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for row in comparison.summaries():
+        if row.baseline is None and result.rows:
+            result.add_section()
+        result.add_row(*_cells(row), style="bold" if row.baseline is None else None)
+    return result
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _cells(row: Summary) -> list[str]:
+    if row.accuracy is None or row.accuracy_std is None or row.throughput is None:
+        return [row.arm, "not run", *[NOTHING] * 4]
+    accuracy = f"{100 * row.accuracy:.1f}"
+    if row.runs > 1:
+        accuracy += f" ± {100 * row.accuracy_std:.1f}"
+    epochs = NOTHING if row.epochs is None or math.isinf(row.epochs.median) else f"{row.epochs.median:g}"
+    return [row.arm, _seconds(row), epochs, accuracy, f"{row.throughput.median:.0f}", _speedup(row)]
+
+
+def _range(values: Spread, digits: int, unit: str = "") -> str:
+    """The median, and from where to where for several values."""
+    middle = f"{values.median:.{digits}f}{unit}"
+    if values.count == 1:
+        return middle
+    high = "…" if math.isinf(values.high) else f"{values.high:.{digits}f}"
+    return f"{middle} ({values.low:.{digits}f}–{high})"
+
+
+def _seconds(row: Summary) -> str:
+    if row.seconds is None:
+        return NOTHING
+    reached = "" if row.reached == row.runs else f", {row.reached} of {row.runs}"
+    if math.isinf(row.seconds.median):
+        return f"not reached{reached}"
+    return _range(row.seconds, 1) + reached
+
+
+def _speedup(row: Summary) -> str:
+    if row.baseline is None:
+        return "1"
+    if row.speedup is None or row.speedup.median == 0:
+        return NOTHING
+    if math.isinf(row.speedup.median):
+        return f"only {row.arm}"
+    return _range(row.speedup, 2, "×")
+
+
+def _curve(runs: list[Run]) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Seconds (median), accuracy (mean, lowest, highest) at each epoch that all the runs have."""
+    epochs = range(min(len(run.points) for run in runs))
+    at = [[run.points[epoch] for run in runs] for epoch in epochs]
+    accuracies = [[100 * point.accuracy for point in points] for points in at]
+    seconds = [median(point.seconds for point in points) for points in at]
+    return seconds, [fmean(a) for a in accuracies], [min(a) for a in accuracies], [max(a) for a in accuracies]
+
+
+def figure(comparison: Comparison) -> Figure:
+    """Test accuracy against training seconds: a line an arm (mean over seeds), a light band from worst to best seed.
+
+    Args:
+        comparison: What was measured. An arm without a complete run is drawn from its partial one, dotted.
+
+    Returns:
+        A figure of its own, outside pyplot's global state.
+    """
+    result = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(result)
+    axes = result.add_subplot()
+    # baselines in greys, so that the colours mean tricks
+    greys = iter(("black", "dimgray", "darkgray"))
+    colours = iter([f"C{i}" for i in range(10)] * 2)
+    lines = []
+    for arm, baseline in comparison.baselines.items():
+        complete = comparison.complete(arm)
+        runs = complete or [run for run in comparison.runs if run.arm == arm and run.points][:1]
+        colour = next(greys if baseline is None else colours)
+        if not runs:
+            continue
+        seconds, mean, low, high = _curve(runs)
+        label = f"{arm}  {mean[-1]:.1f} %" + ("" if complete else " (interrupted)")
+        width = 2.6 if baseline is None else 1.8
+        style = ":" if not complete else "--" if baseline is None and arm != "plain" else "-"
+        (line,) = axes.plot(seconds, mean, style, color=colour, linewidth=width, label=label, marker="o", markersize=3)
+        axes.fill_between(seconds, low, high, color=colour, alpha=0.10, linewidth=0)
+        lines.append((mean[-1], line))
+    target = next((comparison.target_of(arm) for arm in comparison.baselines), None)
+    if target is not None:
+        axes.axhline(100 * target, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
+        axes.annotate(
+            f"target {100 * target:.1f} %", (1, 100 * target), xycoords=("axes fraction", "data"),
+            xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=8,
+        )  # fmt: skip
+    settings = comparison.settings
+    axes.set(
+        xlabel="training seconds, without evaluation",
+        ylabel="test accuracy, %",
+        title=f"{settings['model']} on {settings['data']}: mean of {_seeds(settings['seeds'])}, band worst to best",
+    )
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    if lines:
+        # in the order in which the lines end, so that the legend reads like labels beside them
+        lines.sort(key=lambda entry: -entry[0])
+        axes.legend(handles=[line for _, line in lines], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return result

@@ -1,0 +1,123 @@
+"""Measures a fit from outside: training seconds without evaluation, and what every epoch brought."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+__all__ = ["Point", "Stopwatch"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at the end of one epoch.
+
+    Attributes:
+        epoch: Epochs trained so far, from 1.
+        seconds: Training seconds so far, without evaluation.
+        samples: Samples trained on so far.
+        accuracy: Test accuracy, a fraction.
+        test_loss: Cross-entropy on the test images.
+        train_loss: Mean training loss of the epoch, as the arm defines it.
+    """
+
+    epoch: int
+    seconds: float
+    samples: int
+    accuracy: float
+    test_loss: float
+    train_loss: float
+
+
+class Stopwatch(Callback):
+    """Measures a fit from outside: training seconds without evaluation, and a `Point` after every epoch.
+
+    It runs from the start of training to its end, hooks of every callback and the Trainer's own work included, and
+    stands still during validation. It must come first in the Trainer's list of callbacks, so that it starts before
+    and stops after the hooks of the others.
+
+    Args:
+        samples_per_batch: Samples in each training batch.
+        on_batch: Called now and then with the number of batches trained so far.
+        on_point: Called with every new point, while the clock stands still.
+        clock: Seconds from an arbitrary start.
+    """
+
+    def __init__(
+        self,
+        samples_per_batch: int,
+        on_batch: Callable[[int], None] | None = None,
+        on_point: Callable[[Point], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.points: list[Point] = []
+        self.interrupted = False
+        self._samples_per_batch = samples_per_batch
+        self._on_batch, self._on_point, self._clock = on_batch, on_point, clock
+        self._seconds, self._started = 0.0, math.nan
+        self._batches, self._epoch_batches = 0, 0
+        self._loss: Tensor | float = 0.0
+
+    def _resume(self, trainer: Trainer) -> None:
+        _finish_device(trainer)
+        self._started = self._clock()
+
+    def _pause(self, trainer: Trainer) -> None:
+        _finish_device(trainer)
+        self._seconds += self._clock() - self._started
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._resume(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last epoch's loss."""
+        self._loss, self._epoch_batches = 0.0, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch; its loss stays on the device."""
+        self._batches += 1
+        self._epoch_batches += 1
+        self._loss = self._loss + outputs["loss"].detach()
+        if self._on_batch is not None and self._batches % 16 == 0:
+            self._on_batch(self._batches)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._pause(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what was measured, and start the clock again."""
+        metrics = trainer.callback_metrics
+        point = Point(
+            epoch=trainer.current_epoch + 1,
+            seconds=self._seconds,
+            samples=self._batches * self._samples_per_batch,
+            accuracy=float(metrics["test_accuracy"]),
+            test_loss=float(metrics["test_loss"]),
+            train_loss=float(self._loss) / max(1, self._epoch_batches),
+        )
+        self.points.append(point)
+        if self._on_batch is not None:
+            self._on_batch(self._batches)
+        if self._on_point is not None:
+            self._on_point(point)
+        self._resume(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remember a Ctrl-C, which the Trainer turns into an exit of the whole program."""
+        self.interrupted = isinstance(exception, KeyboardInterrupt)
+
+
+def _finish_device(trainer: Trainer) -> None:
+    if trainer.strategy.root_device.type != "cpu":
+        torch.accelerator.synchronize(trainer.strategy.root_device)

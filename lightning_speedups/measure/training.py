@@ -1,0 +1,196 @@
+"""One measured training run: an unmodified LightningModule through a real Trainer, with a stopwatch beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_speedups.measure.images import ImageData
+from lightning_speedups.measure.stopwatch import Point, Stopwatch
+
+__all__ = ["Classifier", "loaders", "quiet", "seeded", "train"]
+
+EVALUATION_BATCH = 500
+
+
+class Classifier(LightningModule):
+    """What a Lightning user writes: nothing in here knows of any trick.
+
+    Args:
+        model: The network.
+        num_classes: For the accuracy.
+        lr: Constant learning rate of SGD.
+        criterion: Training loss of (logits, targets).
+        momentum: Momentum of SGD (Nesterov).
+        weight_decay: Weight decay of SGD.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        *,
+        lr: float,
+        criterion: nn.Module | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch of (images, labels)."""
+        images, labels = batch
+        loss: Tensor = self.criterion(self.model(images), labels)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy and cross-entropy of one batch; the same loss whatever the arm trains with."""
+        images, labels = batch
+        logits = self.model(images).float()
+        self.accuracy(logits, labels)
+        self.log("test_accuracy", self.accuracy)
+        self.log("test_loss", nn.functional.cross_entropy(logits, labels), batch_size=len(labels))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with Nesterov momentum."""
+        return torch.optim.SGD(
+            self.parameters(), self.lr, momentum=self.momentum, nesterov=True, weight_decay=self.weight_decay
+        )
+
+
+class _Images(Dataset[tuple[Tensor, Tensor]]):
+    """Normalised images in whole batches: a small network would spend its time on collating single ones."""
+
+    def __init__(self, images: Tensor, labels: Tensor, statistics: tuple[Tensor, Tensor]) -> None:
+        self.images, self.labels = images, labels
+        self.mean, self.std = statistics
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(rows)
+        return (self.images[index].float() - self.mean) / self.std, self.labels[index]
+
+
+def _whole(batch: Any) -> Any:
+    return batch
+
+
+def loaders(data: ImageData, batch_size: int, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Training and test loader; the order of the training batches depends on the seed alone.
+
+    Args:
+        data: The images.
+        batch_size: Training batch size; a last, smaller batch is dropped.
+        seed: Seed of the loader's own generator.
+
+    Returns:
+        (training loader, test loader), with normalised float32 images and int64 labels.
+    """
+    statistics = data.statistics()
+    shuffle = torch.Generator().manual_seed(seed)
+    train_set = _Images(data.x_train, data.y_train, statistics)
+    test_set = _Images(data.x_test, data.y_test, statistics)
+    train_loader = DataLoader(train_set, batch_size, shuffle=True, drop_last=True, generator=shuffle, collate_fn=_whole)
+    return train_loader, DataLoader(test_set, EVALUATION_BATCH, collate_fn=_whole)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generators for a while; afterwards they are as they were.
+
+    Args:
+        seed: The seed.
+    """
+    # one device is trained on; forking the generators of many would warn
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Lightning's chatter for a while; the tricks' own warnings still come through."""
+    levels = {}
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_speedups"):
+        levels[name] = logging.getLogger(name).level
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # few workers for the loaders, fewer batches than the logging interval, an unused GPU
+            warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric)")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def train(
+    module: LightningModule,
+    data: ImageData,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    callbacks: Sequence[Callback] = (),
+    trainer: Mapping[str, Any] | None = None,
+    watch: Stopwatch | None = None,
+) -> list[Point]:
+    """Train once through a real Trainer and measure it.
+
+    Args:
+        module: The LightningModule to train, in place.
+        data: The images.
+        batch_size: Training batch size.
+        epochs: Number of epochs.
+        seed: Seed of the batches' order and of torch's global generators during the run.
+        callbacks: The tricks' callbacks.
+        trainer: Further arguments of the Trainer.
+        watch: The stopwatch to use; holds the points also when the run is interrupted.
+
+    Returns:
+        One point an epoch.
+
+    Raises:
+        KeyboardInterrupt: If the run was interrupted; Lightning would end the program instead.
+    """
+    watch = watch or Stopwatch(batch_size)
+    arguments: dict[str, Any] = {
+        "accelerator": "auto",
+        "devices": 1,
+        "precision": "32-true",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "max_epochs": epochs,
+        **(trainer or {}),
+    }
+    handler = signal.getsignal(signal.SIGINT)
+    with quiet(), seeded(seed):
+        train_loader, test_loader = loaders(data, batch_size, seed)
+        try:
+            Trainer(callbacks=[watch, *callbacks], **arguments).fit(module, train_loader, test_loader)
+        except SystemExit:
+            if not watch.interrupted:
+                raise
+            # the Trainer has switched Ctrl-C off for good
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from None
+    return watch.points

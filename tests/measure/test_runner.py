@@ -1,0 +1,233 @@
+import json
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_speedups.measure import ARMS, Arm, CompareError, ImageData, Ingredients, compare
+from lightning_speedups.measure.runner import interleaved
+
+TINY = {"samples": 80, "test_samples": 40, "epochs": 2, "batch_size": 16, "width": 4, "accelerator": "cpu"}
+
+
+def tiny(arms, **options):
+    return compare(arms=arms, progress=False, **(TINY | options))
+
+
+class Spy(Callback):
+    """Notes the weights a run starts from, and its batches; sees no run of the warm-up."""
+
+    def __init__(self, log, at):
+        self.notes, self.at = log, at
+
+    def on_train_start(self, trainer, module):
+        if trainer.limit_train_batches == 1.0:
+            self.start = [value.clone() for value in module.model.state_dict().values()]
+            self.batches = []
+            self.notes.append(self)
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.limit_train_batches == 1.0:
+            self.batches.append(batch[0].clone())
+
+
+@pytest.fixture
+def spies(monkeypatch):
+    """Two arms that differ in their loss and note what they see."""
+    log = []
+    for name, criterion in (("spy", nn.CrossEntropyLoss), ("other", lambda: nn.CrossEntropyLoss(label_smoothing=0.3))):
+        arm = Arm(name, "notes", lambda at, criterion=criterion: Ingredients([Spy(log, at)], {}, criterion()))
+        monkeypatch.setitem(ARMS, name, arm)
+    return log
+
+
+@pytest.fixture
+def bomb(monkeypatch):
+    """An arm that presses Ctrl-C at the start of an epoch."""
+
+    def arm(epoch):
+        class Bomb(Callback):
+            def on_train_epoch_start(self, trainer, module):
+                if trainer.current_epoch == epoch and trainer.limit_train_batches == 1.0:
+                    signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setitem(ARMS, "bomb", Arm("bomb", "Ctrl-C", lambda at: Ingredients([Bomb()])))
+
+    return arm
+
+
+def test_arms_of_a_seed_start_from_the_same_weights_and_see_the_same_batches(spies):
+    result = tiny(["spy", "other"], seeds=2)
+    by = {(run.arm, run.seed): None for run in result.runs if run.arm != "plain"}
+    for key, spy in zip(by, spies, strict=True):
+        by[key] = spy
+        assert spy.at.seed == key[1]
+        assert len(spy.batches) == 2 * 5
+    for seed in (0, 1):
+        one, two = by["spy", seed], by["other", seed]
+        assert all(map(torch.equal, one.start, two.start))
+        assert all(map(torch.equal, one.batches, two.batches))
+    assert not torch.equal(by["spy", 0].start[0], by["spy", 1].start[0])
+    assert not torch.equal(by["spy", 0].batches[0], by["spy", 1].batches[0])
+    assert not torch.equal(by["spy", 0].batches[0], by["spy", 0].batches[5])  # the epochs are shuffled anew
+    points = {(run.arm, run.seed): run.points for run in result.runs}
+    for key in (("spy", 0), ("spy", 1)):
+        # "spy" adds nothing: it must train like plain, point by point
+        assert [p.test_loss for p in points[key]] == [p.test_loss for p in points["plain", key[1]]]
+    assert points["other", 0][-1].test_loss != points["spy", 0][-1].test_loss
+
+
+def test_the_pretrained_pair_starts_from_one_pretrained_backbone(spies, monkeypatch):
+    build = ARMS["spy"].build
+    for name, baseline in (("base", None), ("with_trick", "base")):
+        monkeypatch.setitem(ARMS, name, Arm(name, "notes", build, baseline, pretrained=True))
+    result = tiny(["spy", "base", "with_trick"], seeds=1)
+    start = {run.arm: None for run in result.runs if run.arm != "plain"}
+    for arm, spy in zip(start, spies, strict=True):
+        start[arm] = spy.start
+    assert all(map(torch.equal, start["base"], start["with_trick"]))
+    same = [torch.equal(a, b) for a, b in zip(start["base"], start["spy"], strict=True)]
+    assert same[-2:] == [True, True]  # the seed's own classifier
+    assert not any(same[:-2:6])  # every convolution was pretrained
+    runs = {run.arm: run for run in result.runs}
+    assert runs["base"].pretrain_seconds == runs["with_trick"].pretrain_seconds > 0
+    assert runs["spy"].pretrain_seconds == 0
+    assert runs["base"].points[0].epoch == 1
+
+
+def test_runs_are_interleaved_seed_by_seed():
+    arms = [ARMS[name] for name in ("plain", "warmup", "onecycle", "mixup", "smoothing")]
+    order = interleaved(arms, range(4))
+    assert [seed for seed, _ in order] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
+    rounds = [[arm.name for _, arm in order[5 * seed : 5 * seed + 5]] for seed in range(4)]
+    assert all(sorted(names) == sorted(arm.name for arm in arms) for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1
+    assert order == interleaved(arms, range(4))
+
+
+def test_a_comparison_from_end_to_end(tmp_path):
+    seen = []
+    result = tiny(
+        ["smoothing"], seeds=2, out=tmp_path / "new" / "folder", on_run=lambda so_far: seen.append(len(so_far.runs))
+    )
+    assert seen == [1, 2, 3, 4]
+    assert {(run.arm, run.seed, run.complete, len(run.points)) for run in result.runs} == {
+        (arm, seed, True, 2) for arm in ("plain", "smoothing") for seed in (0, 1)
+    }
+    document = json.loads((tmp_path / "new" / "folder" / "compare.json").read_text())
+    assert document == json.loads(result.to_json())
+    assert document["settings"]["samples"] == 80
+    assert document["settings"]["arms"].keys() == {"plain", "smoothing"}
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["machine"]["cores"] >= 1
+    assert document["machine"]["cpu"]
+    assert document["interrupted"] is False
+    for run in document["runs"]:
+        first, last = run["points"]
+        assert 0 < first["seconds"] < last["seconds"]
+        assert (first["samples"], last["samples"]) == (80, 160)
+        assert 0 <= last["accuracy"] <= 1
+    assert sorted(entry.name for entry in (tmp_path / "new" / "folder").iterdir()) == ["compare.json", "compare.png"]
+    assert result.summary("plain").reached == 2  # by the definition of the target
+    assert result.table().row_count == 2
+
+
+def test_every_arm_trains():
+    result = tiny(None, seeds=1, samples=128, epochs=4)
+    assert {run.arm for run in result.runs if run.complete} == set(ARMS)
+    assert {run.arm: len(run.points) for run in result.runs} == {name: 4 for name in ARMS} | {"short": 3}
+    assert result.table().row_count == len(ARMS)
+
+
+def test_every_arm_trains_a_timm_model():
+    result = tiny(None, seeds=1, samples=96, epochs=1, model="mobilenetv3_small_050")
+    assert {run.arm for run in result.runs if run.complete} == set(ARMS)
+
+
+def test_own_images_are_taken_as_they_are():
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (64, 3, 16, 16), generator=g, dtype=torch.uint8)
+    labels = torch.arange(64) % 2
+    images[labels == 1] //= 2
+    data = ImageData("halves", images, labels, images, labels, 2)
+    result = compare(
+        data, ["plain"], progress=False, **(TINY | {"samples": None, "test_samples": None, "epochs": 3, "seeds": 1})
+    )
+    assert result.settings["image"] == [3, 16, 16]
+    assert result.settings["data"] == "halves"
+    assert result.chance == 0.5
+    assert result.runs[0].points[-1].accuracy > 0.9
+
+
+def test_ctrl_c_leaves_what_was_measured(bomb, tmp_path):
+    bomb(1)
+    handler = signal.getsignal(signal.SIGINT)
+    result = tiny(["plain", "bomb"], seeds=3, epochs=3, out=tmp_path)
+    assert result.interrupted
+    assert signal.getsignal(signal.SIGINT) is handler
+    partial = result.runs[-1]
+    assert (partial.arm, partial.complete, len(partial.points)) == ("bomb", False, 1)
+    assert all(run.arm == "plain" and run.complete for run in result.runs[:-1])
+    document = json.loads((tmp_path / "compare.json").read_text())
+    assert document["interrupted"] is True
+    assert [run["complete"] for run in document["runs"]] == [run.complete for run in result.runs]
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_before_the_first_point(bomb, tmp_path):
+    bomb(0)
+    result = tiny(["bomb"], seeds=1, out=tmp_path)
+    assert result.interrupted
+    assert result.runs[-1].points == []
+    assert (tmp_path / "compare.png").exists()
+    result.table()
+
+
+def test_results_so_far_are_on_disk_when_a_run_dies(monkeypatch, tmp_path):
+    class Dies(Callback):
+        def on_train_start(self, trainer, module):
+            if trainer.limit_train_batches == 1.0:
+                assert json.loads((tmp_path / "compare.json").read_text())["runs"][0]["arm"] == "plain"
+                raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(ARMS, "dies", Arm("dies", "", lambda at: Ingredients([Dies()])))
+    monkeypatch.setattr("lightning_speedups.measure.runner.random.Random.shuffle", lambda *_: None)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        tiny(["dies"], seeds=1, out=tmp_path)
+    assert (tmp_path / "compare.json").exists()
+
+
+def test_an_arm_that_can_not_run_is_found_before_anything_trains(monkeypatch, tmp_path):
+    class Refuses(Callback):
+        def setup(self, trainer, module, stage):
+            raise MisconfigurationException("two owners\nof the learning rate")
+
+    monkeypatch.setitem(ARMS, "refuses", Arm("refuses", "", lambda at: Ingredients([Refuses()])))
+    with pytest.raises(CompareError, match="the arm 'refuses' can't run: two owners of the learning rate"):
+        tiny(["refuses"], seeds=1, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 81}, "--batch-size 81 is more than the 80 training images"),
+        ({"image_size": 32}, "--image-size is for folders"),
+        ({"model": "resnet81"}, "unknown model"),
+        ({"seeds": 0}, "--seeds"),
+        ({"data": "/nowhere"}, "no such file or folder: /nowhere"),
+        ({"out": "/dev/null/results"}, "can't write to the folder /dev/null/results"),
+    ],
+)
+def test_what_can_not_be_done_is_refused(options, message):
+    with pytest.raises(CompareError, match=message):
+        tiny(["plain"], **options)
+
+
+def test_threads_are_put_back():
+    torch.set_num_threads(1)
+    assert tiny(["plain"], seeds=1, epochs=1, threads=2).machine["threads"] == 2
+    assert torch.get_num_threads() == 1
