@@ -56,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", type=int, metavar="N", help="channels of convnet's stem, 4 to 1024 (default: 24 grey, 32 colour)")
     add("--image-size", type=int, metavar="N", help="side for a folder's images, 8 to 512 (default: 64 or less)")
     add("--pretrain-epochs", type=int, metavar="N", help="before finetune and freeze, 1 to 1000 (default: epochs / 2)")
-    add("--target", type=float, metavar="X", help="accuracy to reach, 0 to 1 (default: what each plain run reaches)")
+    add(
+        "--target",
+        type=float,
+        metavar="X",
+        help="accuracy to reach, 0 to 1 (default: the lowest that a plain run ends with)",
+    )
     add("--accelerator", default="auto", metavar="NAME", help="auto, cpu, gpu, cuda or mps (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="torch's threads, 1 to 1024 (default: torch's choice)")
     add("--out", default="compare-results", metavar="DIR", help="folder for the results (default: %(default)s)")

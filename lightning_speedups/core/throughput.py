@@ -101,7 +101,9 @@ def time_to_target(points: Iterable[tuple[float, float]], target: float) -> floa
 
 
 def common_target(runs: Iterable[Sequence[float]]) -> float | None:
-    """The highest accuracy that every run reaches: the lowest, over runs, of the best accuracy of the run.
+    """The accuracy that every run ends with or above: the lowest, over runs, of the last accuracy of the run.
+
+    Not of the best one: a lucky peak on the way is not what a run leaves behind.
 
     Args:
         runs: The accuracies of each run in the order of their measurement; empty runs are left out.
@@ -110,11 +112,11 @@ def common_target(runs: Iterable[Sequence[float]]) -> float | None:
         The target, or ``None`` when there is no run with a number in it.
 
     Example:
-        >>> common_target([[0.5, 0.9, 0.8], [0.6, 0.7]])
+        >>> common_target([[0.5, 0.9, 0.8], [0.9, 0.7]])
         0.7
     """
     finite = [[accuracy for accuracy in run if math.isfinite(accuracy)] for run in runs]
-    return min((max(run) for run in finite if run), default=None)
+    return min((run[-1] for run in finite if run), default=None)
 
 
 def paired_speedup(baseline: Sequence[float], trick: Sequence[float]) -> Spread | None:

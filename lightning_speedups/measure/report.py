@@ -110,7 +110,7 @@ def figure(comparison: Comparison) -> Figure:
     axes = result.add_subplot()
     # baselines in greys, so that the colours mean tricks
     greys = iter(("black", "dimgray", "darkgray"))
-    colours = iter([f"C{i}" for i in range(10)] * 2)
+    colours = iter([f"C{i}" for i in range(10) if i != 7] * 2)  # C7 is a grey
     lines = []
     for arm, baseline in comparison.baselines.items():
         complete = comparison.complete(arm)

@@ -92,7 +92,7 @@ class Comparison:
         machine: What it ran on.
         versions: Of the software.
         chance: Accuracy of always answering the commonest class, a fraction.
-        target: Accuracy to reach, a fraction; by default each baseline's own: what each of its runs reached.
+        target: Accuracy to reach, a fraction; by default each baseline's own: the lowest that its runs ended with.
         interrupted: Whether a Ctrl-C ended it early.
     """
 
@@ -110,7 +110,7 @@ class Comparison:
         return [run for run in self.runs if run.arm == arm and run.complete and run.points]
 
     def target_of(self, arm: str) -> float | None:
-        """The accuracy that counts as "there" for an arm: asked for, or reached by every run of its baseline."""
+        """The accuracy that counts as "there": asked for, or the lowest that a run of the arm's baseline ended with."""
         if self.target is not None:
             return self.target
         baseline = self.baselines[arm] or arm
@@ -157,7 +157,7 @@ class Comparison:
             target = self.target_of(baseline)
             if target is None:
                 continue
-            origin = "as asked for" if self.target is not None else f"which {baseline} reached with every seed"
+            origin = "as asked for" if self.target is not None else f"the lowest that a run of {baseline} ended with"
             of = "all arms" if self.target is not None else f"{baseline} and the arms measured against it"
             notes.append(f"Target of {of}: {target:.1%}, {origin}.")
             if target <= 1.2 * self.chance:

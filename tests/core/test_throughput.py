@@ -48,8 +48,8 @@ def test_a_diverged_point_never_reaches_a_target():
     assert time_to_target([(1.0, math.nan)], 0.1) == math.inf
 
 
-def test_common_target_is_the_lowest_of_the_best():
-    assert common_target([[0.5, 0.9, 0.8], [0.85, 0.1], [0.95]]) == 0.85
+def test_common_target_is_the_lowest_of_the_last():
+    assert common_target([[0.5, 0.9, 0.8], [0.1, 0.85], [0.95]]) == 0.8
     assert common_target([[math.nan, 0.3], []]) == 0.3
     assert common_target([[], [math.nan]]) is None
 
