@@ -35,6 +35,7 @@ from lightning_speedups.measure.machine import machine_facts, versions
 
 ARMS = {
     "bare Trainer": list,
+    "empty Callback": lambda: [Callback()],
     "OneCycleMomentum": lambda: [OneCycleMomentum(0.1)],
     "WarmupLRScaler": lambda: [WarmupLRScaler(scale=2.0, warmup_steps=100)],
     "FreezeBackboneFinetune": lambda: [FreezeBackboneFinetune("backbone", unfreeze_at_epoch=0)],
