@@ -15,7 +15,8 @@ def test_there_are_notebooks():
 
 @pytest.mark.filterwarnings("default")  # Jupyter's own; those of the notebook's code come in its kernel, not here
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_it_runs_and_draws(path, tmp_path):
+def test_it_runs_and_draws(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torch's spinning threads collapse on a busy machine
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": tmp_path}}).execute()
     drawn = sum("plt.subplots" in cell.source or ".figure()" in cell.source for cell in notebook.cells)
