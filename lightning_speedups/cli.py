@@ -102,9 +102,8 @@ def _compare(args: argparse.Namespace) -> int:
         result = compare(args.data, names, settings=settings, out=args.out, progress=not args.no_progress)
     except CompareError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted before the first run: nothing measured\n")
-        return INTERRUPTED
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a table is not lost for a sign that the terminal lacks
     # a pipe has no width of its own
     Console(width=None if sys.stdout.isatty() else 100).print(result.table())
     sys.stdout.write(f"Written: {args.out}/compare.png and {args.out}/compare.json\n")
@@ -129,4 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
     except SystemExit as exit_:
         return int(exit_.code or 0)
-    return _compare(args)
+    try:
+        return _compare(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted before the first run: nothing measured\n")
+        return INTERRUPTED

@@ -68,17 +68,15 @@ class ImageData:
 
 
 def subset(count: int, keep: int | None) -> Tensor:
-    """Rows to keep: all of them, in order, or a seeded choice without replacement.
+    """Rows to keep, shuffled by a fixed seed: data may be sorted by class, and their first ones stand for all.
 
     Args:
         count: How many there are.
-        keep: How many to keep at most; ``None`` keeps all.
+        keep: How many to keep at most, without replacement; ``None`` keeps all.
 
     Returns:
         int64 indices.
     """
-    if keep is None or keep >= count:
-        return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(SUBSET_SEED))[:keep]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["load_data", "load_folder", "load_npz"]
 
 # np.load answers damaged or foreign files with any of these; an .npy file is an array, which has no `files`
-DAMAGED = (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (
+    OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, RuntimeError,
+    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
+)  # fmt: skip
 
 
 def load_data(path: str | Path, *, image_size: int | None = None, samples: int | None = None) -> ImageData:
@@ -37,9 +41,13 @@ def load_data(path: str | Path, *, image_size: int | None = None, samples: int |
         CompareError: If the path does not exist or what lies there can't be used.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise CompareError(f"can't look at {str(path)[:150]}: {error.strerror or error}") from error
+    if is_folder:
         return load_folder(path, image_size=image_size, samples=samples)
-    if not path.exists():
+    if not exists:
         raise CompareError(f"no such file or folder: {path}")
     if image_size is not None:
         raise CompareError("--image-size is for folders of images; the images of an .npz file are taken as they are")
@@ -87,6 +95,8 @@ def load_npz(path: Path) -> ImageData:
             )
         if len(images) != len(labels):
             raise CompareError(f"{path}: x_{split} has {len(images)} images but y_{split} has {len(labels)} labels")
+        if labels.max() > np.iinfo(np.int64).max:
+            raise CompareError(f"{path}: labels must be class indices from 0, y_{split} has {labels.max()}")
         if labels.min() < 0:
             raise CompareError(f"{path}: labels must be >= 0, y_{split} has {labels.min()}")
         channels_last = images if images.ndim == 4 else images[..., None]
@@ -147,7 +157,7 @@ def load_folder(path: Path, *, image_size: int | None = None, samples: int | Non
         try:
             with Image.open(file) as image:
                 return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise CompareError(f"can't read the image {file}: {' '.join(str(error).split())[:150]}") from error
 
     files = splits["train"].samples

@@ -138,6 +138,7 @@ def figure(comparison: Comparison) -> Figure:
         ylabel="test accuracy, %",
         title=f"{settings['model']} on {settings['data']}: mean of {_seeds(settings['seeds'])}, band worst to best",
     )
+    axes.title.set_parse_math(False)  # a file's name may hold a dollar sign
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     if lines:

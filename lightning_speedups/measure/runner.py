@@ -6,6 +6,7 @@ import contextlib
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def compare(
         out: Folder for ``compare.json`` (rewritten after every run) and ``compare.png``; ``None`` writes nothing.
         progress: Whether to show progress bars on stderr.
         on_run: Called after every run with what was measured so far.
-        **options: Fields of `Settings`, in place of ``settings``.
+        **options: Fields of `Settings`; they win over those of ``settings``.
 
     Returns:
         All runs. After a Ctrl-C those so far, with ``interrupted`` set.
@@ -189,11 +190,11 @@ def compare(
         >>> [run.arm for run in result.runs if run.complete]
         ['plain', 'smoothing']
     """
-    settings = settings or Settings(**options)
-    chosen = choose_arms(arms)
-    folder = _folder(out)
+    settings = replace(settings, **options) if settings else Settings(**options)
+    chosen = choose_arms([arms] if isinstance(arms, str) else arms)
     images = _images(data, settings)
     bench = _Workbench(images, settings)
+    folder = _folder(out)
     seeds, epochs = settings.run_seeds, settings.run_epochs
     batches = len(seeds) * sum(arm.epochs(epochs) for arm in chosen) * bench.batches_per_epoch
     if any(arm.pretrained for arm in chosen):

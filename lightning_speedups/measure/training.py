@@ -124,6 +124,17 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _own_autotuning() -> Iterator[None]:
+    """Start without cuDNN's autotuning and put it back: a Trainer that is asked for it switches it on for good."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence Lightning's chatter for a while; the tricks' own warnings still come through."""
     levels = {}
@@ -183,7 +194,7 @@ def train(
         **(trainer or {}),
     }
     handler = signal.getsignal(signal.SIGINT)
-    with quiet(), seeded(seed):
+    with quiet(), seeded(seed), _own_autotuning():
         train_loader, test_loader = loaders(data, batch_size, seed)
         try:
             Trainer(callbacks=[watch, *callbacks], **arguments).fit(module, train_loader, test_loader)

@@ -23,9 +23,20 @@ def test_limited_keeps_pairs_together_and_repeats_itself(data):
     assert torch.equal(few.x_train, data.limited(20, None).x_train)
 
 
-def test_a_limit_above_the_count_changes_nothing(data):
-    assert torch.equal(data.limited(1000, None).x_train, data.x_train)
-    assert len(data.x_train) == 60
+def test_a_limit_above_the_count_keeps_all_and_shuffles_what_was_sorted(data):
+    whole = data.limited(1000, None)
+    rows = [next(i for i in range(60) if torch.equal(data.x_train[i], image)) for image in whole.x_train]
+    assert sorted(rows) == list(range(60))
+    assert rows != sorted(rows)
+
+
+def test_statistics_of_data_sorted_by_class_are_not_those_of_its_first_class():
+    images = torch.zeros(4000, 1, 2, 2, dtype=torch.uint8)
+    images[2000:] = 200
+    data = ImageData("sorted", images, torch.arange(4000) // 2000, images[:2], torch.tensor([0, 1]), 2)
+    mean, std = data.limited(None, None).statistics()
+    assert mean.item() == pytest.approx(100, abs=10)
+    assert std.item() == pytest.approx(100, abs=5)
 
 
 def test_chance_is_the_share_of_the_commonest_test_class(data):

@@ -30,6 +30,26 @@ def test_npz_becomes_channels_first(tmp_path):
     assert (data.num_classes, data.name) == (3, "a.npz")
 
 
+def test_damage_anywhere_in_the_file_is_one_clear_error(tmp_path):
+    np.savez_compressed(tmp_path / "good.npz", **arrays())
+    good, told = (tmp_path / "good.npz").read_bytes(), 0
+    for _ in range(300):
+        damaged = bytearray(good)
+        for place in RNG.integers(0, len(good), 3):
+            damaged[place] = RNG.integers(0, 256)
+        (tmp_path / "bad.npz").write_bytes(damaged)
+        try:
+            load_data(tmp_path / "bad.npz")
+        except CompareError:
+            told += 1
+    assert told > 50
+
+
+def test_a_path_that_is_too_long_is_one_clear_error():
+    with pytest.raises(CompareError, match="can't look at aaa"):
+        load_data("a" * 5000)
+
+
 def test_grey_npz_without_a_channel_axis(tmp_path):
     np.savez(
         tmp_path / "a.npz",
@@ -53,6 +73,10 @@ def test_grey_npz_without_a_channel_axis(tmp_path):
         ({"y_train": np.zeros(12)}, "y_train must be integers"),
         ({"y_train": np.zeros((12, 1), int)}, "y_train must be integers"),
         ({"y_train": np.arange(11)}, "12 images but y_train has 11 labels"),
+        (
+            {"y_train": np.full(12, 2**63, np.uint64)},
+            "labels must be class indices from 0, y_train has 9223372036854775808",
+        ),
         ({"y_train": np.arange(12) % 3 - 1}, "labels must be >= 0, y_train has -1"),
         ({"x_test": np.zeros((6, 7, 5, 3), np.uint8)}, "differ in shape"),
         ({"y_test": np.array([0, 1, 2, 0, 1, 9])}, "y_test has label 9, which y_train lacks"),

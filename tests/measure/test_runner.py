@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_speedups.measure import ARMS, Arm, CompareError, ImageData, Ingredients, compare
+from lightning_speedups.measure import ARMS, Arm, CompareError, ImageData, Ingredients, Settings, compare
 from lightning_speedups.measure.runner import interleaved
 
 TINY = {"samples": 80, "test_samples": 40, "epochs": 2, "batch_size": 16, "width": 4, "accelerator": "cpu"}
@@ -154,12 +154,18 @@ def test_own_images_are_taken_as_they_are():
     images[labels == 1] //= 2
     data = ImageData("halves", images, labels, images, labels, 2)
     result = compare(
-        data, ["plain"], progress=False, **(TINY | {"samples": None, "test_samples": None, "epochs": 3, "seeds": 1})
+        data, ["plain"], progress=False, **(TINY | {"samples": None, "test_samples": None, "epochs": 10, "seeds": 1})
     )
     assert result.settings["image"] == [3, 16, 16]
     assert result.settings["data"] == "halves"
     assert result.chance == 0.5
     assert result.runs[0].points[-1].accuracy > 0.9
+
+
+def test_options_win_over_settings_and_one_arm_needs_no_list():
+    settings = Settings(seeds=1, epochs=1, samples=64, test_samples=30, batch_size=16, width=4)
+    result = compare(arms="plain", settings=settings, epochs=2, progress=False)
+    assert [len(run.points) for run in result.runs] == [2]
 
 
 def test_ctrl_c_leaves_what_was_measured(bomb, tmp_path):

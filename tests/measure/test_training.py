@@ -119,6 +119,21 @@ def test_global_generators_are_left_alone(data):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_autotuning_starts_off_and_is_put_back(data, monkeypatch, before):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    seen = []
+
+    class Watching(Callback):
+        def on_train_start(self, *_):
+            seen.append(torch.backends.cudnn.benchmark)
+
+    fit(module(data), data, callbacks=[Watching()], trainer={"accelerator": "cpu", "benchmark": True})
+    fit(module(data), data, callbacks=[Watching()])
+    assert seen == [True, False]
+    assert torch.backends.cudnn.benchmark is before
+
+
 def test_the_same_seed_trains_the_same_network_to_the_bit(data):
     first, again, other = (module(data, seed) for seed in (1, 1, 2))
     for one, seed in ((first, 1), (again, 1), (other, 2)):
