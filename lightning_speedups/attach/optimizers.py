@@ -283,7 +283,7 @@ def split_groups(belongs: Callable[[Tensor], bool]) -> Iterator[None]:
     def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
         given = param_group["params"]
         if isinstance(given, set):
-            add(self, param_group)  # torch says what is wrong with it
+            return add(self, param_group)  # torch says what is wrong with it
         params = [given] if isinstance(given, Tensor) else list(given)
         parts: tuple[list[Any], list[Any]] = ([], [])
         for parameter in params:

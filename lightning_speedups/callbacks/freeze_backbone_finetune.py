@@ -222,7 +222,6 @@ class FreezeBackboneFinetune(OptimizerTrick):
         if self.unfreeze_at_epoch is not None and trainer.current_epoch >= self.unfreeze_at_epoch and self._frozen:
             with rewrapped(trainer, pl_module):
                 self._unfreeze()
-        super().on_train_epoch_start(trainer, pl_module)
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Lower the backbone's rate."""

@@ -129,7 +129,6 @@ class WarmupLRScaler(OptimizerTrick):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow an accumulation that changes between epochs."""
         self._settle_factors(trainer)
-        super().on_train_epoch_start(trainer, pl_module)
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Multiply the rate."""

@@ -117,6 +117,22 @@ def soft_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> 
     return soft, share * kept + share_other * kept_other
 
 
+def smooth_targets(targets: Tensor, mass: Tensor, smoothing: float) -> Tensor:
+    """Move the share ε of each target's probability from where it is to all classes evenly.
+
+    Args:
+        targets: Class probabilities, ``(N, C, ...)``.
+        mass: Their sums over the classes, ``(N, ...)``: what is ignored gets nothing.
+        smoothing: ε in [0, 1).
+
+    Example:
+        >>> smooth_targets(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0]), 0.2)
+        tensor([[0.9000, 0.1000],
+                [0.0000, 0.0000]])
+    """
+    return targets * (1 - smoothing) + mass.unsqueeze(1) * (smoothing / targets.shape[1])
+
+
 def _one_hot(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     labels = labels.long()  # a byte never equals -100, or does so for the wrong reason
     kept = labels != ignore_index
@@ -171,10 +187,9 @@ def _mixed_cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     single = input.ndim == 1
     input, labels = _batched(input, target)
-    num_classes = input.shape[1]
-    soft, mass = soft_targets(labels, num_classes, ignore_index)
+    soft, mass = soft_targets(labels, input.shape[1], ignore_index)
     if label_smoothing > 0.0:  # here, not in torch, which would smooth ignored samples as well
-        soft = soft * (1 - label_smoothing) + mass.unsqueeze(1) * (label_smoothing / num_classes)
+        soft = smooth_targets(soft, mass, label_smoothing)
     loss = F.cross_entropy(input, soft, weight=weight, reduction="sum" if reduction == "mean" else reduction)
     if reduction == "mean":
         return loss / mass.sum()

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.labels import MixedLabels, soft_targets
+from lightning_speedups.core.labels import MixedLabels, smooth_targets, soft_targets
 
 Reduction = Literal["none", "mean", "sum"]
 
 
 def smooth(targets: Tensor, smoothing: float) -> Tensor:
-    """Move the share ε of each target's probability from where it is to all classes evenly.
+    """Smooth probabilities that have not been smoothed yet.
 
     A target in which every class already has some probability has been smoothed before (or comes from a teacher) and is
     left as it is. With two classes that holds for mixed probabilities as well: there, mix labels, not probabilities.
@@ -31,9 +31,8 @@ def smooth(targets: Tensor, smoothing: float) -> Tensor:
         tensor([[0.9000, 0.1000],
                 [0.9000, 0.1000]])
     """
-    spread = targets.sum(1, keepdim=True) * (smoothing / targets.shape[1])
     already = targets.amin(1, keepdim=True) > 0
-    return torch.where(already, targets, targets * (1 - smoothing) + spread)
+    return torch.where(already, targets, smooth_targets(targets, targets.sum(1), smoothing))
 
 
 class LabelSmoothingLoss(nn.Module):
@@ -116,7 +115,7 @@ class LabelSmoothingLoss(nn.Module):
         if isinstance(target, MixedLabels) or soft:
             if not soft:
                 target, mass = soft_targets(target, input.shape[1], self.ignore_index)
-                smoothed = target * (1 - self.smoothing) + mass.unsqueeze(1) * (self.smoothing / input.shape[1])
+                smoothed = smooth_targets(target, mass, self.smoothing)
             else:
                 smoothed = smooth(target, self.smoothing)
             loss = F.cross_entropy(input, smoothed, weight, reduction="none")
