@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
+
+from torch import Tensor
 
 Place = int | str
 """Where a part stands in a batch: an index (list, tuple), a key (mapping) or an attribute (any object)."""
@@ -34,6 +36,32 @@ def get_part(batch: Any, place: Place) -> Any:
     except (LookupError, AttributeError):
         pass
     raise LookupError(f"no part {place!r} in {_describe(batch)}")
+
+
+def count_samples(batch: Any) -> int | None:
+    """Return the number of samples in a batch: the length of the first tensor found in it; None without a tensor.
+
+    Args:
+        batch: As in [get_part][lightning_speedups.core.batch.get_part], nested as it may be.
+
+    Example:
+        >>> count_samples({"id": "a", "images": [Tensor(8, 3, 4, 4)]})
+        8
+    """
+    return _count(batch, set())
+
+
+def _count(part: Any, around: set[int]) -> int | None:
+    if isinstance(part, Tensor):
+        return len(part) if part.ndim else 1
+    if id(part) in around:  # an object that holds itself
+        return None
+    if isinstance(part, (list, tuple)):
+        parts: Iterable[Any] = part
+    else:
+        parts = (part if isinstance(part, Mapping) else getattr(part, "__dict__", {})).values()
+    inside = around | {id(part)}
+    return next((count for inner in parts if (count := _count(inner, inside)) is not None), None)
 
 
 def replace_part(batch: Any, place: Place, value: Any) -> Any:

@@ -1,15 +1,21 @@
 """Schedules as pure functions: a step in, a value out.
 
 Sources: Goyal et al., arXiv:1706.02677 (warm-up); Smith & Topin, arXiv:1708.07120 and Smith, arXiv:1803.09820
-(one-cycle).
+(one-cycle); Smith, arXiv:1506.01186 (cyclic); Loshchilov & Hutter, arXiv:1608.03983 (cosine, restarts); Jeddi et al.,
+arXiv:2012.13628 (slow start, fast decay).
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 Anneal = Literal["cos", "linear"]
+Shape = Callable[[float], float]
 
 
 def ramp(step: int, steps: int, start: float, end: float) -> float:
@@ -49,7 +55,7 @@ def anneal_between(start: float, end: float, progress: float, shape: Anneal) -> 
 
 
 def one_cycle(
-    step: int,
+    step: float,
     total_steps: int,
     *,
     max_lr: float = 1.0,
@@ -105,3 +111,255 @@ def one_cycle(
         anneal_between(lr, next_lr, progress, anneal),
         anneal_between(momentum, next_momentum, progress, anneal),
     )
+
+
+def triangle(position: float, up: float, down: float) -> tuple[float, int]:
+    """Go up and down between 0 and 1, again and again.
+
+    With ``x = position / (up + down)``, less its whole part: ``x (up + down) / up`` while it rises, then
+    ``(1 - x) (up + down) / down``.
+
+    Args:
+        position: Steps since the start, 0 or more.
+        up: Length of the rise in steps, above 0.
+        down: Length of the fall in steps, above 0.
+
+    Returns:
+        The height in [0, 1], and how many cycles have ended.
+
+    Example:
+        >>> [triangle(t, 2, 4) for t in (0, 1, 2, 4, 6)]
+        [(0.0, 0), (0.5, 0), (1.0, 0), (0.5, 0), (0.0, 1)]
+    """
+    cycle = math.floor(position / (up + down))
+    place = max(0.0, position - cycle * (up + down))
+    return (place / up if place <= up else max(0.0, (up + down - place) / down)), cycle
+
+
+# Shapes: progress in [0, 1] → a factor, 1 at the peak.
+
+
+def constant(progress: float) -> float:
+    """Stay at 1.
+
+    Args:
+        progress: Position in [0, 1].
+
+    Example:
+        >>> constant(0.3)
+        1.0
+    """
+    return 1.0
+
+
+def linear(progress: float, end: float = 0.0) -> float:
+    """Fall in a straight line: ``1 + (end - 1) * progress``.
+
+    Args:
+        progress: Position in [0, 1].
+        end: Factor at the end, 0 or more.
+
+    Example:
+        >>> linear(0.25)
+        0.75
+    """
+    return anneal_between(1.0, end, progress, "linear")
+
+
+def cosine(progress: float, end: float = 0.0) -> float:
+    """Fall along half a cosine: ``end + (1 - end) / 2 * (1 + cos(pi * progress))`` (arXiv:1608.03983).
+
+    Args:
+        progress: Position in [0, 1].
+        end: Factor at the end, 0 or more.
+
+    Example:
+        >>> cosine(0.5)
+        0.5
+    """
+    return anneal_between(1.0, end, progress, "cos")
+
+
+def polynomial(progress: float, end: float = 0.0, power: float = 2.0) -> float:
+    """Fall with a power: ``end + (1 - end) * (1 - progress) ** power``.
+
+    Args:
+        progress: Position in [0, 1].
+        end: Factor at the end, 0 or more.
+        power: Above 0.
+
+    Example:
+        >>> polynomial(0.5)
+        0.25
+    """
+    return end + (1.0 - end) * math.pow(1.0 - progress, power)
+
+
+def exponential(progress: float, end: float = 0.01) -> float:
+    """Fall by the same share in each step: ``end ** progress``.
+
+    Args:
+        progress: Position in [0, 1].
+        end: Factor at the end, above 0.
+
+    Example:
+        >>> round(exponential(0.5), 3)
+        0.1
+    """
+    return math.exp(progress * math.log(end))
+
+
+def staircase(progress: float, milestones: Sequence[float] = (1 / 3, 2 / 3), gamma: float = 0.1) -> float:
+    """Fall by a factor at each milestone: ``gamma ** (milestones passed)``.
+
+    Args:
+        progress: Position in [0, 1].
+        milestones: Rising positions in [0, 1].
+        gamma: Above 0.
+
+    Example:
+        >>> [staircase(p, (0.5, 0.75), 0.5) for p in (0.4, 0.5, 0.9)]
+        [1.0, 0.5, 0.25]
+    """
+    return float(gamma ** bisect_right(milestones, progress))
+
+
+def slow_start_fast_decay(progress: float, end: float = 0.01, start: float = 0.1, rise: float = 0.5) -> float:
+    """Rise slowly, then fall fast: the form of Jeddi et al. (arXiv:2012.13628) for finetuning a trained network.
+
+    ``start + (1 - start) * (progress / rise) ** 2`` while ``progress < rise``, then ``end ** ((progress - rise) / (1 -
+    rise))``. The paper gives the form; the numbers are ours.
+
+    Args:
+        progress: Position in [0, 1].
+        end: Factor at the end, above 0.
+        start: Factor at the start, 0 or more.
+        rise: Where the peak stands, in [0, 1).
+
+    Example:
+        >>> [round(slow_start_fast_decay(p), 3) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        [0.1, 0.325, 1.0, 0.1, 0.01]
+    """
+    if progress < rise:
+        return start + (1.0 - start) * (progress / rise) ** 2
+    return exponential((progress - rise) / (1.0 - rise), end)
+
+
+def cosine_restarts(progress: float, end: float = 0.0, cycles: int = 4, growth: float = 1.0) -> float:
+    """Fall along a cosine and begin anew, ``cycles`` times (SGDR, arXiv:1608.03983).
+
+    Args:
+        progress: Position in [0, 1].
+        end: Factor at the end of each cycle, 0 or more.
+        cycles: How many, 1 or more.
+        growth: Length of each cycle over the one before, above 0.
+
+    Example:
+        >>> [round(cosine_restarts(p, cycles=2), 3) for p in (0.0, 0.25, 0.5, 1.0)]
+        [1.0, 0.5, 1.0, 0.0]
+    """
+    ends = list(accumulate(growth**i for i in range(cycles)))
+    bounds = [0.0, *(reached / ends[-1] for reached in ends)]
+    cycle = min(bisect_right(bounds, progress), cycles) - 1
+    return cosine((progress - bounds[cycle]) / (bounds[cycle + 1] - bounds[cycle]), end)
+
+
+def join(position: float, pieces: Sequence[tuple[float, Shape]]) -> float:
+    """Lay shapes end to end; each sees its own progress, and past the last one the curve stays at its end.
+
+    Args:
+        position: 0 or more, in the unit of the lengths.
+        pieces: Length, above 0, and shape of each; at least one.
+
+    Example:
+        >>> up_and_down = [(2, lambda p: p), (4, linear)]
+        >>> [join(t, up_and_down) for t in (0, 1, 2, 4, 6, 99)]
+        [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    """
+    begin = 0.0
+    for length, shape in pieces[:-1]:
+        if position < begin + length:
+            return shape(min(1.0, (position - begin) / length))
+        begin += length
+    length, shape = pieces[-1]
+    return shape((position - begin) / length if position < begin + length else 1.0)
+
+
+def with_ends(
+    shape: Shape, length: float, warmup: float, warmup_start: float, cooldown: float, cooldown_end: float
+) -> list[tuple[float, Shape]]:
+    """Give a shape a linear warm-up to where it begins, and a linear cooldown from where it ends.
+
+    Args:
+        shape: The main part.
+        length: Of the whole, in steps or in any other unit.
+        warmup: Length of the warm-up in the same unit, 0 or more.
+        warmup_start: Factor at its start.
+        cooldown: Length of the cooldown in the same unit, 0 or more; with the warm-up at most the whole.
+        cooldown_end: Factor at its end.
+
+    Returns:
+        Pieces for `join`.
+
+    Example:
+        >>> pieces = with_ends(constant, 10, 2, 0.5, 4, 0.0)
+        >>> [join(t, pieces) for t in (0, 1, 2, 6, 8, 10)]
+        [0.5, 0.75, 1.0, 1.0, 0.5, 0.0]
+    """
+    first, last = shape(0.0), shape(1.0)
+    pieces: list[tuple[float, Shape]] = [
+        (warmup, lambda p: anneal_between(warmup_start, first, p, "linear")),
+        (length - warmup - cooldown, shape),
+        (cooldown, lambda p: anneal_between(last, cooldown_end, p, "linear")),
+    ]
+    return [(piece, part) for piece, part in pieces if piece > 0]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a run's steps go along a curve: evenly, from where the curve stood when this length was settled.
+
+    Attributes:
+        length: Where the curve ends, in its own steps.
+        total: Step of the run at which it ends.
+        since: Step from which this holds.
+        start: Position on the curve at that step.
+    """
+
+    length: float
+    total: int
+    since: int = 0
+    start: float = 0.0
+
+    def position(self, step: int) -> float:
+        """Return the position on the curve at a step of the run.
+
+        Example:
+            >>> [Course(10, 10).position(t) for t in (0, 7, 12)]
+            [0.0, 7.0, 10]
+        """
+        if step >= self.total:
+            return self.length
+        return self.start + (step - self.since) * (self.length - self.start) / (self.total - self.since)
+
+    def extended(self, step: int, total: int) -> Course:
+        """Return the course that goes on from a step without a jump, and ends at another total.
+
+        Example:
+            >>> longer = Course(10, 10).extended(5, total=15)
+            >>> [longer.position(t) for t in (5, 10, 15)]
+            [5.0, 7.5, 10]
+        """
+        return Course(self.length, total, step, self.position(step))
+
+
+SHAPES: dict[str, Callable[..., float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "step": staircase,
+    "polynomial": polynomial,
+    "exponential": exponential,
+    "trapezoid": constant,
+    "slow_start_fast_decay": slow_start_fast_decay,
+    "cosine_restarts": cosine_restarts,
+}

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 
-from lightning_speedups.core.batch import get_part, replace_part
+from lightning_speedups.core.batch import count_samples, get_part, replace_part
 
 
 class Pair(NamedTuple):
@@ -68,3 +69,65 @@ def test_a_missing_part_is_an_error_that_says_what_there_is(batch, place, told):
         get_part(batch, place)
     with pytest.raises(LookupError, match=told):
         replace_part(batch, place, 0)
+
+
+class Slots:
+    __slots__ = ("images",)
+
+    def __init__(self):
+        self.images = torch.zeros(5, 3)
+
+
+@dataclass
+class Images:
+    path: str
+    pixels: torch.Tensor
+
+
+class NamedImages(NamedTuple):
+    path: str
+    pixels: torch.Tensor
+
+
+FIVE = torch.zeros(5, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        FIVE,
+        torch.zeros(5),
+        [FIVE, torch.zeros(7)],
+        (FIVE, torch.zeros(7)),
+        {"image": FIVE, "label": torch.zeros(7)},
+        {"id": ["a", "b"], "parts": {"image": (FIVE,)}},
+        [["a", "b"], "c", 3, None, FIVE],
+        Images("a.png", FIVE),
+        NamedImages("a.png", FIVE),
+        SimpleNamespace(name="a", inner=SimpleNamespace(image=FIVE)),
+        torch.nested.nested_tensor([torch.zeros(i + 1) for i in range(5)], layout=torch.jagged),
+        torch.zeros(5, 3).to_sparse(),
+        [{}, [], (), FIVE],
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_the_samples_are_the_length_of_the_first_tensor_wherever_it_is(batch):
+    assert count_samples(batch) == 5
+
+
+def test_a_tensor_of_no_dimension_is_one_sample_and_an_empty_one_none():
+    assert count_samples(torch.tensor(3.0)) == 1
+    assert count_samples([torch.zeros(0, 3), torch.zeros(5)]) == 0
+
+
+@pytest.mark.parametrize(
+    "batch", [None, 5, "text", [], {}, {"a": [1, "b"]}, SimpleNamespace(), Slots(), object(), FIVE.shape]
+)
+def test_without_a_tensor_nobody_knows_the_samples(batch):
+    assert count_samples(batch) is None
+
+
+def test_a_batch_that_holds_itself_is_counted():
+    batch = SimpleNamespace()
+    batch.itself, batch.image = batch, FIVE
+    assert count_samples(batch) == 5

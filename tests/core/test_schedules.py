@@ -1,15 +1,41 @@
-"""One-cycle against torch's OneCycleLR, ramps against closed forms."""
+"""Every curve against torch's scheduler or a closed form, and inside its bounds for any length."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    ExponentialLR,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+)
 
-from lightning_speedups.core.schedules import anneal_between, one_cycle, ramp
+from lightning_speedups.core.schedules import (
+    SHAPES,
+    Course,
+    anneal_between,
+    constant,
+    cosine,
+    cosine_restarts,
+    exponential,
+    join,
+    linear,
+    one_cycle,
+    polynomial,
+    ramp,
+    slow_start_fast_decay,
+    staircase,
+    triangle,
+    with_ends,
+)
 
 
 def torch_one_cycle(total, **shape):
@@ -77,3 +103,241 @@ def test_annealing_begins_and_ends_where_it_should(shape):
     assert anneal_between(3.0, 1.0, 0.0, shape) == 3.0
     assert anneal_between(3.0, 1.0, 1.0, shape) == 1.0
     assert anneal_between(3.0, 1.0, 0.5, shape) == pytest.approx(2.0)
+
+
+def torch_factors(make, steps):
+    """The factors that a scheduler of torch gives before each step, and after the last one."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = make(optimizer)
+    factors = []
+    for _ in range(steps + 1):
+        factors.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return factors
+
+
+SAME_AS_TORCH = {
+    "cosine": (cosine, lambda o, total: CosineAnnealingLR(o, total)),
+    "cosine, end": (lambda p: cosine(p, 0.2), lambda o, total: CosineAnnealingLR(o, total, eta_min=0.2)),
+    "linear": (linear, lambda o, total: LinearLR(o, 1.0, 0.0, total)),
+    "linear, end": (lambda p: linear(p, 0.3), lambda o, total: LinearLR(o, 1.0, 0.3, total)),
+    "polynomial": (lambda p: polynomial(p, power=3.5), lambda o, total: PolynomialLR(o, total, 3.5)),
+    "polynomial, default": (polynomial, lambda o, total: PolynomialLR(o, total, 2.0)),
+    "exponential": (lambda p: exponential(p, 0.02), lambda o, total: ExponentialLR(o, 0.02 ** (1 / total))),
+}
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 60])
+@pytest.mark.parametrize("name", SAME_AS_TORCH)
+def test_a_shape_equals_torchs_scheduler_at_every_step(name, total):
+    shape, make = SAME_AS_TORCH[name]
+    factors = torch_factors(lambda optimizer: make(optimizer, total), total)
+    np.testing.assert_allclose([shape(t / total) for t in range(total + 1)], factors, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("total", [10, 49, 120])
+def test_the_staircase_equals_torchs_multi_step(total):
+    milestones = [total // 5, total // 2, total - 1]
+    factors = torch_factors(lambda optimizer: MultiStepLR(optimizer, milestones, 0.3), total)
+    ours = [staircase(t / total, [m / total for m in milestones], 0.3) for t in range(total + 1)]
+    np.testing.assert_allclose(ours, factors, rtol=1e-9)
+
+
+def test_the_staircase_falls_at_thirds_by_ten():
+    np.testing.assert_allclose([staircase(t / 9) for t in range(9)], [1] * 3 + [0.1] * 3 + [0.01] * 3, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("first", "growth", "cycles"), [(5, 1, 4), (4, 2, 3), (3, 3, 3), (7, 1, 1)])
+def test_cosine_restarts_equal_torchs_warm_restarts(first, growth, cycles):
+    total = sum(first * growth**i for i in range(cycles))
+    factors = torch_factors(lambda o: CosineAnnealingWarmRestarts(o, first, growth, eta_min=0.1), total)
+    ours = [cosine_restarts(t / total, 0.1, cycles, growth) for t in range(total + 1)]
+    np.testing.assert_allclose(ours[:-1], factors[:-1], rtol=1e-9)
+    assert ours[-1] == pytest.approx(0.1)  # torch begins another one
+    assert factors[-1] == 1.0
+
+
+def test_cosine_restarts_may_shrink():
+    ours = [cosine_restarts(t / 6, cycles=2, growth=0.5) for t in range(7)]
+    np.testing.assert_allclose(ours, [1, 0.8535533906, 0.5, 0.1464466094, 1, 0.5, 0], atol=1e-9)
+
+
+def test_slow_start_fast_decay_is_a_parabola_and_then_an_exponential():
+    places = np.linspace(0, 1, 101)
+    rise, fall = 0.3 + 0.7 * (places / 0.4) ** 2, 0.05 ** ((places - 0.4) / 0.6)
+    ours = [slow_start_fast_decay(p, end=0.05, start=0.3, rise=0.4) for p in places]
+    np.testing.assert_allclose(ours, np.where(places < 0.4, rise, fall), rtol=1e-9)
+
+
+def test_slow_start_fast_decay_without_a_rise_only_falls():
+    assert [slow_start_fast_decay(p, 0.01, rise=0.0) for p in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.1, 0.01])
+
+
+ENDS = {  # at progress 0 and 1
+    "cosine": (1.0, 0.0),
+    "linear": (1.0, 0.0),
+    "step": (1.0, 0.01),
+    "polynomial": (1.0, 0.0),
+    "exponential": (1.0, 0.01),
+    "trapezoid": (1.0, 1.0),
+    "slow_start_fast_decay": (0.1, 0.01),
+    "cosine_restarts": (1.0, 0.0),
+}
+
+
+def test_every_shape_is_listed_with_its_ends():
+    assert ENDS.keys() == SHAPES.keys()
+    for name, ends in ENDS.items():
+        assert (SHAPES[name](0.0), SHAPES[name](1.0)) == pytest.approx(ends, abs=1e-12), name
+
+
+@given(st.floats(0, 1), st.floats(0.001, 1), st.integers(1, 9), st.floats(0.2, 5), st.floats(0.1, 6))
+def test_every_shape_is_finite_and_between_0_and_1(progress, end, cycles, growth, power):
+    for name, shape in SHAPES.items():
+        assert -1e-12 <= shape(progress) <= 1 + 1e-12, name
+    for shape in (
+        lambda p: cosine_restarts(p, end, cycles, growth),
+        lambda p: polynomial(p, end, power),
+        lambda p: exponential(p, end),
+        lambda p: linear(p, end),
+        lambda p: cosine(p, end),
+    ):
+        assert end * (1 - 1e-9) <= shape(progress) <= 1 + 1e-9
+        assert shape(1.0) == pytest.approx(end)
+        assert shape(0.0) == pytest.approx(1.0)
+
+
+def torch_triangle(up, down, mode, gamma, steps):
+    return torch_factors(
+        lambda optimizer: CyclicLR(optimizer, 0.0, 1.0, up, down, mode, gamma, cycle_momentum=False), steps
+    )
+
+
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (1, 4), (5, 2), (7, 7), (10, 3)])
+def test_the_triangle_equals_torchs_cyclic(up, down):
+    steps = 5 * (up + down) + 1
+    heights, cycles = zip(*(triangle(t, up, down) for t in range(steps + 1)), strict=True)
+    np.testing.assert_allclose(heights, torch_triangle(up, down, "triangular", 1.0, steps), atol=1e-9)
+    assert list(cycles) == [t // (up + down) for t in range(steps + 1)]
+
+
+@given(st.floats(0, 1e6), st.floats(0.01, 1e6), st.floats(0.01, 1e6))
+@example(0.3 * 3, 0.1, 0.2)  # a whole number of cycles, but for the last digit
+@example(6.6499999999999995, 0.1, 0.09)  # just before one, which the division rounds up
+def test_the_triangle_stays_between_0_and_1_and_counts_up(position, up, down):
+    height, cycle = triangle(position, up, down)
+    assert 0.0 <= height <= 1.0 + 1e-9
+    assert cycle == pytest.approx(position / (up + down), abs=1 + 1e-6)
+
+
+@given(st.floats(0.01, 1e6), st.floats(0.01, 1e6), st.integers(0, 50))
+def test_the_triangle_is_0_at_the_feet_and_1_at_the_peaks(up, down, cycle):
+    foot = cycle * (up + down)
+    slack = 1e-9 * (1 + cycle) * (up + down) / min(up, down)
+    assert triangle(foot, up, down)[0] == pytest.approx(0.0, abs=slack)
+    assert triangle(foot + up, up, down)[0] == pytest.approx(1.0, abs=slack)
+
+
+lengths = st.integers(1, 10**6)
+factor = st.floats(0, 1)
+named = st.sampled_from(sorted(SHAPES))
+
+
+@given(lengths, named, st.floats(0, 1), st.floats(0, 1), factor, factor, st.floats(0, 1.5))
+def test_a_curve_with_ends_is_finite_and_inside_its_bounds(total, name, warmup, cooldown, start, end, place):
+    assume(warmup + cooldown <= 1)
+    pieces = with_ends(SHAPES[name], total, warmup * total, start, cooldown * total, end)
+    value = join(place * total, pieces)
+    assert math.isfinite(value)
+    assert -1e-9 <= value <= 1 + 1e-9
+    assert join(int(place * total), pieces) <= 1 + 1e-9
+
+
+@given(lengths, named, st.floats(0.01, 0.98), st.floats(0.01, 0.98), factor, factor)
+def test_a_curve_with_ends_is_right_at_its_ends_and_joints(total, name, warmup, cooldown, start, end):
+    assume(warmup + cooldown <= 0.99)
+    shape = SHAPES[name]
+    up, down = warmup * total, cooldown * total
+    pieces = with_ends(shape, total, up, start, down, end)
+    assert sum(length for length, _ in pieces) == pytest.approx(total)
+    assert join(0, pieces) == pytest.approx(start)
+    assert join(up / 2, pieces) == pytest.approx((start + shape(0.0)) / 2)
+    assert join(up, pieces) == pytest.approx(shape(0.0), abs=1e-9)
+    assert join(up + (total - up - down) * 0.4, pieces) == pytest.approx(shape(0.4), abs=1e-6)
+    assert join(total - down, pieces) == pytest.approx(shape(1.0), abs=1e-9)
+    assert join(total - down / 2, pieces) == pytest.approx((shape(1.0) + end) / 2, abs=1e-9)
+    for past in (total, total + 1, 3 * total):
+        assert join(past, pieces) == pytest.approx(end, abs=1e-9)
+
+
+@given(lengths, named, factor)
+def test_without_ends_it_is_the_shape_alone(total, name, place):
+    pieces = with_ends(SHAPES[name], total, 0, 0.5, 0, 0.5)
+    assert len(pieces) == 1
+    assert join(place * total, pieces) == pytest.approx(SHAPES[name](place), abs=1e-6)
+
+
+@given(lengths, st.floats(0, 1))
+def test_ends_that_leave_nothing_between_meet_at_the_shapes_ends(total, warmup):
+    pieces = with_ends(constant, total, warmup * total, 0.5, total - warmup * total, 0.25)
+    if warmup * total < total:
+        assert join(total, pieces) == pytest.approx(0.25, abs=1e-6)
+    assert join(warmup * total, pieces) == pytest.approx(1.0, abs=1e-6)
+
+
+@given(st.lists(st.floats(0.1, 1e5), min_size=1, max_size=6), st.floats(0, 1.3))
+def test_join_gives_each_piece_its_own_progress(sizes, place):
+    seen = []
+    pieces = [(size, lambda p, i=i: seen.append((i, p)) or i + p) for i, size in enumerate(sizes)]
+    value = join(place * sum(sizes), pieces)
+    ((piece, progress),) = seen
+    assert 0.0 <= progress <= 1.0
+    assert value == piece + progress
+    assert sum(sizes[:piece]) + progress * sizes[piece] == pytest.approx(min(place, 1.0) * sum(sizes), abs=1e-6)
+
+
+def test_at_a_joint_the_next_piece_holds():
+    pieces = [(2, lambda p: 10 + p), (3, lambda p: 20 + p), (5, lambda p: 30 + p)]
+    assert [join(t, pieces) for t in (0, 1, 2, 5, 10, 11)] == [10, 10.5, 20, 30, 31, 31]
+
+
+@given(lengths, lengths, st.floats(0, 1), st.floats(0, 1))
+def test_an_extended_course_has_no_jump_and_ends_at_the_new_total(length, total, at, between):
+    step = int(at * min(length, total - 1))
+    first = Course(length, length)
+    longer = first.extended(step, total)
+    assert longer.position(step) == pytest.approx(first.position(step))
+    assert longer.position(total) == longer.position(total + 7) == length
+    middle = step + int(between * (total - step))
+    assert step <= longer.position(middle) * (1 + 1e-9) or middle < step
+    assert longer.position(middle) <= longer.position(middle + 1) * (1 + 1e-9) <= length * (1 + 1e-9)
+    again = longer.extended(middle, total + 5)
+    assert again.position(middle) == pytest.approx(longer.position(middle))
+    assert again.position(total + 5) == length
+
+
+@given(lengths, st.integers(0, 2 * 10**6))
+def test_a_course_of_its_own_length_is_the_step_itself(length, step):
+    assert Course(length, length).position(step) == min(step, length)
+
+
+def test_a_course_extended_past_its_new_total_stands_at_the_end():
+    shorter = Course(10, 10).extended(8, total=6)
+    assert [shorter.position(t) for t in (8, 9, 20)] == [10, 10, 10]
+
+
+def test_a_course_of_no_length_stands_at_its_end():
+    assert Course(0, 0).position(0) == 0
+    assert Course(0, 0).extended(0, 4).position(2) == 0
+
+
+@given(lengths, st.booleans())
+def test_one_cycle_begins_peaks_and_ends_where_it_should(total, three_phase):
+    assume(total >= 20)
+    shape = {"max_lr": 0.5, "pct_start": 0.4, "three_phase": three_phase}
+    assert one_cycle(0, total, **shape) == pytest.approx((0.02, 0.95))
+    assert one_cycle(0.4 * total - 1, total, **shape) == pytest.approx((0.5, 0.85))
+    if three_phase:
+        assert one_cycle(0.8 * total - 2, total, **shape) == pytest.approx((0.02, 0.95))
+    assert one_cycle(total - 1, total, **shape) == pytest.approx((2e-6, 0.95))

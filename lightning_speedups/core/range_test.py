@@ -1,0 +1,207 @@
+"""The learning-rate range test as arithmetic: the rates of the sweep, its smoothed loss, and the rate to suggest.
+
+Sources: Smith, arXiv:1506.01186 (the test); fastai's ``lr_find`` (smoothing, when to stop, and the valley).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal, get_args
+
+import torch
+
+from lightning_speedups.core.arguments import check_number
+
+Method = Literal["minimum", "valley", "steepest"]
+
+FEWEST_POINTS = 10
+LAST_POINTS = 5  # where the loss blows up
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a range test does, and how its result is read; checked when it is made.
+
+    Attributes:
+        min_lr: Rate of the first step, above 0.
+        max_lr: Rate of the last step, above ``min_lr``.
+        steps: Length of the sweep in optimizer steps, 10 or more.
+        method: ``"minimum"``, ``"valley"`` or ``"steepest"``, as in `suggest`.
+        beta: Weight of the past in the smoothed loss, in [0, 1).
+        stop_factor: The sweep ends early when the smoothed loss is above this many times its best, above 1.
+    """
+
+    min_lr: float = 1e-6
+    max_lr: float = 10.0
+    steps: int = 100
+    method: Method = "minimum"
+    beta: float = 0.98
+    stop_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_number("min_lr", self.min_lr, 0, above=True)
+        check_number("max_lr", self.max_lr, 0, above=True)
+        if self.max_lr <= self.min_lr:
+            raise ValueError(f"Expected `max_lr` to be above `min_lr`, which is {self.min_lr}, but got {self.max_lr}.")
+        check_number("steps", self.steps, 10, whole=True)
+        if self.method not in get_args(Method):
+            raise ValueError(f"Expected `method` to be one of {', '.join(get_args(Method))}, but got {self.method!r}.")
+        check_number("beta", self.beta, 0, 1, below=True)
+        check_number("stop_factor", self.stop_factor, 1, above=True)
+
+    def run_arguments(self) -> dict[str, Any]:
+        """Return the settings of the run itself, without how its result is read."""
+        return {name: value for name, value in vars(self).items() if name != "method"}
+
+    def read(self, rates: Sequence[float], losses: Sequence[float]) -> tuple[list[float], float]:
+        """Return the smoothed losses and the suggested rate.
+
+        Args:
+            rates: The rates of the sweep.
+            losses: The raw loss at each of them.
+
+        Raises:
+            ValueError: If nothing can be suggested, as in `suggest`.
+        """
+        smoothed = smooth(losses, self.beta)
+        return smoothed, suggest(rates, smoothed, self.method)
+
+
+def sweep_rate(step: int, steps: int, min_lr: float, max_lr: float) -> float:
+    """Go from one rate to another by the same factor at each step.
+
+    ``min_lr * (max_lr / min_lr) ** (step / (steps - 1))``
+
+    Args:
+        step: Optimizer steps done so far, in [0, steps - 1].
+        steps: Length of the sweep in optimizer steps, 2 or more.
+        min_lr: Rate at step 0, above 0.
+        max_lr: Rate at step ``steps - 1``, above 0.
+
+    Example:
+        >>> [round(sweep_rate(step, 4, 0.001, 1.0), 6) for step in range(4)]
+        [0.001, 0.01, 0.1, 1.0]
+    """
+    return min_lr * math.pow(max_lr / min_lr, step / (steps - 1))
+
+
+def smooth(losses: Sequence[float], beta: float = 0.98) -> list[float]:
+    """Average exponentially over the past, without the pull towards 0 at the start.
+
+    ``smooth[t] = sum(beta ** (t - i) * losses[i] for i <= t) / sum(beta ** (t - i) for i <= t)``
+
+    Args:
+        losses: The raw losses.
+        beta: Weight of the past, in [0, 1); 0 smooths nothing.
+
+    Example:
+        >>> [round(value, 6) for value in smooth([1.0, 4.0, 4.0], beta=0.5)]
+        [1.0, 3.0, 3.571429]
+    """
+    average, smoothed = 0.0, []
+    for count, loss in enumerate(losses, start=1):
+        average = beta * average + (1 - beta) * loss
+        smoothed.append(average / (1 - beta**count))
+    return smoothed
+
+
+def diverged(loss: float, best: float, factor: float) -> bool:
+    """Tell whether a loss is not finite, or has risen above ``factor`` times the best one.
+
+    Losses below 0 count by their distance: the limit lies ``(factor - 1) * abs(best)`` above the best.
+
+    Args:
+        loss: The smoothed loss now.
+        best: The lowest smoothed loss so far.
+        factor: Above 1.
+
+    Example:
+        >>> diverged(4.1, 1.0, 4.0), diverged(3.9, 1.0, 4.0), diverged(-0.5, -1.0, 4.0), diverged(math.nan, 1.0, 4.0)
+        (True, False, False, True)
+    """
+    return not math.isfinite(loss) or loss > best + (factor - 1) * abs(best)
+
+
+def steepest(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """Return the rate at which the loss falls fastest, by logarithm of the rate.
+
+    Args:
+        rates: Rising rates, 3 or more.
+        losses: The smoothed loss at each of them.
+
+    Example:
+        >>> steepest([1e-4, 1e-3, 1e-2, 1e-1, 1.0], [2.0, 1.9, 1.5, 0.6, 0.5])
+        0.01
+    """
+    values = torch.tensor(losses, dtype=torch.float64)
+    (slopes,) = torch.gradient(values, spacing=(torch.tensor(rates, dtype=torch.float64).log(),))
+    return rates[int(slopes.argmin())]
+
+
+def valley(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """Return the rate in the middle of the longest way down.
+
+    The way down is the longest subsequence of falling losses. Like fastai, this takes it to fill the points up to its
+    end without a gap, and goes a third and a sixth of its length into it.
+
+    Args:
+        rates: Rising rates, 1 or more.
+        losses: The smoothed loss at each of them.
+
+    Example:
+        >>> losses = [3.0, 3.1, 2.9, 2.6, 2.2, 1.7, 1.5, 1.4, 1.8, 4.0]
+        >>> valley([1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1], losses)
+        0.0003
+    """
+    tails: list[float] = []  # of the ways down of each length, how high the highest ends, with the sign turned
+    end = 0
+    for i, loss in enumerate(losses):
+        length = bisect_left(tails, -loss)
+        if length == len(tails):
+            end = i
+        tails[length : length + 1] = [-loss]
+    return rates[max(end - len(tails) + len(tails) // 3 + len(tails) // 6, 0)]
+
+
+def suggest(rates: Sequence[float], losses: Sequence[float], method: Method = "minimum") -> float:
+    """Pick a rate from a sweep.
+
+    Left out are the first tenth of the points (the average has not settled), the last five (the loss blows up), and
+    what comes after a loss that is not finite.
+
+    Args:
+        rates: The rates of the sweep.
+        losses: The smoothed loss at each of them.
+        method: ``"minimum"``: where the loss is lowest; ``"valley"``: the middle of the longest way down;
+            ``"steepest"``: where the loss falls fastest.
+
+    Raises:
+        ValueError: If there are fewer than 10 finite points, or if the loss never falls.
+
+    Example:
+        >>> rates = [sweep_rate(step, 50, 1e-5, 1.0) for step in range(50)]
+        >>> losses = [2 - rate / (rate + 0.003) + rate**2 for rate in rates]
+        >>> round(suggest(rates, losses, "steepest"), 4), round(suggest(rates, losses, "valley"), 4)
+        (0.0028, 0.0018)
+    """
+    finite = sum(1 for _ in takewhile(math.isfinite, losses))
+    if finite < FEWEST_POINTS:
+        raise ValueError(
+            f"Expected {FEWEST_POINTS} points or more from the learning-rate range test, but got {finite} before the "
+            "loss diverged or the sweep ended. Lower `min_lr`, or use more `steps`."
+        )
+    kept = slice(finite // 10, finite - LAST_POINTS)
+    rates, losses = rates[kept], losses[kept]
+    if min(losses) == losses[0]:
+        raise ValueError(
+            f"Expected the loss to fall somewhere between the rates {rates[0]:.2g} and {rates[-1]:.2g}, but it only "
+            f"rises or stays at {losses[0]:.4g}. Lower `min_lr` if it diverges at once; otherwise see whether the "
+            "model learns at all, or give a learning rate yourself."
+        )
+    if method == "minimum":
+        return rates[losses.index(min(losses))]
+    return (valley if method == "valley" else steepest)(rates, losses)
