@@ -36,7 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = compare.add_argument
     add("--quick", action="store_true", help="one seed, fewer samples and epochs: under a minute on two cores")
-    add("--arms", metavar="A,B,...", help="arms to train, separated by commas (default: all; --list-arms shows them)")
+    add(
+        "--arms",
+        metavar="A,B,...",
+        help="arms to train, separated by commas (default: all but those that must be named; --list-arms shows them)",
+    )
     add("--list-arms", action="store_true", help="show the arms and stop")
     add(
         "--data",
@@ -79,7 +83,9 @@ def _compare(args: argparse.Namespace) -> int:
     from lightning_speedups.measure import ARMS, CompareError, Settings, compare
 
     if args.list_arms:
-        sys.stdout.writelines(f"{arm.name:<10} {arm.description}\n" for arm in ARMS.values())
+        sys.stdout.writelines(
+            f"{arm.name:<10} {arm.description}{' (by name only)' * arm.on_request}\n" for arm in ARMS.values()
+        )
         return 0
     names = [name.strip() for name in args.arms.split(",") if name.strip()] if args.arms is not None else None
     try:

@@ -15,6 +15,13 @@ STOREYS = ["core", "attach", TRICKS, "recipes", "measure", "cli"]
 LIBRARIES = {"core": {"torch"}, "losses": {"torch"}, "cli": {"rich"}}
 
 
+BASES = ["trick", "optimizers"]  # of attach/, each may be built on those before it
+
+
+def grip(name):
+    return BASES.index(name) if name in BASES else len(BASES)
+
+
 def room(parts):
     return parts[0] if parts else "lightning_speedups"
 
@@ -42,8 +49,10 @@ def forbidden(path):
             theirs = room(rest)
             if mine in ("__init__", "__main__") or theirs == "lightning_speedups":
                 allowed = mine not in TRICKS | {"core", "attach"}
-            elif mine == theirs:  # trick files do not know each other; grips share their base and nothing else
-                allowed = mine in ("core", "measure", "recipes") or (mine == "attach" and rest[1:] == ["trick"])
+            elif mine == theirs:  # trick files do not know each other; grips stand on their bases and on nothing else
+                allowed = mine in ("core", "measure", "recipes") or (
+                    mine == "attach" and rest[1:] and rest[1] in BASES and BASES.index(rest[1]) < grip(here[1])
+                )
             else:
                 allowed = storey(theirs) is not None and storey(mine) is not None and storey(theirs) < storey(mine)
         else:
@@ -68,6 +77,7 @@ def test_imports_go_down_the_house_only(path):
         ("callbacks/x.py", "from lightning_speedups import MixupCallback"),
         ("callbacks/x.py", "def f():\n    from lightning_speedups.measure import compare"),
         ("attach/x.py", "from lightning_speedups.attach.batches import BatchTrick"),
+        ("attach/trick.py", "from lightning_speedups.attach.optimizers import OptimizerTrick"),
         ("cli.py", "import torch"),
     ],
 )

@@ -14,14 +14,16 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
-def test_the_example_runs_as_it_stands_and_learns():
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+def test_the_examples_run_as_they_stand():
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+        exec(compile(code, "README.md", "exec"), names)
     inputs, labels = names["data"].tensors
     with torch.no_grad():
         accuracy = (names["model"].net(inputs.float() / 16).argmax(1) == labels).float().mean()
     assert accuracy > 0.9
+    assert names["result"].suggestion > 0.01
+    assert {Path(name).stat().st_size > 10_000 for name in ("range_test.png", "schedule.png")} == {True}
 
 
 def test_the_two_commands_stand_there_once_each():

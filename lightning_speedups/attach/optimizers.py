@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from functools import partial
 from typing import Any
@@ -20,14 +20,16 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_speedups.attach.trick import Trick, callbacks_of, patch, raw_optimizers, unpatch
+from lightning_speedups.attach.trick import Trick, callbacks_of, facts, patch, raw_optimizers, unpatch
+from lightning_speedups.core.durations import Run
 
 
 class Order(IntEnum):
-    """Which values come first: absolute ones, then the factors on them."""
+    """Which values come first: absolute ones, then the factors on them, then what ends a run whatever they say."""
 
     ABSOLUTE = 10
     FACTOR = 20
+    FINAL = 30
 
 
 class OptimizerTrick(Trick):
@@ -41,9 +43,13 @@ class OptimizerTrick(Trick):
 
     def __init__(self) -> None:
         super().__init__()
+        self._handles: list[Any] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the last run."""
         self.steps_done: list[int] = []
         self._resumed = False
-        self._handles: list[Any] = []
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return what to set on a parameter group for the next step.
@@ -56,6 +62,9 @@ class OptimizerTrick(Trick):
         """
         raise NotImplementedError
 
+    def plan(self, run: Run) -> None:
+        """Settle what depends on the run's length or batch size, before the first step."""
+
     def splits_groups(self, pl_module: LightningModule) -> Callable[[Tensor], bool] | None:
         """Return a test for parameters that need groups of their own, asked before ``configure_optimizers``; None for
         no need.
@@ -67,17 +76,18 @@ class OptimizerTrick(Trick):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self.steps_done, self._resumed = [], False
+        self.forget()
         driver = _driver(trainer) or _Driver(trainer)
         if self not in driver.tricks:
             driver.tricks = sorted([*driver.tricks, self], key=lambda trick: trick.order)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count."""
+        """Start to count, and settle the plan."""
         optimizers = raw_optimizers(trainer)
         if not self._resumed or len(self.steps_done) != len(optimizers):
             # A checkpoint made without this trick: Lightning's own count, which takes all optimizers together.
             self.steps_done = [trainer.global_step // max(len(optimizers), 1)] * len(optimizers)
+        self.plan(facts(trainer, pl_module))
         for i, optimizer in enumerate(optimizers):
             self._handles.append(optimizer.register_step_post_hook(partial(self._count, trainer, i)))
         if driver := _driver(trainer):
@@ -126,14 +136,14 @@ class _Driver:
         self.shown: list[tuple[dict[str, Any], str, Any, Any]] = []  # group, key, value before, value set
         self.originals: list[tuple[Any, str, Any]] = []
         self.handles: list[Any] = []
-        self.bare: AbstractContextManager[None] | None = None
+        self.bare = False  # whether a step that did not come through Lightning shows them
         monitors = [callback for callback in callbacks_of(trainer) if isinstance(callback, LearningRateMonitor)]
         stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
             (trainer.strategy, "setup_optimizers", self.make),
             (trainer.strategy, "training_step", self.read),
             (trainer.strategy, "optimizer_step", self.step),
             (trainer.strategy, "optimizer_state", self.save),
-            *((monitor, "_extract_stats", self.read) for monitor in monitors),
+            *((monitor, "_extract_stats", self.show) for monitor in monitors),
         ]
         for owner, name, stand_in in stand_ins:
             original = getattr(owner, name)
@@ -155,13 +165,13 @@ class _Driver:
 
     def before_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self.shown:
-            self.bare = self.showing(optimizer)
-            self.bare.__enter__()
+            self.bare = True
+            self.put_on(optimizer)
 
     def after_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.bare is not None:
-            self.bare.__exit__(None, None, None)
-            self.bare = None
+        if self.bare:
+            self.bare = False
+            self.hide()
 
     def make(self, original: Callable[..., Any], trainer: Trainer) -> None:
         with ExitStack() as splits:
@@ -178,15 +188,25 @@ class _Driver:
                 raise
 
     def step(self, original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        with self.showing(getattr(optimizer, "_optimizer", optimizer)):
-            return original(optimizer, *args, **kwargs)
+        return self.show(
+            partial(original, optimizer), *args, only=getattr(optimizer, "_optimizer", optimizer), **kwargs
+        )
 
     def read(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # In manual optimization training_step steps the schedulers too: there only the step sees the values.
-        if not self.trainer.lightning_module.automatic_optimization:
+        if self.shown or not self.trainer.lightning_module.automatic_optimization:
             return original(*args, **kwargs)
-        with self.showing():
+        return self.show(original, *args, **kwargs)
+
+    def show(self, original: Callable[..., Any], *args: Any, only: Optimizer | None = None, **kwargs: Any) -> Any:
+        """Call a method with the values on the groups, of all optimizers or of one."""
+        if self.shown:  # by a call around this one, which takes them off
             return original(*args, **kwargs)
+        try:
+            self.put_on(only)
+            return original(*args, **kwargs)
+        finally:
+            self.hide()
 
     def save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         taken = self.hide()
@@ -196,39 +216,48 @@ class _Driver:
             for group, key, _, value in taken:
                 self.put(group, key, value)
 
-    @contextmanager
-    def showing(self, only: Optimizer | None = None) -> Iterator[None]:
-        """Put the tricks' values on the groups for as long as it lasts."""
-        if self.shown:
-            yield  # inside another one, which takes them off
-            return
-        tricks = [trick for trick in self.tricks if trick.is_active(self.trainer)]
-        for i, optimizer in enumerate(raw_optimizers(self.trainer)):
+    def put_on(self, only: Optimizer | None) -> None:
+        """Put the tricks' values on the groups; this runs at every step, and is written to be quick."""
+        callbacks = callbacks_of(self.trainer)
+        tricks = [trick for trick in self.tricks if trick in callbacks]
+        for i, wrapper in enumerate(self.trainer.strategy.optimizers):
+            optimizer: Optimizer = getattr(wrapper, "_optimizer", wrapper)
             if only is not None and optimizer is not only:
                 continue
             for g, group in enumerate(optimizer.param_groups):
                 values: dict[str, Any] = {}
                 for trick in tricks:
                     if len(trick.steps_done) > i:  # else it has not started yet
-                        values |= trick.group_values(i, g, trick.steps_done[i], ChainMap(values, group))
+                        now = ChainMap(values, group) if values else group
+                        values |= trick.group_values(i, g, trick.steps_done[i], now)
                 for key, value in values.items():
                     self.put(group, key, value)
-        try:
-            yield
-        finally:
-            self.hide()
 
     def put(self, group: dict[str, Any], key: str, value: Any) -> None:
-        before = group[key].clone() if isinstance(group[key], Tensor) else group[key]
-        _set(group, key, value)
-        self.shown.append((group, key, before, value))
+        before = group[key]
+        if isinstance(before, Tensor):
+            self.shown.append((group, key, before.clone(), value))
+            before.copy_(torch.as_tensor(value))  # in place: a compiled or captured step holds this very tensor
+        else:
+            self.shown.append((group, key, before, value))
+            group[key] = value
 
     def hide(self) -> list[tuple[dict[str, Any], str, Any, Any]]:
         """Give the groups their own values back, except where someone else has written; return what was taken off."""
-        taken = [entry for entry in self.shown if _equals(entry[0][entry[1]], entry[3])]
-        for group, key, before, _ in taken:
-            _set(group, key, before)
-        self.shown = []
+        shown, self.shown = self.shown, []
+        taken = []
+        for entry in shown:
+            group, key, before, value = entry
+            current = group[key]
+            if isinstance(current, Tensor):
+                if current != torch.as_tensor(value, dtype=current.dtype, device=current.device):
+                    continue
+                current.copy_(before)
+            elif current is value or current == value:
+                group[key] = before
+            else:
+                continue
+            taken.append(entry)
         return taken
 
 
@@ -245,19 +274,6 @@ class _StandIn:
 def _driver(trainer: Trainer) -> _Driver | None:
     stand_in = trainer.strategy.__dict__.get("optimizer_step")
     return stand_in.driver if isinstance(stand_in, _StandIn) else None
-
-
-def _set(group: dict[str, Any], key: str, value: Any) -> None:
-    if isinstance(group[key], Tensor):
-        group[key].copy_(torch.as_tensor(value))  # in place: a compiled or captured step holds this very tensor
-    else:
-        group[key] = value
-
-
-def _equals(current: Any, value: Any) -> bool:
-    if isinstance(current, Tensor):
-        return bool(current == torch.as_tensor(value, dtype=current.dtype, device=current.device))
-    return bool(current == value)
 
 
 @contextmanager

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_speedups.core.durations import Run
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -121,6 +124,21 @@ def total_steps(trainer: Trainer) -> int | None:
     by_epochs = None if epochs is None or epochs < 0 else steps_in_epochs(trainer, epochs)
     limits = [limit for limit in (by_epochs, trainer.max_steps) if limit is not None and limit >= 0]
     return min(limits) if limits else None
+
+
+def facts(trainer: Trainer, pl_module: LightningModule) -> Run:
+    """Return what schedules can know of a run; valid from ``on_train_start`` on.
+
+    In manual optimization the steps are the module's own: nobody knows how many there will be, and an epoch is taken to
+    have one in each batch.
+    """
+    size = loader_batch_size(trainer)
+    return Run(
+        steps=total_steps(trainer) if pl_module.automatic_optimization else None,
+        steps_in_epochs=partial(steps_in_epochs, trainer),
+        batch_size=size and size * trainer.world_size * accumulation(trainer, trainer.current_epoch),
+        optimizers=tuple(type(optimizer).__name__ for optimizer in raw_optimizers(trainer)),
+    )
 
 
 def loader_batch_size(trainer: Trainer) -> int | None:

@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_speedups.attach.optimizers import OptimizerTrick, Order
-from lightning_speedups.attach.trick import callbacks_of, raw_optimizers, total_steps
+from lightning_speedups.attach.range_test import run_range_test
+from lightning_speedups.attach.schedules import OnResume, Rates, ScheduleTrick, check_rates, entry, rate_of
 from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.range_test import Sweep
 from lightning_speedups.core.schedules import Anneal, one_cycle
 
 curve = lru_cache(maxsize=8)(one_cycle)  # parameter groups ask for the same point
 
 
-def set_momentum(group: Mapping[str, Any], momentum: float) -> dict[str, Any]:
-    """Return the entry of a parameter group that holds the momentum, with a new value.
-
-    Args:
-        group: A parameter group of an SGD-like (``momentum``) or Adam-like (``betas``) optimizer.
-        momentum: In [0, 1).
-
-    Example:
-        >>> set_momentum({"betas": (0.9, 0.999)}, 0.85)
-        {'betas': (0.85, 0.999)}
-    """
-    if "betas" in group:
-        return {"betas": (momentum, *group["betas"][1:])}
-    return {"momentum": momentum}
-
-
-class OneCycleMomentum(OptimizerTrick):
+class OneCycleMomentum(ScheduleTrick):
     """One cycle over the whole run: the learning rate goes low → high → far below low, momentum high → low → high.
 
     The values of each step are those of ``torch.optim.lr_scheduler.OneCycleLR``, but they count real optimizer steps
     (one that GradScaler skips moves nothing), stay at the end instead of climbing again, and a resumed run may have
-    another length: the curve is stretched over the new total, with a warning.
+    another length: the curve is stretched over the new total or extended, with a warning. Parameter groups that appear
+    later keep the ratio of their rate to that of the first group.
 
     When not to use it: together with another scheduler (it refuses), or for open-ended runs. The peak must fit: too
     high a ``max_lr`` diverges.
 
     Args:
-        max_lr: The peak, above 0: one number, or one for each parameter group.
+        max_lr: The peak, above 0: one number, one for each parameter group, or ``"auto"``: found before the first step
+            by a range test on a copy of the model (see ``LRRangeTest``), the same on every rank. The other callbacks do
+            not take part in it.
         total_steps: Length in optimizer steps, 1 or more. None: the length of the run, from the Trainer.
         pct_start: Fraction of the run in which the rate rises, in (0, 1); at most 0.5 with ``three_phase``.
         anneal: ``"cos"`` or ``"linear"``.
@@ -56,12 +42,16 @@ class OneCycleMomentum(OptimizerTrick):
         max_momentum: Momentum at both ends, in [0, 1).
         three_phase: Return to the first rate before the final fall.
         cycle_momentum: Move ``momentum`` (or ``betas[0]``) as well.
+        optimizer: Index of the optimizer to drive; None: all of them.
+        on_resume: When a resumed run has another length, ``"stretch"`` the curve over the new total, or ``"extend"``
+            it: go on from where it stood and end at the new total.
+        range_test: Settings of the range test for ``max_lr="auto"``, the arguments of ``LRRangeTest``.
 
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At fit start, if the run's length is unknown, if there is another owner of the
-            learning rate, if ``max_lr`` does not fit the parameter groups, or if the optimizer has no momentum to
-            cycle.
+            learning rate, if ``max_lr`` does not fit the parameter groups, if the optimizer has no momentum to cycle,
+            or if the range test cannot be run or finds nothing.
 
     Source:
         Smith & Topin, arXiv:1708.07120; Smith, arXiv:1803.09820.
@@ -71,11 +61,12 @@ class OneCycleMomentum(OptimizerTrick):
         >>> trainer = Trainer(callbacks=[OneCycleMomentum(max_lr=0.4)], max_epochs=10)
     """
 
-    order = Order.ABSOLUTE
+    ends_before: ClassVar[int] = 1
+    way_without: ClassVar[Mapping[str, str]] = {"momentum": "Use `cycle_momentum=False`."}
 
     def __init__(
         self,
-        max_lr: float | list[float],
+        max_lr: Rates | Literal["auto"],
         total_steps: int | None = None,
         pct_start: float = 0.3,
         anneal: Anneal = "cos",
@@ -85,11 +76,13 @@ class OneCycleMomentum(OptimizerTrick):
         max_momentum: float = 0.95,
         three_phase: bool = False,
         cycle_momentum: bool = True,
+        optimizer: int | None = None,
+        on_resume: OnResume = "stretch",
+        range_test: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        for rate in max_lr if isinstance(max_lr, (list, tuple)) and max_lr else [max_lr]:
-            check_number("max_lr", rate, 0, above=True)
-        check_number("total_steps", total_steps, 1, whole=True, optional=True)
+        super().__init__(total_steps, optimizer, on_resume)
+        if max_lr != "auto":
+            check_rates("max_lr", max_lr)
         check_number("pct_start", pct_start, 0, 0.5 if three_phase else 1, above=True, below=not three_phase)
         if anneal not in ("cos", "linear"):
             raise ValueError(f"Expected `anneal` to be 'cos' or 'linear', but got {anneal!r}.")
@@ -97,7 +90,13 @@ class OneCycleMomentum(OptimizerTrick):
         check_number("final_div_factor", final_div_factor, 0, above=True)
         check_number("base_momentum", base_momentum, 0, 1, below=True)
         check_number("max_momentum", max_momentum, 0, 1, below=True)
-        self.max_lr, self.total_steps, self.cycle_momentum = max_lr, total_steps, cycle_momentum
+        self.max_lr, self.cycle_momentum = max_lr, cycle_momentum
+        try:
+            self.sweep = Sweep(**(range_test or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Expected `range_test` to hold arguments of LRRangeTest, but got {range_test}: {error}"
+            ) from error
         self.shape: dict[str, Any] = {
             "pct_start": pct_start,
             "anneal": anneal,
@@ -107,73 +106,47 @@ class OneCycleMomentum(OptimizerTrick):
             "max_momentum": max_momentum,
             "three_phase": three_phase,
         }
-        self._total: int | None = None
-        self._total_before: int | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Join the optimizer driver."""
-        super().setup(trainer, pl_module, stage)
-        self._total = self._total_before = None
+    def forget(self) -> None:
+        """Forget the last run."""
+        super().forget()
+        self.found_lr: float | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Rate and, where it cycles, momentum."""
+        return ("lr", "momentum") if self.cycle_momentum else ("lr",)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse another owner of the learning rate, and groups that do not fit."""
-        others = [
-            f"the scheduler {type(config.scheduler).__name__} from configure_optimizers"
-            for config in trainer.lr_scheduler_configs
-        ]
-        for callback in callbacks_of(trainer):
-            absolute = (
-                isinstance(callback, OptimizerTrick) and callback.order == Order.ABSOLUTE and callback is not self
-            )
-            if absolute or isinstance(callback, StochasticWeightAveraging):
-                others.append(f"the callback {type(callback).__name__}")
-        if others:
-            raise MisconfigurationException(
-                f"OneCycleMomentum sets the learning rate of every step, and so does {' and '.join(others)}. Remove one"
-                " of them (WarmupLRScaler may stay: it multiplies)."
-            )
-        for optimizer in raw_optimizers(trainer):
-            groups, name = optimizer.param_groups, type(optimizer).__name__
-            if isinstance(self.max_lr, Sequence) and len(self.max_lr) != len(groups):
-                raise MisconfigurationException(
-                    f"OneCycleMomentum(max_lr={self.max_lr}) has {len(self.max_lr)} values, but {name} has "
-                    f"{len(groups)} parameter groups. Give one number, or one for each group."
-                )
-            if self.cycle_momentum and not all("momentum" in group or "betas" in group for group in groups):
-                raise MisconfigurationException(
-                    f"OneCycleMomentum cycles `momentum` or `betas[0]`, but {name} has neither. Use "
-                    "`cycle_momentum=False`."
-                )
+        super().on_fit_start(trainer, pl_module)
+        self.require_rates(trainer, max_lr=self.max_lr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settle the length of the cycle."""
+        """Find the peak, if that was asked for, and settle the length of the cycle."""
         super().on_train_start(trainer, pl_module)
-        known = total_steps(trainer) if pl_module.automatic_optimization else None
-        self._total = self.total_steps or known
-        if not self._total:
-            raise MisconfigurationException(
-                "OneCycleMomentum needs the length of the run, and this one's is unknown (an endless loader, no "
-                "`max_epochs`, or manual optimization, where the steps are the module's own). Give `total_steps=`, in "
-                "optimizer steps, or `Trainer(max_steps=...)`."
-            )
-        if self._total_before not in (None, self._total):
-            rank_zero_warn(
-                f"OneCycleMomentum: the checkpoint's run had {self._total_before} optimizer steps, this one has "
-                f"{self._total}; the rest of the cycle is stretched over the new total."
-            )
+        if self.max_lr == "auto" and self.found_lr is None:
+            points = run_range_test(trainer, pl_module, trainer.train_dataloader, **self.sweep.run_arguments())
+            _, self.found_lr = self.sweep.read(*points)
+            rank_zero_info(f"{self.name}: the range test suggests max_lr={self.found_lr:.3g}.")
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Set rate and momentum."""
-        assert self._total is not None
-        max_lr = self.max_lr[group] if isinstance(self.max_lr, Sequence) else self.max_lr
-        lr, momentum = curve(step, self._total, max_lr=max_lr, **self.shape)
-        return {"lr": lr, **(set_momentum(values, momentum) if self.cycle_momentum else {})}
+        if not self.drives(optimizer):
+            return {}
+        ratio = self.ratio(optimizer, group, values)
+        rates = self.found_lr if self.max_lr == "auto" else self.max_lr
+        assert rates is not None
+        lr, momentum = curve(
+            self.position(optimizer, step), self.length, max_lr=rate_of(rates, group) * ratio, **self.shape
+        )
+        return {"lr": lr, **(entry(values, "momentum", momentum) if self.cycle_momentum else {})}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counted steps and the length of the run."""
-        return {**super().state_dict(), "total_steps": self._total}
+        """Return where it stands, and the peak that it found."""
+        return {**super().state_dict(), "found_lr": self.found_lr}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the same step."""
         super().load_state_dict(state_dict)
-        self._total_before = state_dict["total_steps"]
+        self.found_lr = state_dict["found_lr"]

@@ -13,14 +13,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_speedups.attach.optimizers import OptimizerTrick, Order
-from lightning_speedups.attach.trick import (
-    accumulation,
-    loader_batch_size,
-    raw_optimizers,
-    steps_in_epochs,
-    total_steps,
-)
+from lightning_speedups.attach.trick import facts
 from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.durations import Run
 from lightning_speedups.core.schedules import ramp
 
 Rule = Literal["auto", "linear", "sqrt"]
@@ -102,33 +97,43 @@ class WarmupLRScaler(OptimizerTrick):
         self._steps = 0
         self._full: list[float] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def plan(self, run: Run) -> None:
         """Settle the factors and the length of the ramp."""
-        super().on_train_start(trainer, pl_module)
-        steps = self.warmup_steps if self.warmup_steps is not None else steps_in_epochs(trainer, self.warmup_epochs)
+        steps = self.warmup_steps if self.warmup_steps is not None else run.steps_in_epochs(self.warmup_epochs)
         if steps is None:
             raise MisconfigurationException(
                 f"WarmupLRScaler(warmup_epochs={self.warmup_epochs}) needs the length of an epoch, but this training "
                 "data has none. Give `warmup_steps` instead."
             )
         self._steps = steps
-        self._settle_factors(trainer)
-        size = (
-            ""
-            if self.scale or not self.base_batch_size
-            else f" (effective batch {self._effective_batch(trainer)}, base {self.base_batch_size})"
-        )
+        if self.scale is not None or self.base_batch_size is None:
+            self._full = [self.scale or 1.0] * len(run.optimizers)
+            return
+        if run.batch_size is None:
+            raise MisconfigurationException(
+                f"WarmupLRScaler(base_batch_size={self.base_batch_size}) needs the batch size, but it cannot be read "
+                "from this training loader (it takes one DataLoader with a `batch_size`). Give `scale=`, the effective"
+                " batch size over the base batch size."
+            )
+        ratio = run.batch_size / self.base_batch_size
+        self._full = [scaling_factor(ratio, self.rule, name) for name in run.optimizers]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what comes."""
+        super().on_train_start(trainer, pl_module)
+        run, scaled = facts(trainer, pl_module), self.base_batch_size and not self.scale
+        size = f" (effective batch {run.batch_size}, base {self.base_batch_size})" if scaled else ""
         factors = ", ".join(f"× {self._start(full):g} → × {full:g}" for full in self._full)
-        rank_zero_info(f"WarmupLRScaler: learning rate {factors}{size} over the first {steps} optimizer steps.")
-        if (total := total_steps(trainer)) is not None and steps > total:
+        rank_zero_info(f"WarmupLRScaler: learning rate {factors}{size} over the first {self._steps} optimizer steps.")
+        if run.steps is not None and self._steps > run.steps:
             rank_zero_warn(
-                f"WarmupLRScaler: the ramp takes {steps} optimizer steps, but the run has {total} and never reaches the"
-                " full rate. Give a shorter `warmup_epochs` or `warmup_steps`."
+                f"WarmupLRScaler: the ramp takes {self._steps} optimizer steps, but the run has {run.steps} and never "
+                "reaches the full rate. Give a shorter `warmup_epochs` or `warmup_steps`."
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow an accumulation that changes between epochs."""
-        self._settle_factors(trainer)
+        self.plan(facts(trainer, pl_module))
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Multiply the rate."""
@@ -139,21 +144,3 @@ class WarmupLRScaler(OptimizerTrick):
         if self.start_factor is not None:
             return self.start_factor
         return 0.01 if self.scale is None and self.base_batch_size is None else 1.0
-
-    def _settle_factors(self, trainer: Trainer) -> None:
-        names = [type(optimizer).__name__ for optimizer in raw_optimizers(trainer)]
-        if self.scale is not None or self.base_batch_size is None:
-            self._full = [self.scale or 1.0] * len(names)
-        else:
-            ratio = self._effective_batch(trainer) / self.base_batch_size
-            self._full = [scaling_factor(ratio, self.rule, name) for name in names]
-
-    def _effective_batch(self, trainer: Trainer) -> int:
-        size = loader_batch_size(trainer)
-        if size is None:
-            raise MisconfigurationException(
-                f"WarmupLRScaler(base_batch_size={self.base_batch_size}) needs the batch size, but it cannot be read "
-                "from this training loader (it takes one DataLoader with a `batch_size`). Give `scale=`, the effective"
-                " batch size over the base batch size."
-            )
-        return size * trainer.world_size * accumulation(trainer, trainer.current_epoch)

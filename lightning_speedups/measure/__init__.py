@@ -1,11 +1,20 @@
-"""Measure the tricks: paired runs on real images, as a function and as ``lightning-speedups compare``."""
+"""Measure the tricks: paired runs on real images, as a function and as ``lightning-speedups compare``; and the
+learning-rate range test.
+"""
 
-from lightning_speedups.measure.arms import ARMS, Arm, Ingredients, Situation
-from lightning_speedups.measure.errors import CompareError
-from lightning_speedups.measure.images import ImageData
-from lightning_speedups.measure.results import Comparison, Run, Summary
-from lightning_speedups.measure.runner import compare
-from lightning_speedups.measure.settings import Settings
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_speedups.measure.arms import ARMS, Arm, Ingredients, Situation
+    from lightning_speedups.measure.errors import CompareError
+    from lightning_speedups.measure.images import ImageData
+    from lightning_speedups.measure.lr_range_test import LRRangeTest, RangeTestResult
+    from lightning_speedups.measure.results import Comparison, Run, Summary
+    from lightning_speedups.measure.runner import compare
+    from lightning_speedups.measure.settings import Settings
 
 __all__ = [
     "ARMS",
@@ -14,9 +23,33 @@ __all__ = [
     "Comparison",
     "ImageData",
     "Ingredients",
+    "LRRangeTest",
+    "RangeTestResult",
     "Run",
     "Settings",
     "Situation",
     "Summary",
     "compare",
 ]
+
+# Imported on demand: the comparison needs the extra ``bench``, the range test does not.
+_FILES = {
+    **dict.fromkeys(["ARMS", "Arm", "Ingredients", "Situation"], "arms"),
+    "CompareError": "errors",
+    "ImageData": "images",
+    **dict.fromkeys(["LRRangeTest", "RangeTestResult"], "lr_range_test"),
+    **dict.fromkeys(["Comparison", "Run", "Summary"], "results"),
+    "compare": "runner",
+    "Settings": "settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

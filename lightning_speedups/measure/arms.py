@@ -10,7 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch import nn
 
+from lightning_speedups.callbacks.cyclic_momentum import CyclicMomentum
 from lightning_speedups.callbacks.freeze_backbone_finetune import FreezeBackboneFinetune
+from lightning_speedups.callbacks.lr_curve import LRCurve
 from lightning_speedups.callbacks.mixup_callback import MixupCallback
 from lightning_speedups.callbacks.one_cycle_momentum import OneCycleMomentum
 from lightning_speedups.callbacks.warmup_lr_scaler import WarmupLRScaler
@@ -66,6 +68,7 @@ class Arm:
         baseline: Name of the arm that it is measured against; ``None`` for a baseline.
         pretrained: Whether it starts from the seed's pretrained backbone.
         length: Share of the epochs that it trains for, in (0, 1]: a schedule that ends sooner is a trick, too.
+        on_request: Whether it runs only when it is named.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Arm:
     baseline: str | None = "plain"
     pretrained: bool = False
     length: float = 1.0
+    on_request: bool = False
 
     def epochs(self, epochs: int) -> int:
         """Epochs of a run of this arm, when a full run has so many."""
@@ -90,6 +94,18 @@ def _warmup(at: Situation) -> Ingredients:
 
 def _one_cycle(at: Situation) -> Ingredients:
     return Ingredients([OneCycleMomentum(max_lr=3 * at.lr)])
+
+
+def _found(at: Situation) -> Ingredients:
+    return Ingredients([OneCycleMomentum(max_lr="auto")])
+
+
+def _curve(at: Situation) -> Ingredients:
+    return Ingredients([LRCurve("trapezoid", cooldown=0.4)])
+
+
+def _cyclic(at: Situation) -> Ingredients:
+    return Ingredients([CyclicMomentum(base_lr=0.2 * at.lr, max_lr=3 * at.lr)])
 
 
 def _mixup(at: Situation) -> Ingredients:
@@ -130,6 +146,9 @@ ARMS: Mapping[str, Arm] = {
         Arm("precision", "trainer_defaults(precision='auto'): what this hardware is fast at", _precision),
         Arm("all", "onecycle (which replaces warmup), smoothing, precision; mixup 0.1 in the first 30 %", _everything),
         Arm("short", "all, in three quarters of the epochs", _everything, length=0.75),
+        Arm("auto", "OneCycleMomentum up to the rate that its range test finds", _found, on_request=True),
+        Arm("curve", "LRCurve: the same rate, in the last 40 % of the run down to 0", _curve, on_request=True),
+        Arm("cyclic", "CyclicMomentum: four cycles, up to three times the rate", _cyclic, on_request=True),
         Arm("finetune", "plain, from a backbone pretrained on quarter turns of the same images", _plain, None, True),
         Arm(
             "freeze",
@@ -146,7 +165,7 @@ def choose_arms(names: Sequence[str] | None) -> tuple[Arm, ...]:
     """The arms of those names, each after the baseline that its ratio needs.
 
     Args:
-        names: Names from the table; ``None`` for all. A missing baseline is added.
+        names: Names from the table; ``None`` for all that need not be named. A missing baseline is added.
 
     Returns:
         The arms, in the order of the table.
@@ -159,7 +178,7 @@ def choose_arms(names: Sequence[str] | None) -> tuple[Arm, ...]:
         ['finetune', 'freeze']
     """
     if names is None:
-        return tuple(ARMS.values())
+        return tuple(arm for arm in ARMS.values() if not arm.on_request)
     for name in names:
         if name not in ARMS:
             near = difflib.get_close_matches(name, ARMS, n=1)

@@ -171,7 +171,8 @@ def compare(
 
     Args:
         data: Images, or the path of an ``.npz`` file or a folder; ``None`` makes collages of handwritten digits.
-        arms: Names from `lightning_speedups.measure.ARMS`; ``None`` for all. Missing baselines are added.
+        arms: Names from `lightning_speedups.measure.ARMS`; ``None`` for all that need not be named. Missing baselines
+            are added.
         settings: Size and choices of the comparison.
         out: Folder for ``compare.json`` (rewritten after every run) and ``compare.png``; ``None`` writes nothing.
         progress: Whether to show progress bars on stderr.

@@ -11,7 +11,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lightning_speedups import OneCycleMomentum
+from lightning_speedups import LRRangeTest, OneCycleMomentum
+from lightning_speedups.core.schedules import one_cycle
 from small import Classifier, ReplayLoader, assert_same_weights, fit_interrupted, loader, resume, trainer, weights
 
 
@@ -147,7 +148,7 @@ def test_checkpoints_hold_the_users_own_rate():
     run.save_checkpoint("end.ckpt")
     saved = torch.load("end.ckpt", weights_only=True)
     assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 0.123
-    assert saved["callbacks"]["OneCycleMomentum"] == {"steps_done": [4], "total_steps": 4}
+    assert saved["callbacks"]["OneCycleMomentum"]["steps_done"] == [4]
 
 
 class Scheduled(Classifier):
@@ -186,7 +187,7 @@ class Manual(Classifier):
             "the callback StochasticWeightAveraging",
         ),
         (Classifier, [OneCycleMomentum([0.4, 0.1])], {}, "has 2 values, but SGD has 1 parameter groups"),
-        (NoMomentum, [OneCycleMomentum(0.4)], {}, "Adagrad has neither. Use `cycle_momentum=False`"),
+        (NoMomentum, [OneCycleMomentum(0.4)], {}, "but Adagrad has none, only .* Use `cycle_momentum=False`"),
         (Classifier, [OneCycleMomentum(0.4)], {"max_epochs": -1}, "Give `total_steps=`"),
         (Manual, [OneCycleMomentum(0.4)], {}, "Give `total_steps=`"),
     ],
@@ -220,6 +221,8 @@ def test_manual_optimization_works_with_a_given_length():
         ({"final_div_factor": float("nan")}, "`final_div_factor`"),
         ({"base_momentum": 1.0}, "`base_momentum`"),
         ({"max_momentum": -0.1}, "`max_momentum`"),
+        ({"optimizer": -1}, "`optimizer` to be a whole number of 0 or more, or None, but got -1"),
+        ({"on_resume": "stop"}, "`on_resume` to be 'stretch' or 'extend', but got 'stop'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, told):
@@ -227,7 +230,164 @@ def test_arguments_out_of_range_are_refused(arguments, told):
         OneCycleMomentum(**{"max_lr": 0.1, **arguments})
 
 
+class Adversaries(Manual):
+    """Two optimizers, the second of which steps on every third batch only."""
+
+    def configure_optimizers(self):
+        self.rates = ([], [])
+        made = [torch.optim.SGD(part.parameters(), lr=0.7, momentum=0.6) for part in (self.head, self.backbone)]
+        for optimizer, rates in zip(made, self.rates, strict=True):
+            optimizer.register_step_pre_hook(
+                lambda o, *_, rates=rates: rates.append((o.param_groups[0]["lr"], o.param_groups[0]["momentum"]))
+            )
+        return made
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        self.manual_backward(Classifier.training_step(self, batch, batch_idx))
+        first.step()
+        first.zero_grad()
+        if batch_idx % 3 == 2:
+            second.step()
+            second.zero_grad()
+
+
+def test_each_optimizer_may_have_a_cycle_of_its_own():
+    module = Adversaries()
+    tricks = [OneCycleMomentum(0.4, total_steps=12, optimizer=0), OneCycleMomentum(0.1, total_steps=4, optimizer=1)]
+    trainer(callbacks=tricks, max_epochs=2).fit(module, loader(48))
+    np.testing.assert_allclose(module.rates[0], oracle(12), rtol=1e-9)
+    np.testing.assert_allclose(module.rates[1], oracle(4, max_lr=0.1), rtol=1e-9)
+
+
+def test_an_optimizer_may_be_left_alone():
+    module = Adversaries()
+    trainer(callbacks=[OneCycleMomentum(0.4, total_steps=4, optimizer=1)], max_epochs=2).fit(module, loader(48))
+    assert module.rates[0] == [(0.7, 0.6)] * 12
+    np.testing.assert_allclose(module.rates[1], oracle(4), rtol=1e-9)
+
+
+def test_an_optimizer_that_is_not_there_is_refused():
+    with pytest.raises(
+        MisconfigurationException, match=r"OneCycleMomentum\(optimizer=1\) counts from 0, but .* 1 optim"
+    ):
+        trainer(callbacks=[OneCycleMomentum(0.4, optimizer=1)]).fit(Classifier(), loader())
+
+
+@pytest.mark.parametrize(("epochs", "total"), [(4, 16), (2, 8)])
+def test_extended_it_goes_on_from_where_it_stood_and_ends_at_the_new_total(epochs, total):
+    module = Classifier()
+    fit_interrupted(module, ReplayLoader(), 5, [OneCycleMomentum(0.4)])
+    module.values.clear()
+    with pytest.warns(UserWarning, match=f"had 12 optimizer steps, this one has {total}; the curve goes on from where"):
+        resume(module, ReplayLoader(), [OneCycleMomentum(0.4, on_resume="extend")], max_epochs=epochs)
+    positions = [5 + t * (11 - 5) / (total - 1 - 5) for t in range(total - 5)]
+    np.testing.assert_allclose(read(module), [one_cycle(p, 12, max_lr=0.4) for p in positions], rtol=1e-9)
+    assert read(module)[0] == pytest.approx(oracle(12)[5])
+    assert read(module)[-1] == pytest.approx(oracle(12)[-1])
+
+
+class Joins(Classifier):
+    """The backbone joins in the second epoch, at a quarter of the head's rate."""
+
+    def configure_optimizers(self):
+        self.own = torch.optim.SGD(self.head.parameters(), lr=0.8, momentum=0.9)
+        self.own.register_step_pre_hook(self._note)
+        return self.own
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.own.add_param_group({"params": self.backbone.parameters(), "lr": 0.2})
+
+
+@pytest.mark.parametrize("max_lr", [0.4, [0.4]])
+def test_a_group_that_appears_later_keeps_its_ratio_and_gets_the_momentum(max_lr):
+    module = Joins()
+    trainer(callbacks=[OneCycleMomentum(max_lr)]).fit(module, loader())
+    expected = oracle(12)
+    np.testing.assert_allclose(read(module), expected, rtol=1e-9)
+    later = [(step[1]["lr"], step[1]["momentum"]) for step in module.values[4:]]
+    np.testing.assert_allclose(later, [(lr / 4, momentum) for lr, momentum in expected[4:]], rtol=1e-9)
+
+
+def test_a_run_of_one_step_stands_at_the_end_of_the_cycle():
+    module = Classifier()
+    trainer(callbacks=[OneCycleMomentum(0.4)], max_steps=1).fit(module, loader())
+    np.testing.assert_allclose(read(module), [one_cycle(0, 1, max_lr=0.4)], rtol=1e-9)
+
+
 def test_it_pickles_with_its_count():
     callback = OneCycleMomentum(0.4)
     trainer(callbacks=[callback]).fit(Classifier(), loader())
     assert pickle.loads(pickle.dumps(callback)).steps_done == [12]
+
+
+def auto(**settings):
+    return OneCycleMomentum("auto", range_test={"min_lr": 1e-4, "steps": 40, **settings})
+
+
+def test_auto_takes_the_rate_of_the_range_test_and_leaves_no_other_trace():
+    module, twin = Classifier(), Classifier()
+    twin.load_state_dict(module.state_dict())
+    suggested = LRRangeTest(1e-4, steps=40).run(trainer(), module, loader()).suggestion
+    callback = auto()
+    trainer(callbacks=[callback]).fit(module, loader())
+    assert callback.found_lr == suggested
+    np.testing.assert_allclose(read(module), oracle(12, max_lr=suggested), rtol=1e-9)
+    trainer(callbacks=[OneCycleMomentum(suggested)]).fit(twin, loader())
+    assert_same_weights(weights(module), weights(twin))
+
+
+def test_auto_picks_as_it_is_told():
+    callback = auto(method="valley")
+    module = Classifier()
+    expected = LRRangeTest(1e-4, steps=40, method="valley").run(trainer(), module, loader()).suggestion
+    trainer(callbacks=[callback]).fit(module, loader())
+    assert callback.found_lr == expected
+
+
+@pytest.mark.parametrize("stop", [1, 6, 8])
+def test_auto_does_not_search_again_on_resume(stop, monkeypatch):
+    whole, parted = Classifier(), Classifier()
+    parted.load_state_dict(whole.state_dict())
+    trainer(callbacks=[auto()]).fit(whole, ReplayLoader())
+    fit_interrupted(parted, ReplayLoader(), stop, [auto()])
+    monkeypatch.setattr("lightning_speedups.callbacks.one_cycle_momentum.run_range_test", None)
+    resume(parted, ReplayLoader(), [auto()])
+    assert_same_weights(weights(whole), weights(parted))
+
+
+def test_auto_searches_anew_in_another_fit():
+    callback = auto()
+    trainer(callbacks=[callback]).fit(Classifier(), loader())
+    first = callback.found_lr
+    trainer(callbacks=[callback]).fit(Classifier(optimizer="adam"), loader())
+    assert callback.found_lr != first
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "error", "told"),
+    [
+        (
+            Manual,
+            {"total_steps": 12},
+            MisconfigurationException,
+            "optimizes manually. Give the learning rate as a numb",
+        ),
+        (Classifier, {"range_test": {"min_lr": 1e5, "max_lr": 1e6}}, ValueError, "Lower `min_lr`"),
+    ],
+)
+def test_auto_that_cannot_find_a_rate_says_so_before_the_first_step(module, arguments, error, told):
+    module = module()
+    with pytest.raises(error, match=told):
+        trainer(callbacks=[OneCycleMomentum("auto", **arguments)]).fit(module, loader())
+    assert not module.losses
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"steps": 3}, "`steps` to be a whole number of 10"), ({"foo": 1}, "foo"), (3, "LRRangeTest")],
+)
+def test_settings_of_the_range_test_are_checked_at_once(settings, told):
+    with pytest.raises(ValueError, match=told):
+        OneCycleMomentum("auto", range_test=settings)

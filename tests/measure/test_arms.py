@@ -30,7 +30,8 @@ def test_choosing_adds_the_baseline_and_keeps_the_order_of_the_table():
     assert [arm.name for arm in choose_arms(["smoothing", "onecycle"])] == ["plain", "onecycle", "smoothing"]
     assert [arm.name for arm in choose_arms(["freeze"])] == ["finetune", "freeze"]
     assert [arm.name for arm in choose_arms(["finetune", "finetune"])] == ["finetune"]
-    assert [arm.name for arm in choose_arms(None)] == list(ARMS)
+    assert [arm.name for arm in choose_arms(None)] == [name for name, arm in ARMS.items() if not arm.on_request]
+    assert [arm.name for arm in choose_arms(["cyclic"])] == ["plain", "cyclic"]
 
 
 def test_a_short_arm_rounds_and_trains_at_least_one_epoch():

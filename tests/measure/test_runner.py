@@ -136,14 +136,15 @@ def test_a_comparison_from_end_to_end(tmp_path):
 
 
 def test_every_arm_trains():
-    result = tiny(None, seeds=1, samples=128, epochs=4)
+    result = tiny(list(ARMS), seeds=1, samples=128, epochs=4)
     assert {run.arm for run in result.runs if run.complete} == set(ARMS)
     assert {run.arm: len(run.points) for run in result.runs} == {name: 4 for name in ARMS} | {"short": 3}
     assert result.table().row_count == len(ARMS)
 
 
+@pytest.mark.filterwarnings("ignore:CyclicMomentum. a cycle of 1.5 optimizer steps is too short")
 def test_every_arm_trains_a_timm_model():
-    result = tiny(None, seeds=1, samples=96, epochs=1, model="mobilenetv3_small_050")
+    result = tiny(list(ARMS), seeds=1, samples=96, epochs=1, model="mobilenetv3_small_050")
     assert {run.arm for run in result.runs if run.complete} == set(ARMS)
 
 

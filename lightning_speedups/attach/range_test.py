@@ -1,0 +1,385 @@
+"""The sweep of a learning-rate range test (Smith, arXiv:1506.01186), on a copy of the model with a Trainer of its own.
+
+Nothing of the user's is trained, moved or drawn from: model, optimizers, loaders and random states are afterwards what
+they were, also when the model raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.compile import to_uncompiled
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_module
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
+
+from lightning_speedups.attach.trick import accumulation, callbacks_of, raw_optimizers
+from lightning_speedups.core.range_test import diverged, smooth, sweep_rate
+
+WAY_OUT = "Give the learning rate as a number."
+
+
+def run_range_test(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    loaders: Any = None,
+    *,
+    datamodule: LightningDataModule | None = None,
+    min_lr: float = 1e-6,
+    max_lr: float = 10.0,
+    steps: int = 100,
+    beta: float = 0.98,
+    stop_factor: float = 4.0,
+) -> tuple[list[float], list[float]]:
+    """Train a copy of a module with an exponentially rising rate, and note the loss of each step.
+
+    The copy is trained like the module: same device, precision, gradient clipping, hooks and batches in each step, but
+    without the Trainer's callbacks and loggers, without validation, and with one rate for all parameter groups. With
+    several processes the first one sweeps alone, accumulating over as many batches as all of them would take, and tells
+    the others.
+
+    A ``DataLoader`` is copied without its dataset, with its samplers and generators. Any other loader gets back the
+    state it had if it has ``state_dict`` and ``load_state_dict``; else it is iterated as it is, and so are datasets,
+    whatever they keep to themselves.
+
+    Args:
+        trainer: The Trainer to imitate, before a fit or in ``on_train_start``.
+        pl_module: The module, without a wrapper.
+        loaders: Training loaders: an iterable or a nested collection of them. None: those of the running fit, or of the
+            ``train_dataloader`` hook.
+        datamodule: The datamodule of a fit that is still to come; that of a running one is the Trainer's own.
+        min_lr: Rate of the first step, above 0.
+        max_lr: Rate of the last step, above ``min_lr``.
+        steps: Length of the sweep in optimizer steps, 2 or more; steps that GradScaler skips do not count.
+        beta: Weight of the past in the smoothed loss that decides about stopping, in [0, 1).
+        stop_factor: The sweep ends early when the smoothed loss rises above this many times its best, above 1.
+
+    Returns:
+        The rates, and the raw loss at each of them, averaged over the batches of the step.
+
+    Raises:
+        MisconfigurationException: If the optimization is manual, if there is not exactly one optimizer, if the strategy
+            splits parameters between devices, or if the module or a loader's sampler cannot be copied.
+    """
+    strategy = trainer.strategy
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "The learning-rate range test drives the one optimizer of automatic optimization, but "
+            f"{type(pl_module).__name__} optimizes manually. {WAY_OUT}"
+        )
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise MisconfigurationException(
+            "The learning-rate range test trains a copy of the whole model on one device, but "
+            f"{type(strategy).__name__} may split it between devices. {WAY_OUT}"
+        )
+    together = trainer.world_size > 1 and torch.distributed.is_initialized()
+    sweep = _Sweep(partial(sweep_rate, steps=steps, min_lr=min_lr, max_lr=max_lr), steps, beta, stop_factor)
+    failure: Exception | None = None
+    if not together or trainer.is_global_zero:
+        try:
+            _fit_a_copy(trainer, pl_module, loaders, datamodule, sweep, alone=not together)
+        except Exception as error:
+            failure = error
+    told = failure and f"{type(failure).__name__}: {failure}"
+    # told to all, or those that wait for the rates would wait for ever
+    rates, losses, told = strategy.broadcast((sweep.rates, sweep.losses, told))
+    if failure is not None:
+        raise failure
+    if told is not None:
+        raise RuntimeError(f"The learning-rate range test failed in the first process: {told}")
+    return rates, losses
+
+
+def _fit_a_copy(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    loaders: Any,
+    datamodule: LightningDataModule | None,
+    sweep: _Sweep,
+    alone: bool,
+) -> None:
+    running = trainer.state.status == TrainerStatus.RUNNING and trainer.lightning_module is pl_module
+    mode: Any = "max_size_cycle"  # Lightning's own choice for training
+    if running:
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+        combined = trainer.fit_loop._combined_loader
+        if combined is not None and (loaders is None or loaders is combined.iterables):
+            loaders = combined
+
+    with ExitStack() as undo:
+        undo.enter_context(_same_randomness(trainer))
+        undo.enter_context(_quiet())
+        twin = _copy_module(pl_module, trainer, datamodule, loaders)
+        if not alone:
+            _forget_other_processes(twin)
+        twin_data = copy.copy(datamodule)
+        owner: Any = twin if twin_data is None else twin_data
+        _silence(twin, "configure_callbacks")
+        if running:  # what is set up is copied: once is enough
+            _silence(twin, "prepare_data", "setup", "configure_model", "configure_sharded_model", "teardown")
+            if twin_data is not None:
+                _silence(twin_data, "prepare_data", "setup", "teardown", "on_exception")
+        if loaders is not None:
+            owner.__dict__["train_dataloader"] = lambda: _copy_loaders(loaders, mode, undo)
+        elif is_overridden("train_dataloader", owner):
+            hook = owner.train_dataloader
+            owner.__dict__["train_dataloader"] = lambda: _copy_loaders(hook(), mode, undo)
+        shown = _shows_progress(trainer)
+        sweep.bar = undo.enter_context(Tqdm(total=sweep.steps, desc="LR range test", leave=False, disable=not shown))
+        inner = _imitate(trainer)
+        inner.callbacks = [sweep]  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+        inner.fit(twin, datamodule=twin_data)
+
+
+class _Sweep(Callback):
+    """Sets the rate of each step, notes its loss, and ends the run."""
+
+    def __init__(self, rate: Any, steps: int, beta: float, stop_factor: float) -> None:
+        self.rate, self.steps, self.beta, self.stop_factor = rate, steps, beta, stop_factor
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self.bar: Any = None
+        self._window: list[float] = []
+        self._windows = 0
+        self._stepped = self._batches = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizers = raw_optimizers(trainer)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        if len(optimizers) != 1 or not groups or not all("lr" in group for group in groups):
+            names = " and ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
+            raise MisconfigurationException(
+                "The learning-rate range test drives one optimizer with an `lr`, but configure_optimizers gave "
+                f"{names}. {WAY_OUT}"
+            )
+        optimizers[0].register_step_pre_hook(self._set_rate)
+        optimizers[0].register_step_post_hook(self._note_step)
+        loop = trainer.fit_loop
+        # Only now, so that configure_optimizers has seen the length of the user's run. Skipped steps count here.
+        loop.max_epochs, loop.epoch_loop.max_steps = -1, 2 * self.steps
+        loop.epoch_loop.__dict__["update_lr_schedulers"] = _nothing
+
+    def _set_rate(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            rate = self.rate(len(self.rates))
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)  # a compiled or captured step holds this very tensor
+            else:
+                group["lr"] = rate
+
+    def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # Fused optimizers are called by GradScaler also when they must skip; they carry the verdict while they are.
+        skipped = getattr(optimizer, "found_inf", None)
+        self._stepped = not (skipped is not None and bool(skipped))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batches = True
+        if "loss" in outputs:  # else training_step has skipped the batch
+            self._window.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        if trainer.global_step == self._windows:
+            return  # more batches belong to this step
+        window, stepped = self._window, self._stepped
+        self._windows, self._window, self._stepped = trainer.global_step, [], False
+        if window and stepped:
+            self._note(trainer, sum(window) / len(window))
+
+    def _note(self, trainer: Trainer, loss: float) -> None:
+        self.rates.append(self.rate(len(self.rates)))
+        self.losses.append(loss)
+        self.bar.update()
+        smoothed = smooth(self.losses, self.beta)
+        if len(self.losses) == self.steps or diverged(smoothed[-1], min(smoothed), self.stop_factor):
+            trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._batches:  # the loader has run dry, and will stay so
+            trainer.should_stop = True
+
+
+def _imitate(trainer: Trainer) -> Trainer:
+    """Make a Trainer for one device that treats a module as the user's does."""
+    return Trainer(
+        accelerator=trainer.accelerator,
+        strategy=SingleDeviceStrategy(trainer.strategy.root_device),
+        devices=1,
+        plugins=[copy.deepcopy(trainer.precision_plugin)],
+        max_epochs=trainer.max_epochs,
+        max_steps=trainer.max_steps,
+        limit_train_batches=trainer.limit_train_batches,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        accumulate_grad_batches=accumulation(trainer, trainer.current_epoch) * trainer.world_size,
+        gradient_clip_val=trainer.gradient_clip_val,
+        gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+        logger=[DummyLogger() for _ in trainer.loggers] or False,  # training_step may speak to them
+        default_root_dir=trainer.default_root_dir,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_autolog_hparams=False,
+    )
+
+
+def _copy_module(
+    pl_module: LightningModule, trainer: Trainer, datamodule: LightningDataModule | None, loaders: Any
+) -> LightningModule:
+    """Copy a module with all it holds, except for the surroundings and the data."""
+    name = type(pl_module).__name__
+    data = [
+        value for value in vars(pl_module).values() if isinstance(value, (Dataset, DataLoader, LightningDataModule))
+    ]
+    shared = [trainer, trainer.strategy, datamodule, *callbacks_of(trainer), *trainer.loggers, loaders, *data]
+    try:
+        twin = copy.deepcopy(pl_module, {id(thing): thing for thing in shared if thing is not None})
+    except Exception as error:
+        raise MisconfigurationException(
+            f"The learning-rate range test trains a copy of {name}, which cannot be copied ({error}). {WAY_OUT}"
+        ) from error
+    vars(twin).pop("_compiled_call_impl", None)
+    if twin._compiler_ctx is not None:
+        to_uncompiled(twin)
+    for place in _functions_on(pl_module, twin):
+        raise MisconfigurationException(
+            f"The learning-rate range test trains a copy of {name}, but `{place}` is a function that has captured the "
+            f"model itself, and would go on to use it. Make it a method or a functools.partial. {WAY_OUT}"
+        )
+    return twin
+
+
+def _functions_on(pl_module: LightningModule, twin: LightningModule) -> Iterator[str]:
+    """Find lambdas and nested functions in a copy that have captured the original: they are shared, not copied."""
+    parts = {id(module) for module in pl_module.modules()}
+    for name, module in twin.named_modules():
+        for key, value in vars(module).items():
+            if any(parts & _captured(entry) for entry in _entries(value)):
+                yield f"{name}.{key}".lstrip(".")
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):  # where hooks are kept
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _captured(function: Any) -> set[int]:
+    """Return the ids of what a function has captured; of a bound method the object's."""
+    cells = (function.__closure__ or ()) if isinstance(function, FunctionType) else ()
+    full = (cell.cell_contents for cell in cells if cell != CellType())
+    return {id(getattr(thing, "__self__", thing)) for thing in full}
+
+
+def _forget_other_processes(twin: LightningModule) -> None:
+    """Let metrics and normalisation in a copy not wait for processes that do not train it."""
+    for module in twin.modules():
+        if isinstance(module, Metric):
+            module.distributed_available_fn = _no
+    if any(isinstance(module, nn.SyncBatchNorm) for module in twin.modules()):
+        TorchSyncBatchNorm().revert(twin)
+
+
+def _copy_loaders(loaders: Any, mode: Any, undo: ExitStack) -> CombinedLoader:
+    if isinstance(loaders, CombinedLoader):
+        loaders, mode = loaders.iterables, loaders._mode
+    combined = CombinedLoader(loaders, mode)
+    combined.flattened = [_copy_loader(loader, undo) for loader in combined.flattened]
+    return combined
+
+
+def _copy_loader(loader: Any, undo: ExitStack) -> Any:
+    """Copy a DataLoader with its order but not its data, or see to it that another loader gets its state back."""
+    if isinstance(loader, DataLoader):
+        kind = type(loader).__name__
+        if kept := [key for key, value in vars(loader).items() if hasattr(value, "__next__") and key != "_iterator"]:
+            raise MisconfigurationException(
+                f"The learning-rate range test cannot copy {kind}, which keeps an iterator (`{kept[0]}`) over its "
+                f"epochs. {WAY_OUT}"
+            )
+        twin = copy.copy(loader)
+        dataset: Any = loader.dataset
+        memo = {}
+        while dataset is not None:  # a subset's sampler may hold the whole
+            memo[id(dataset)] = dataset
+            dataset = getattr(dataset, "dataset", None)
+        # Past DataLoader's own __setattr__, which forbids this.
+        for name in ("generator", "sampler", "batch_sampler"):
+            try:
+                vars(twin)[name] = copy.deepcopy(getattr(loader, name), memo)
+            except Exception as error:
+                raise MisconfigurationException(
+                    f"The learning-rate range test cannot copy the {name} of {kind} ({error}). {WAY_OUT}"
+                ) from error
+        vars(twin)["_iterator"] = None  # of persistent workers
+        return twin
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        undo.callback(loader.load_state_dict, copy.deepcopy(loader.state_dict()))
+    return loader
+
+
+@contextmanager
+def _same_randomness(trainer: Trainer) -> Iterator[None]:
+    """Put the random states back, also after an exception, for which Lightning's ``isolate_rng`` does not care."""
+    states = _collect_rng_states(trainer.strategy.root_device.type == "cuda" or torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        _set_rng_states(states)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what Lightning says about the second Trainer: it has said it, or will say it, about the user's."""
+    log: logging.Logger = rank_zero_module.log
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _shows_progress(trainer: Trainer) -> bool:
+    bar: Any = trainer.progress_bar_callback
+    # A rich bar that is already there would be torn by another one.
+    return bar is not None and bar.is_enabled and getattr(bar, "progress", None) is None
+
+
+def _silence(owner: Any, *names: str) -> None:
+    """Replace methods of one instance by nothing."""
+    owner.__dict__.update(dict.fromkeys((name for name in names if is_overridden(name, owner)), _nothing))
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _no() -> bool:
+    return False

@@ -1,0 +1,315 @@
+"""One curve for a whole run: cosine and its restarts (arXiv:1608.03983), warm-up – stable – decay (arXiv:2405.18392),
+slow start and fast decay (arXiv:2012.13628), and the field's other schedules.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_speedups.attach.schedules import OnResume, ScheduleTrick, entry, get_value
+from lightning_speedups.attach.trick import callbacks_of
+from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.durations import Duration, Run
+from lightning_speedups.core.schedules import SHAPES, Shape, anneal_between, join, with_ends
+
+
+def pick_shape(shape: str | Shape, options: Mapping[str, Any]) -> Shape:
+    """Return a function of progress for a name and its options, or a user's own.
+
+    Args:
+        shape: Name of a shape, or a function of progress in [0, 1].
+        options: Arguments of the named shape.
+
+    Raises:
+        ValueError: If there is no such shape or option, or if its factors are not finite and 0 or more.
+
+    Example:
+        >>> pick_shape("polynomial", {"power": 1.0})(0.25)
+        0.75
+    """
+    if not isinstance(options, Mapping):
+        raise ValueError(f"Expected `options` to be a dict of a named shape's arguments, but got {options!r}.")
+    if callable(shape):
+        if options:
+            raise ValueError(f"Expected no `options` or `end_factor` for your own `shape`, but got {dict(options)}.")
+        picked = shape
+    elif isinstance(shape, str) and shape in SHAPES:
+        known = list(inspect.signature(SHAPES[shape]).parameters)[1:]
+        if unknown := set(options) - set(known):
+            raise ValueError(f"Expected options of shape {shape!r} to be of {known}, but got {sorted(unknown)}.")
+        for name, value in options.items():
+            check_option(name, value)
+        picked = partial(SHAPES[shape], **options)
+    else:
+        raise ValueError(f"Expected `shape` to be a function or one of {', '.join(SHAPES)}, but got {shape!r}.")
+    for place in range(101):
+        factor: Any
+        try:
+            factor = picked(place / 100)
+            good = math.isfinite(factor) and factor >= 0
+        except (ArithmeticError, TypeError, ValueError, LookupError) as error:
+            factor, good = error, False
+        if not good:
+            raise ValueError(
+                f"Expected `shape` {shape!r} with {dict(options)} to give finite factors of 0 or more, but at progress "
+                f"{place / 100} it gave {factor!r}."
+            )
+    return picked
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuse an argument of a named shape that is out of its range.
+
+    Args:
+        name: The argument's name.
+        value: What was given.
+
+    Raises:
+        ValueError: If it breaks its rule.
+    """
+    name_given = f"options[{name!r}]"
+    if name in ("power", "gamma", "growth"):
+        check_number(name_given, value, 0, above=True)
+    elif name == "cycles":
+        check_number(name_given, value, 1, whole=True)
+    elif name == "rise":
+        check_number(name_given, value, 0, 1, below=True)
+    elif name == "milestones":
+        rule = f"Expected `{name_given}` to be rising fractions of the shape, each in [0, 1], but got {value!r}."
+        try:
+            for milestone in value:
+                check_number(name_given, milestone, 0, 1)
+        except (TypeError, ValueError) as error:
+            raise ValueError(rule) from error
+        if any(one >= other for one, other in pairwise(value)):
+            raise ValueError(rule)
+
+
+class LRCurve(ScheduleTrick):
+    """One curve over the whole run for the learning rate, or for momentum, weight decay or any other group value.
+
+    The curve is a factor on the value that the optimizer was given: each parameter group follows it from its own value,
+    also one that appears later. It comes to its end after the last step, so that no step is wasted at a rate of 0; with
+    the same arguments its values are those of torch's schedulers. It counts real optimizer steps (one that GradScaler
+    skips moves nothing). Several curves, for several values or optimizers, run side by side.
+
+    When not to use it: together with a scheduler of the learning rate (it refuses). For the shortest runs
+    ``OneCycleMomentum`` moves momentum as well.
+
+    Args:
+        shape: ``"cosine"``, ``"linear"``, ``"step"``, ``"polynomial"``, ``"exponential"``, ``"trapezoid"`` (warm-up,
+            stable, decay), ``"slow_start_fast_decay"`` or ``"cosine_restarts"``; or your own function of progress in
+            [0, 1] that returns a factor of 0 or more.
+        warmup: Length of a linear warm-up before the shape: a whole number of optimizer steps, a float in [0, 1] as a
+            fraction of the run, or a text like ``"5 epochs"``. None: 0, for the trapezoid 0.05.
+        cooldown: Length of a linear fall after the shape, in the same ways; not after a shape that ends at 0. None: 0,
+            for the trapezoid 0.2.
+        end_factor: Factor at the end of the shape, 0 or more. None: the shape's own: 0, or 0.01 where it falls
+            exponentially. Not for the trapezoid, the step and your own.
+        warmup_factor: Factor at the first step of a warm-up, 0 or more.
+        cooldown_factor: Factor at the end of a cooldown, 0 or more.
+        key: The value to drive: ``"lr"``, ``"momentum"`` (``betas[0]`` in the Adam family), ``"weight_decay"``, or any
+            other number in the parameter groups.
+        options: More arguments of a named shape: ``power`` (polynomial), ``milestones`` as fractions and ``gamma``
+            (step), ``start`` and ``rise`` (slow start, fast decay), ``cycles`` and ``growth`` (cosine restarts).
+        over: ``"steps"``, or ``"time"``: progress is the elapsed part of ``Trainer(max_time=...)``, the same on every
+            rank (one small broadcast a batch).
+        total_steps: Length in optimizer steps, 1 or more. None: the length of the run, from the Trainer.
+        optimizer: Index of the optimizer to drive; None: all of them.
+        on_resume: When a resumed run has another length, ``"stretch"`` the curve over the new total, or ``"extend"``
+            it: go on from where it stood and end at the new total. A trapezoid with warm-up and cooldown in steps that
+            is stretched on its plateau stays there.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At fit start, if the run's length is unknown, if warm-up and cooldown are longer than
+            the run, if there is another owner of the value, or if the optimizer has no such value.
+
+    Source:
+        Loshchilov & Hutter, arXiv:1608.03983; Hägele et al., arXiv:2405.18392; Jeddi et al., arXiv:2012.13628.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[LRCurve("cosine", warmup="1 epochs"), LRCurve("linear", key="weight_decay")])
+    """
+
+    ways_out: ClassVar[str] = (
+        "Give `total_steps=`, in optimizer steps, or `Trainer(max_steps=...)`, or `over='time'` with "
+        "`Trainer(max_time=...)`."
+    )
+
+    def __init__(
+        self,
+        shape: str | Callable[[float], float] = "cosine",
+        warmup: int | float | str | None = None,
+        cooldown: int | float | str | None = None,
+        end_factor: float | None = None,
+        warmup_factor: float = 0.01,
+        cooldown_factor: float = 0.0,
+        key: str = "lr",
+        options: dict[str, Any] | None = None,
+        over: Literal["steps", "time"] = "steps",
+        total_steps: int | None = None,
+        optimizer: int | None = None,
+        on_resume: OnResume = "stretch",
+    ) -> None:
+        super().__init__(total_steps, optimizer, on_resume)
+        check_number("end_factor", end_factor, 0, optional=True)
+        check_number("warmup_factor", warmup_factor, 0)
+        check_number("cooldown_factor", cooldown_factor, 0)
+        if not isinstance(key, str) or not key or key in ("params", "betas"):
+            raise ValueError(f"Expected `key` to be the name of a number in the parameter groups, but got {key!r}.")
+        if over not in ("steps", "time"):
+            raise ValueError(f"Expected `over` to be 'steps' or 'time', but got {over!r}.")
+        end = {} if end_factor is None else {"end": end_factor}
+        self.shape = pick_shape(shape, {**options, **end} if isinstance(options, dict) else options or end)
+        own = (0.05, 0.2) if shape == "trapezoid" else (0, 0)
+        self.warmup = Duration.parse("warmup", own[0] if warmup is None else warmup)
+        self.cooldown = Duration.parse("cooldown", own[1] if cooldown is None else cooldown)
+        parts = [part.amount for part in (self.warmup, self.cooldown) if part.unit == "fraction"]
+        if sum(parts) > 1:
+            raise ValueError(f"Expected `warmup` and `cooldown` to be at most the whole run, but got {parts}.")
+        if over == "time" and any(part.amount and part.unit != "fraction" for part in (self.warmup, self.cooldown)):
+            raise ValueError("Expected `warmup` and `cooldown` to be fractions of the run with `over='time'`.")
+        if key == "lr" and self.cooldown.amount and self.shape(1.0) == 0 == cooldown_factor:
+            raise ValueError(
+                "Expected no `cooldown` after a `shape` that ends at 0, where it has nowhere to fall and its steps are "
+                "lost. Give `end_factor` above 0, or leave it out."
+            )
+        self.warmup_factor, self.cooldown_factor = warmup_factor, cooldown_factor
+        self.key, self.over = key, over
+
+    def forget(self) -> None:
+        """Forget the last run."""
+        super().forget()
+        self._pieces: list[tuple[float, Shape]] = []
+        self._elapsed = 0.0
+        self._cooling: list[tuple[int, int, float]] = []  # for each optimizer: since which step, how many, from where
+        self._stop = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The value that it drives."""
+        return (self.key,)
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether it goes by steps."""
+        return self.over == "steps"
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for each value and optimizer."""
+        return self._generate_state_key(key=self.key, optimizer=self.optimizer)
+
+    def cool_down(self, steps: int, stop: bool = True) -> None:
+        """Begin the cooldown now, wherever the curve stands: from the value of the next step, in so many steps.
+
+        Call it while the run goes on, on every rank, from a callback or the module.
+
+        Args:
+            steps: Length in optimizer steps, 1 or more.
+            stop: End the run with it.
+
+        Raises:
+            ValueError: If ``steps`` is out of range.
+            MisconfigurationException: If no run is going on.
+        """
+        check_number("steps", steps, 1, whole=True)
+        if not self._pieces:
+            raise MisconfigurationException("LRCurve.cool_down is for a run that is going on: call it from a hook.")
+        here = [self._factor(i, done) for i, done in enumerate(self.steps_done)]
+        self._cooling = [(done, steps, factor) for done, factor in zip(self.steps_done, here, strict=True)]
+        self._stop = stop
+
+    def plan(self, run: Run) -> None:
+        """Lay the pieces end to end."""
+        super().plan(run)
+        whole = self.length if self.needs_length else 1.0
+        warmup, cooldown = (part.in_steps(run, whole) for part in (self.warmup, self.cooldown))
+        if warmup is None or cooldown is None:
+            raise MisconfigurationException(
+                "LRCurve: a warm-up or cooldown in epochs needs the length of an epoch, but this training data has "
+                "none. Give it in optimizer steps or as a fraction of the run."
+            )
+        if warmup + cooldown > whole * (1 + 1e-9):  # fractions that add up to 1 may pass it by a rounding error
+            if not self._resumed:
+                raise MisconfigurationException(
+                    f"LRCurve: a warm-up of {warmup:g} and a cooldown of {cooldown:g} optimizer steps do not fit in a "
+                    f"run of {whole:g}. Give shorter ones, or fractions of the run."
+                )
+            # A resumed run that is too short for both: they share it.
+            warmup, cooldown = (part * whole / (warmup + cooldown) for part in (warmup, cooldown))
+        self._pieces = with_ends(self.shape, whole, warmup, self.warmup_factor, cooldown, self.cooldown_factor)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle the curve, and find the clock that it may go by."""
+        super().on_train_start(trainer, pl_module)
+        if self._stop and self._has_cooled:  # resumed from a checkpoint of the last step
+            trainer.should_stop = True
+        if self.over == "time":
+            self._look_at_the_clock(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the time, where the curve goes by it."""
+        if self.over == "time":
+            self._look_at_the_clock(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the run when a cooldown is over that should."""
+        if self._stop and self._has_cooled:
+            trainer.should_stop = True
+
+    @property
+    def _has_cooled(self) -> bool:
+        cooling = enumerate(zip(self.steps_done, self._cooling, strict=True))
+        # An optimizer that has not stepped at all is not waited for.
+        ends = [done >= since + steps for i, (done, (since, steps, _)) in cooling if self.drives(i) and done]
+        return bool(ends) and all(ends)
+
+    def _look_at_the_clock(self, trainer: Trainer) -> None:
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
+                gone = callback.time_elapsed()
+                elapsed = min(1.0, gone / max(gone + left, 1e-9))
+                self._elapsed = trainer.strategy.broadcast(elapsed) if trainer.world_size > 1 else elapsed
+                return
+        raise MisconfigurationException("LRCurve(over='time') needs the length of the run: `Trainer(max_time=...)`.")
+
+    def _factor(self, optimizer: int, step: int) -> float:
+        if self._cooling:
+            since, steps, begin = self._cooling[optimizer]
+            return anneal_between(begin, self.cooldown_factor, min(1.0, (step - since) / steps), "linear")
+        return join(self.position(optimizer, step) if self.over == "steps" else self._elapsed, self._pieces)
+
+    def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Multiply the optimizer's own value."""
+        if not self.drives(optimizer):
+            return {}
+        return entry(values, self.key, get_value(values, self.key) * self._factor(optimizer, step))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it stands."""
+        return {**super().state_dict(), "cooling": [list(part) for part in self._cooling], "stop": self._stop}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the same step."""
+        super().load_state_dict(state_dict)
+        self._cooling = [(int(since), int(steps), float(begin)) for since, steps, begin in state_dict["cooling"]]
+        self._stop = bool(state_dict["stop"])
+
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the driver."""
+        super().undo(trainer, pl_module)
+        self._pieces = []  # closures, which do not pickle
