@@ -3,6 +3,9 @@
 A network so small that hooks and patches are all there is to see. All arms are interleaved in one run, in an order that is shuffled anew
 each round; the difference to the bare Trainer is taken within a round. Run nothing beside it.
 
+That difference is small beside the noise of a step, so what the drivers of optimizer values add is also timed by itself: everything that
+the trick does around one step, with an empty step in it.
+
     python benchmarks/step_overhead.py [--rounds 15] [--steps 400]
 """
 
@@ -15,6 +18,7 @@ import logging
 import random
 import statistics
 import time
+import timeit
 import warnings
 from pathlib import Path
 
@@ -25,12 +29,17 @@ from rich.progress import track
 from torch import nn
 
 from lightning_speedups import (
+    CyclicMomentum,
     FreezeBackboneFinetune,
     LabelSmoothingLoss,
+    LRCurve,
     MixupCallback,
     OneCycleMomentum,
+    StopAtTarget,
     WarmupLRScaler,
 )
+from lightning_speedups.attach.optimizers import OptimizerTrick
+from lightning_speedups.attach.trick import raw_optimizers
 from lightning_speedups.measure.machine import machine_facts, versions
 
 ARMS = {
@@ -38,6 +47,9 @@ ARMS = {
     "empty Callback": lambda: [Callback()],
     "OneCycleMomentum": lambda: [OneCycleMomentum(0.1)],
     "WarmupLRScaler": lambda: [WarmupLRScaler(scale=2.0, warmup_steps=100)],
+    "CyclicMomentum": lambda: [CyclicMomentum(0.01, 0.1)],
+    "LRCurve": lambda: [LRCurve("cosine", warmup=0.1)],
+    "StopAtTarget": lambda: [StopAtTarget("loss", 0.0, "min")],
     "FreezeBackboneFinetune": lambda: [FreezeBackboneFinetune("backbone", unfreeze_at_epoch=0)],
     "MixupCallback": lambda: [MixupCallback(seed=0)],
     "LabelSmoothingLoss": list,
@@ -56,6 +68,8 @@ class Tiny(LightningModule):
         self.backbone, self.head, self.criterion = nn.Linear(8, 8), nn.Linear(8, 4), criterion
 
     def training_step(self, batch, batch_idx):
+        if batch_idx == 0:  # once: logging costs more than any trick
+            self.log("loss", 1.0, on_step=False, on_epoch=True)
         return self.criterion(self.head(self.backbone(batch[0])), batch[1])
 
     def configure_optimizers(self):
@@ -99,6 +113,50 @@ def step_microseconds(arm: str, steps: int) -> float:
     return clock.median() * 1e6
 
 
+class Direct(Callback):
+    """Takes the time of what a trick adds to one optimizer step, with nothing else in it."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx != 1:
+            return
+        (optimizer,) = raw_optimizers(trainer)
+        driver = trainer.strategy.optimizer_step.driver
+        (trick,) = driver.tricks
+        before = list(trick.steps_done)
+
+        def step():
+            driver.step(inner, optimizer)
+            for hook in (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()):
+                hook(optimizer, (), {})
+
+        def inner(*args):
+            driver.read(nothing)
+
+        def hooks():
+            trick.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            trick.on_train_batch_end(trainer, pl_module, None, batch, batch_idx)
+
+        def nothing(*args):
+            pass
+
+        both = [statistics.median(timeit.repeat(part, number=1000, repeat=25)) * 1e3 for part in (step, hooks)]
+        self.microseconds = sum(both)
+        trick.steps_done = before
+
+
+def driver_microseconds(arm: str) -> float | None:
+    callbacks, direct = ARMS[arm](), Direct()
+    if len(callbacks) != 1 or not isinstance(callbacks[0], OptimizerTrick):
+        return None
+    trainer = Trainer(
+        callbacks=[*callbacks, direct], max_steps=1000, limit_train_batches=3, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    direct.on_train_batch_end = lambda *args: setattr(trainer, "should_stop", hasattr(direct, "microseconds"))
+    trainer.fit(Tiny(F.cross_entropy), Repeat(1000))
+    return round(direct.microseconds, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -124,8 +182,10 @@ def main() -> None:
             "extra_us": round(statistics.median(extra), 1),
             "extra_us_quartiles": [round(extra[quarter], 1), round(extra[-1 - quarter], 1)],
         }
+        rows[arm]["driver_us"] = driver_microseconds(arm)
+        row = rows[arm]
         print(
-            f"{arm:24s} {rows[arm]['step_us']:8.1f} µs a step, {rows[arm]['extra_us']:+7.1f} {rows[arm]['extra_us_quartiles']}"
+            f"{arm:24s} {row['step_us']:8.1f} µs a step, {row['extra_us']:+7.1f} {row['extra_us_quartiles']}, by itself {row['driver_us']}"
         )
     facts = {"machine": machine_facts(), "versions": versions(), "rounds": args.rounds, "steps": args.steps}
     args.out.write_text(json.dumps({**facts, "arms": rows, "step_us": times}, indent=1) + "\n")
