@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 CLASSES = 4
 
@@ -39,34 +39,49 @@ class Batches:
         return iter(self.batches)
 
 
-class ReplayLoader:
-    """Yields batches that depend on epoch and position alone, and goes on where a checkpoint stood."""
+class OrderOfEpoch(Sampler[int]):
+    """Shuffles by the epoch alone."""
 
-    def __init__(self, batches: int = 4, batch_size: int = 8) -> None:
-        self.batches, self.batch_size, self.epoch, self.position = batches, batch_size, 0, 0
-        self.sampler = self  # Lightning tells a loader's sampler the epoch, also where it forgets to load the state
+    def __init__(self, size: int) -> None:
+        self.size, self.epoch = size, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.batches
+        return self.size
 
     def __iter__(self):
-        while self.position < self.batches:
-            self.position += 1
-            batch = images(self.batch_size, seed=1000 * self.epoch + self.position)
-            if self.position == self.batches:  # before the last yield: nobody asks the generator again after it
-                self.epoch, self.position = self.epoch + 1, 0
-                yield batch
-                return
-            yield batch
+        return iter(torch.randperm(self.size, generator=torch.Generator().manual_seed(1000 * self.epoch)).tolist())
+
+
+class ReplayLoader(DataLoader[Any]):
+    """A DataLoader whose batches depend on epoch and position alone, and that goes on where a checkpoint stood."""
+
+    def __init__(self, batches: int = 4, batch_size: int = 8, **options: Any) -> None:
+        size = batches * batch_size
+        super().__init__(
+            TensorDataset(*images(size)), **{"batch_size": batch_size, "sampler": OrderOfEpoch(size), **options}
+        )
+        self.position = 0
+
+    def __iter__(self):
+        begin, last, batches = self.position, len(self) - 1, super().__iter__()
+
+        def rest():
+            for position, batch in enumerate(batches):
+                if position >= begin:
+                    # Before the last yield: nobody asks the generator again after it.
+                    self.position = 0 if position == last else position + 1
+                    yield batch
+
+        return rest()
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+        return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.position = state["position"]
 
 
 class Classifier(LightningModule):

@@ -9,25 +9,32 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_speedups.attach.trick import Trick, patch, unpatch
+from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.randomness import generator_for
 
 
 class Order(IntEnum):
     """When a trick changes the batch; lower comes first."""
 
-    RESIZE = 10
-    MEMORY_FORMAT = 20
-    MIX = 30
+    LOOK = 0
+    AUGMENT = 10
+    RESIZE = 20
+    MEMORY_FORMAT = 30
+    MIX = 40
 
 
 class BatchTrick(Trick):
-    """A trick that changes training batches. A subclass says when (``order``) and how (``change_batch``)."""
+    """A trick that changes training batches. A subclass says when (``batch_order``) and how (``change_batch``)."""
 
-    order: Order
+    batch_order: Order
+    strength: float = 1.0
+    """Share of its full strength, in [0, 1], for a trick that distorts; ProgressiveResizing lets it grow."""
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Return the changed batch, on the device; the incoming tensors may be the dataset's own memory: never write
@@ -51,7 +58,7 @@ class BatchTrick(Trick):
             pipeline = _Pipeline(trainer)
             patch(trainer.strategy, "batch_to_device", pipeline)
         if self not in pipeline.tricks:
-            pipeline.tricks = sorted([*pipeline.tricks, self], key=lambda trick: trick.order)
+            pipeline.tricks = sorted([*pipeline.tricks, self], key=lambda trick: trick.batch_order)
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the pipeline; the last one removes it."""
@@ -61,6 +68,47 @@ class BatchTrick(Trick):
             pipeline.tricks.remove(self)
             if not pipeline.tricks:
                 unpatch(trainer.strategy, "batch_to_device", pipeline.original)
+
+
+class SeededBatchTrick(BatchTrick):
+    """A trick that changes training batches at random: the draws depend on the seed, the rank and the batch's number
+    alone, so that a resumed run draws the same.
+
+    Args:
+        seed: Any whole number. None: the seed of torch's generator (what ``seed_everything`` sets), kept in
+            checkpoints.
+    """
+
+    def __init__(self, seed: int | None) -> None:
+        super().__init__()
+        check_number("seed", seed, whole=True, optional=True)
+        self.seed = self._run_seed = None if seed is None else int(seed)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the batch pipeline."""
+        super().setup(trainer, pl_module, stage)
+        self._run_seed = self.seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle the seed."""
+        super().on_train_start(trainer, pl_module)
+        if self._run_seed is None:  # one for all ranks: a checkpoint holds one
+            self._run_seed = trainer.strategy.broadcast(torch.initial_seed())
+
+    def generator(self, trainer: Trainer) -> torch.Generator:
+        """Return the source of randomness for this batch, on the CPU."""
+        assert self._run_seed is not None
+        return generator_for(self._run_seed, trainer.global_rank, batch_number(trainer), self.batch_order)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seed."""
+        return {**super().state_dict(), "seed": self._run_seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Redraw what the interrupted run drew, unless a seed was given."""
+        super().load_state_dict(state_dict)
+        if self.seed is None:
+            self._run_seed = state_dict["seed"]
 
 
 class _Pipeline:

@@ -62,10 +62,14 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
-def batches_an_epoch(trainer: Trainer) -> int | None:
+def batches_in_epoch(trainer: Trainer, epoch: int) -> int | None:
     """Return the number of training batches in an epoch, or None when the loader does not know; valid from
     ``on_train_start`` on.
     """
+    # Tricks that change the loader make epochs of different lengths.
+    planned = getattr(trainer.strategy.__dict__.get("process_dataloader"), "batches_in_epoch", None)
+    if planned is not None:
+        return planned(epoch)  # type: ignore[no-any-return]
     batches = trainer.num_training_batches
     return None if batches == float("inf") else int(batches)
 
@@ -82,10 +86,12 @@ def steps_in_epochs(trainer: Trainer, epochs: float) -> int | None:
     """
     if epochs == 0:
         return 0
-    batches = batches_an_epoch(trainer)
-    if batches is None:
+    if batches_in_epoch(trainer, 0) is None:
         return None
-    whole = (math.ceil(batches / accumulation(trainer, epoch)) for epoch in range(math.ceil(epochs)))
+    whole = (
+        math.ceil((batches_in_epoch(trainer, epoch) or 0) / accumulation(trainer, epoch))
+        for epoch in range(math.ceil(epochs))
+    )
     return round(sum(steps * min(1.0, epochs - epoch) for epoch, steps in enumerate(whole)))
 
 
@@ -102,18 +108,18 @@ def accumulation(trainer: Trainer, epoch: int) -> int:
 
 def total_batches(trainer: Trainer) -> int | None:
     """Return the training batches of the whole run, or None when it is open-ended; valid from ``on_train_start`` on."""
-    batches, steps_left = batches_an_epoch(trainer), trainer.max_steps
+    first, steps_left = batches_in_epoch(trainer, 0), trainer.max_steps
     epochs = None if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
-    if batches is None:
+    if first is None:
         return None if steps_left < 0 else steps_left * accumulation(trainer, 0)
-    if steps_left < 0 or batches == 0:
-        return None if epochs is None else batches * epochs
+    if epochs is None and (steps_left < 0 or first == 0):
+        return None
     total = 0
     for epoch in itertools.count() if epochs is None else range(epochs):
-        size = accumulation(trainer, epoch)
-        if steps_left * size <= batches:
+        batches, size = batches_in_epoch(trainer, epoch) or 0, accumulation(trainer, epoch)
+        if 0 <= steps_left * size <= batches:
             return total + steps_left * size
-        steps_left -= math.ceil(batches / size)
+        steps_left -= math.ceil(batches / size) if steps_left >= 0 else 0
         total += batches
     return total
 

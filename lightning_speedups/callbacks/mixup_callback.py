@@ -9,13 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_speedups.attach.batches import BatchTrick, Order, batch_number
+from lightning_speedups.attach.batches import Order, SeededBatchTrick, batch_number
 from lightning_speedups.attach.trick import total_batches
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, get_part, replace_part
 from lightning_speedups.core.labels import MixedLabels, Reads, soft_targets
 from lightning_speedups.core.mixing import blend, complementary, cut_box, draw_lambda, kept_share, paste
-from lightning_speedups.core.randomness import generator_for
 
 
 def mix_inputs(
@@ -76,7 +75,7 @@ def mix_inputs(
     return mixed, there, lam.to(device, non_blocking=True)
 
 
-class MixupCallback(BatchTrick):
+class MixupCallback(SeededBatchTrick):
     """Mixes the samples of each training batch, and their labels, without a change to ``training_step``.
 
     ``training_step`` receives blended inputs and, with ``targets="labels"``, labels that are still an integer tensor:
@@ -117,7 +116,7 @@ class MixupCallback(BatchTrick):
         >>> trainer = Trainer(callbacks=[MixupCallback(alpha=0.2, stop_after=0.8)])
     """
 
-    order = Order.MIX
+    batch_order = Order.MIX
 
     def __init__(
         self,
@@ -133,7 +132,7 @@ class MixupCallback(BatchTrick):
         labels: Place = 1,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         check_number("alpha", alpha, 0)
         check_number("cutmix_alpha", cutmix_alpha, 0)
         if alpha == cutmix_alpha == 0:
@@ -144,7 +143,6 @@ class MixupCallback(BatchTrick):
         if targets not in ("labels", "soft"):
             raise ValueError(f"Expected `targets` to be 'labels' or 'soft', but got {targets!r}.")
         check_number("num_classes", num_classes, 1, whole=True, optional=True)
-        check_number("seed", seed, whole=True, optional=True)
         for name, place in (("inputs", inputs), ("labels", labels)):
             if not isinstance(place, (int, str)) or isinstance(place, bool):
                 raise ValueError(f"Expected `{name}` to be an index, a key or an attribute name, but got {place!r}.")
@@ -160,8 +158,6 @@ class MixupCallback(BatchTrick):
             stop_after,
         )
         self.inputs, self.labels = inputs, labels
-        self.seed = None if seed is None else int(seed)
-        self._run_seed = self.seed
         self._unread: Reads | None = None
         self._checked = False
         self._mixed_batches = float("inf")
@@ -169,12 +165,11 @@ class MixupCallback(BatchTrick):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the batch pipeline."""
         super().setup(trainer, pl_module, stage)
-        self._run_seed, self._checked, self._unread = self.seed, False, None
+        self._checked, self._unread = False, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settle the seed and the last mixed step."""
-        if self._run_seed is None:  # one for all ranks: a checkpoint holds one
-            self._run_seed = trainer.strategy.broadcast(torch.initial_seed())
+        """Settle the last mixed step."""
+        super().on_train_start(trainer, pl_module)
         self._mixed_batches = float("inf")
         if self.stop_after < 1.0:
             batches = total_batches(trainer)
@@ -187,7 +182,6 @@ class MixupCallback(BatchTrick):
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Mix inputs and labels."""
-        assert self._run_seed is not None
         inputs, labels = self._tensor(batch, self.inputs, "inputs"), self._tensor(batch, self.labels, "labels")
         if len(inputs) != len(labels):
             raise MisconfigurationException(
@@ -205,11 +199,15 @@ class MixupCallback(BatchTrick):
                 "have to be pasted alike, which MixupCallback does not do. Use `cutmix_alpha=0`."
             )
         mixture = None
-        number = batch_number(trainer)
-        if number < self._mixed_batches:
-            generator = generator_for(self._run_seed, trainer.global_rank, number)
+        if batch_number(trainer) < self._mixed_batches:
             mixture = mix_inputs(
-                inputs, generator, self.alpha, self.cutmix_alpha, self.prob, self.switch_prob, self.per_element
+                inputs,
+                self.generator(trainer),
+                self.alpha,
+                self.cutmix_alpha,
+                self.prob,
+                self.switch_prob,
+                self.per_element,
             )
         if mixture is None:
             return replace_part(batch, self.labels, self._soft(labels)) if self._hands_over_soft(labels) else batch
@@ -243,15 +241,6 @@ class MixupCallback(BatchTrick):
                 ' MixupCallback(targets="soft", num_classes=...) with a loss that takes class probabilities.'
             )
         self._checked, self._unread = True, None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the seed."""
-        return {"seed": self._run_seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Redraw what the interrupted run drew, unless a seed was given."""
-        if self.seed is None:
-            self._run_seed = state_dict["seed"]
 
     def _hands_over_soft(self, labels: Tensor) -> bool:
         return self.targets == "soft" and not labels.is_floating_point()

@@ -28,7 +28,7 @@ class Linear(BatchTrick):
 
     def __init__(self, times, plus, order=Order.MIX, place=0):
         super().__init__()
-        self.times, self.plus, self.order, self.place = times, plus, order, place
+        self.times, self.plus, self.batch_order, self.place = times, plus, order, place
         self.numbers = []
 
     def change_batch(self, trainer, pl_module, batch):

@@ -1,6 +1,7 @@
 """The run's length as it is really trained, the batch size as it really comes, and methods put back as they were."""
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from lightning_speedups.attach.trick import (
     Trick,
     accumulation,
-    batches_an_epoch,
+    batches_in_epoch,
     callbacks_of,
     loader_batch_size,
     patch,
@@ -102,9 +103,9 @@ def test_an_endless_run_has_no_total():
 
 
 def test_an_epoch_without_a_length_is_none():
-    assert looked(batches_an_epoch, DataLoader(Endless(), batch_size=2), max_epochs=1)[0] is None
+    assert looked(partial(batches_in_epoch, epoch=0), DataLoader(Endless(), batch_size=2), max_epochs=1)[0] is None
     assert looked(lambda one: steps_in_epochs(one, 2.0), DataLoader(Endless(), batch_size=2), max_epochs=1)[0] is None
-    assert looked(batches_an_epoch, max_epochs=1)[0] == 4
+    assert looked(partial(batches_in_epoch, epoch=0), max_epochs=1)[0] == 4
 
 
 @pytest.mark.parametrize(

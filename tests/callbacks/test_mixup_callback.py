@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_speedups import LabelSmoothingLoss, MixupCallback
+from lightning_speedups.attach.batches import Order
 from lightning_speedups.callbacks.mixup_callback import mix_inputs
 from lightning_speedups.core.randomness import generator_for
 from small import CLASSES, Batches, Classifier, ReplayLoader, fit_interrupted, images, loader, resume, trainer
@@ -26,7 +27,7 @@ def EXAMPLE():
 
 def redraw(inputs, number, *, seed=3, rank=0, alpha=0.2, cutmix_alpha=0.0, prob=1.0, per_element=False):
     """What the callback must have drawn for a batch: its number, rank and seed fix it."""
-    return mix_inputs(inputs, generator_for(seed, rank, number), alpha, cutmix_alpha, prob, 0.5, per_element)
+    return mix_inputs(inputs, generator_for(seed, rank, number, Order.MIX), alpha, cutmix_alpha, prob, 0.5, per_element)
 
 
 def soft_loss(scores, labels, partner, lam):
