@@ -1,5 +1,7 @@
 """What all tests share: one thread, so that two test processes on two cores do not slow each other down."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -8,6 +10,8 @@ from lightning.pytorch import seed_everything
 # The same examples in every run, and no verdict by the clock of a busy machine.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+# A job in the background of a shell begins with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
