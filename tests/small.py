@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
@@ -121,6 +122,38 @@ class Classifier(LightningModule):
 
     def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.values.append([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
+
+
+class Joins(Classifier):
+    """The backbone joins in the second epoch, at a quarter of the head's rate."""
+
+    def configure_optimizers(self) -> Any:
+        self.own = torch.optim.SGD(self.head.parameters(), lr=0.4, momentum=0.9)
+        self.own.register_step_pre_hook(self._note)
+        return self.own
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.own.add_param_group({"params": self.backbone.parameters(), "lr": 0.1})
+
+
+class Memory(Logger):
+    """A logger that keeps what it is given."""
+
+    name = version = "memory"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: list[dict[str, Any]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.metrics.append(dict(metrics))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getitem__(self, name: str) -> list[Any]:
+        return [metrics[name] for metrics in self.metrics if name in metrics]
 
 
 class Interrupted(Exception):

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Adagrad, AdamW
@@ -18,7 +17,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_speedups.attach.schedules import ScheduleTrick, entry, get_value
-from small import Classifier, ReplayLoader, fit_interrupted, images, loader, resume, trainer
+from small import Classifier, Memory, ReplayLoader, fit_interrupted, images, loader, resume, trainer
 
 
 class Place(ScheduleTrick):
@@ -540,23 +539,6 @@ def test_a_rate_given_as_a_tensor_stays_the_same_tensor(kind):
 
 
 # ---- what the user sees
-
-
-class Memory(Logger):
-    name = version = "memory"
-
-    def __init__(self):
-        super().__init__()
-        self.metrics = []
-
-    def log_metrics(self, metrics, step=None):
-        self.metrics.append(dict(metrics))
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-    def __getitem__(self, name):
-        return [metrics[name] for metrics in self.metrics if name in metrics]
 
 
 def watched(module, tricks, data=None, **monitor):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_speedups import CyclicMomentum, LRCurve, OneCycleMomentum, WarmupLRScaler
 from small import (
     Classifier,
+    Joins,
     ReplayLoader,
     assert_same_weights,
     fit_interrupted,
@@ -186,19 +187,6 @@ def test_each_group_can_have_its_own_rates():
     trainer(callbacks=[CyclicMomentum([0.01, 0.3], (0.1, 0.2), 2, 3)]).fit(module, loader())
     check(module, oracle(12, 2, 3, low=0.01, high=0.1), group=0)
     check(module, oracle(12, 2, 3, low=0.3, high=0.2), group=1)
-
-
-class Joins(Classifier):
-    """The backbone joins in the second epoch, at a quarter of the head's rate."""
-
-    def configure_optimizers(self):
-        self.own = torch.optim.SGD(self.head.parameters(), lr=0.4, momentum=0.9)
-        self.own.register_step_pre_hook(self._note)
-        return self.own
-
-    def on_train_epoch_start(self):
-        if self.current_epoch == 1:
-            self.own.add_param_group({"params": self.backbone.parameters(), "lr": 0.1})
 
 
 @pytest.mark.parametrize("rates", [(0.02, 0.2), ([0.02], [0.2])])

@@ -13,7 +13,17 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_speedups import LRRangeTest, OneCycleMomentum
 from lightning_speedups.core.schedules import one_cycle
-from small import Classifier, ReplayLoader, assert_same_weights, fit_interrupted, loader, resume, trainer, weights
+from small import (
+    Classifier,
+    Joins,
+    ReplayLoader,
+    assert_same_weights,
+    fit_interrupted,
+    loader,
+    resume,
+    trainer,
+    weights,
+)
 
 
 def EXAMPLE():
@@ -285,19 +295,6 @@ def test_extended_it_goes_on_from_where_it_stood_and_ends_at_the_new_total(epoch
     np.testing.assert_allclose(read(module), [one_cycle(p, 12, max_lr=0.4) for p in positions], rtol=1e-9)
     assert read(module)[0] == pytest.approx(oracle(12)[5])
     assert read(module)[-1] == pytest.approx(oracle(12)[-1])
-
-
-class Joins(Classifier):
-    """The backbone joins in the second epoch, at a quarter of the head's rate."""
-
-    def configure_optimizers(self):
-        self.own = torch.optim.SGD(self.head.parameters(), lr=0.8, momentum=0.9)
-        self.own.register_step_pre_hook(self._note)
-        return self.own
-
-    def on_train_epoch_start(self):
-        if self.current_epoch == 1:
-            self.own.add_param_group({"params": self.backbone.parameters(), "lr": 0.2})
 
 
 @pytest.mark.parametrize("max_lr", [0.4, [0.4]])

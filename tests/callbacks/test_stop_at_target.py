@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, LearningRateMonitor
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
@@ -20,6 +19,7 @@ from lightning_speedups.callbacks.stop_at_target import is_reached
 from lightning_speedups.core.schedules import one_cycle
 from small import (
     Classifier,
+    Memory,
     ReplayLoader,
     assert_same_weights,
     fit_interrupted,
@@ -157,20 +157,6 @@ def test_it_reports_time_steps_and_samples(monkeypatch, caplog):
         "target/samples": 60,
         "target/seconds": 44,
     }
-
-
-class Memory(Logger):
-    name = version = "memory"
-
-    def __init__(self):
-        super().__init__()
-        self.metrics = []
-
-    def log_metrics(self, metrics, step=None):
-        self.metrics.append(dict(metrics))
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
 
 
 def test_steps_are_optimizer_steps_and_samples_those_of_all_batches():
