@@ -156,6 +156,17 @@ class Memory(Logger):
         return [metrics[name] for metrics in self.metrics if name in metrics]
 
 
+class OneHot(nn.Module):
+    """Hands class labels to a loss as a yes or no for each class; here, so that it pickles."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(scores, F.one_hot(labels, CLASSES).float())
+
+
 class Interrupted(Exception):
     """Ends a fit in the middle."""
 

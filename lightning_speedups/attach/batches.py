@@ -6,6 +6,7 @@ a DataModule), and before any callback, metric or training_step does.
 
 from __future__ import annotations
 
+import copy
 from enum import IntEnum
 from typing import Any
 
@@ -127,6 +128,22 @@ class _Pipeline:
             if trick.is_active(self.trainer):
                 batch = trick.change_batch(self.trainer, self.trainer.lightning_module, batch)
         return batch
+
+
+def rest_of_pipeline(trainer: Trainer, trick: BatchTrick, batch: Any) -> Any:
+    """Return a batch as the tricks after one of them would leave it; they themselves remember nothing of it.
+
+    Args:
+        trainer: A fitting Trainer.
+        trick: A trick in the pipeline.
+        batch: What it would hand on.
+    """
+    pipeline = trainer.strategy.__dict__["batch_to_device"]
+    assert isinstance(pipeline, _Pipeline)
+    for later in pipeline.tricks[pipeline.tricks.index(trick) + 1 :]:
+        if later.is_active(trainer):
+            batch = copy.copy(later).change_batch(trainer, trainer.lightning_module, batch)
+    return batch
 
 
 def batch_number(trainer: Trainer) -> int:

@@ -6,9 +6,12 @@ the first epoch's iterator starts, which is earlier than any hook of the trainin
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+import warnings
 from collections.abc import Iterator, Sized
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
@@ -27,7 +30,7 @@ class LoaderTrick(Trick):
     dataset (`change_loader`).
     """
 
-    takes_any_loader: ClassVar[bool] = False
+    takes_any_loader: bool = False
     """Whether the trick can do without a loader that it can change."""
 
     def samples_in_epoch(self, epoch: int, samples: int) -> int:
@@ -39,11 +42,20 @@ class LoaderTrick(Trick):
         return batch_size
 
     def select(self, trainer: Trainer, epoch: int, order: list[int]) -> list[int]:
-        """Return the samples of an epoch, as many as promised, from all of this rank's in their order."""
+        """Return the samples of an epoch, as many as promised, from all of this rank's in their order; asked only in
+        epochs that have fewer.
+        """
         return order
 
     def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
-        """Prepare the loader or its dataset for an epoch, before its iterator starts; may be called twice."""
+        """Prepare a loader or its dataset for an epoch, before its iterator starts; may be called twice."""
+
+    def see_evaluation_loader(self, trainer: Trainer, loader: Any) -> None:
+        """Look at a validation loader of the fit, before its iterator starts."""
+
+    def own_batcher(self, trainer: Trainer) -> BatchSampler | None:
+        """Return what batches the one training loader's indices, or None if there is none that can be changed."""
+        return _loaders(trainer).batcher
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join those who see the loader."""
@@ -57,22 +69,37 @@ class LoaderTrick(Trick):
         if self not in loaders.tricks:
             loaders.tricks.append(self)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to look at loaders, now that tuners, which leave some behind, have had their trial runs."""
+        super().on_fit_start(trainer, pl_module)
+        trainer.fit_loop._combined_loader = None  # Lightning asks for it anew
+        _loaders(trainer).is_open = True
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a validation interval that an epoch may not reach."""
-        interval, epochs = trainer.val_check_interval, trainer.max_epochs
+        """Catch up with a resumed run, and refuse epochs that are too short."""
+        super().on_train_start(trainer, pl_module)
         loaders = _loaders(trainer)
+        loaders.start()
+        planned = [loaders.batches_in_epoch(epoch) for epoch in range(max(1, trainer.max_epochs or 1))]
+        lengths = [length for length in planned if length is not None]
+        if lengths and min(lengths) == 0:
+            raise MisconfigurationException(
+                f"{self.name} makes an epoch of too few samples for one batch. Keep more of them, make the batches "
+                "smaller, or use `drop_last=False`."
+            )
+        interval = trainer.val_check_interval
         if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.limit_val_batches:
             return
-        lengths = [loaders.batches_in_epoch(epoch) for epoch in range(max(1, epochs or 1))]
-        if any(length is not None and length < interval for length in lengths):
+        if lengths and min(lengths) < interval:
             raise MisconfigurationException(
-                f"{self.name} makes epochs of {min(length for length in lengths if length is not None)} batches, but "
-                f"Trainer(val_check_interval={interval}) validates after {interval}. Give a fraction such as 1.0, or "
-                "`check_val_every_n_epoch=None`."
+                f"{self.name} makes epochs of {min(lengths)} batches, but Trainer(val_check_interval={interval}) "
+                f"validates after {interval}. Give a fraction such as 1.0, or `check_val_every_n_epoch=None`."
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Change the loader for this epoch, and tell Lightning how long it is."""
+        super().on_train_epoch_start(trainer, pl_module)
+        _loaders(trainer).has_all = True
         _loaders(trainer).begin(trainer.current_epoch)
 
     def samples_of_batch(self, trainer: Trainer) -> list[int]:
@@ -97,18 +124,32 @@ class _Loaders:
         self.trainer = trainer
         self.original = trainer.strategy.process_dataloader
         self.tricks: list[LoaderTrick] = []
-        self.loader: Any = None
+        self.is_open = False
+        self.loaders: list[Any] = []
+        self.has_all = True  # Lightning hands over one loader after the other, and then starts an epoch
         self.batcher: BatchSampler | None = None
         self.sampler: _Selection | None = None
+        self.epoch = 0
+        self.order: list[Any] | None = None  # of the epoch under way; None before its first batch
+        self.skipped = 0
+        self.hushed: Any = None
 
     def __call__(self, loader: Any) -> Any:
         loader = self.original(loader)
         tricks = self._active()
-        if not self.trainer.training or not tricks:
+        if not self.is_open:
             return loader
-        several = self.loader is not None and self.trainer.train_dataloader is None
-        self.give_back()
-        self.loader, self.batcher = loader, None if several else find_batcher(loader)
+        if not self.trainer.training or not tricks:
+            for trick in tricks:
+                trick.see_evaluation_loader(self.trainer, loader)
+            return loader
+        if self.has_all:  # the first, or the first of those that Lightning reloads
+            self.give_back()
+        self.has_all = False
+        self.loaders.append(loader)
+        several = len(self.loaders) > 1
+        self._restore_batcher()
+        self.batcher = None if several else find_batcher(loader)
         if self.batcher is None:
             strict = [trick.name for trick in tricks if not trick.takes_any_loader]
             if strict:
@@ -126,14 +167,32 @@ class _Loaders:
     def _active(self) -> list[LoaderTrick]:
         return [trick for trick in self.tricks if trick.is_active(self.trainer)]
 
+    def start(self) -> None:
+        """Catch up with a run that goes on from a checkpoint."""
+        self.has_all, loop, epoch = True, self.trainer.fit_loop, self.trainer.current_epoch
+        progress = loop.epoch_loop.batch_progress
+        if self.epoch != epoch:
+            # The checkpoint stood behind the last batch of an epoch. Lightning has made that epoch's iterator, and
+            # would go on with it; and it finds that the epoch was over by comparing it with the next one's length.
+            self.begin(epoch)
+            assert loop._data_fetcher is not None
+            iter(loop._data_fetcher)
+            progress.current.completed = max(progress.current.completed, self.batches_in_epoch(epoch) or 0)
+        if loop.epoch_loop.restarting and progress.is_last_batch and self.hushed is None:
+            # Lightning takes any number of steps that is no multiple of this epoch's for the middle of an epoch.
+            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+            self.hushed = warnings.filters[0]
+
     def begin(self, epoch: int) -> None:
         """Prepare an epoch."""
-        if self.loader is None:
-            return
-        if self.batcher is not None and self.sampler is not None:
-            self.sampler.at_epoch, self.batcher.batch_size = epoch, self._sizes(epoch)[1]
-        for trick in self._active():
-            trick.change_loader(self.trainer, self.loader, epoch)
+        self.epoch, self.order = epoch, None
+        if callable(set_epoch := getattr(self.sampler and self.sampler.source, "set_epoch", None)):
+            set_epoch(epoch)  # Lightning does so too late for workers that fetch ahead in a resumed epoch
+        for loader in self.loaders:
+            for trick in self._active():
+                trick.change_loader(self.trainer, loader, epoch)
+        if self.batcher is not None and self.sampler is not None:  # only now: a trick may have to see the loader first
+            self.batcher.batch_size = self._sizes(epoch)[1]
         self._tell_length()
 
     def _sizes(self, epoch: int) -> tuple[int, int]:
@@ -143,6 +202,11 @@ class _Loaders:
         for trick in self._active():
             samples, size = trick.samples_in_epoch(epoch, samples), trick.batch_size_in_epoch(epoch, size)
         return samples, size
+
+    @property
+    def own_batch_size(self) -> int | None:
+        """The loader's batch size without the tricks, or None where they cannot change it."""
+        return None if self.sampler is None else self.sampler.batch_size
 
     def batches_in_epoch(self, epoch: int) -> int | None:
         """Return the batches of an epoch, or None where the loader does not say."""
@@ -155,54 +219,74 @@ class _Loaders:
 
     def _tell_length(self) -> None:
         loop, trainer = self.trainer.fit_loop, self.trainer
-        batches = self.batches_in_epoch(trainer.current_epoch) if self.batcher is not None else None
-        if batches is None or loop._combined_loader is None:  # before the first epoch Lightning asks the loader
+        batches = self.batches_in_epoch(self.epoch) if self.batcher is not None else None
+        if batches is None or not self.has_all:  # before its first epoch Lightning asks the loader
             return
+        assert loop._combined_loader is not None
         loop._combined_loader.limits = [batches]
         loop.max_batches = batches
         if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch is not None:
             trainer.val_check_batch = max(1, int(batches * trainer.val_check_interval))
 
-    def samples_of_batch(self) -> list[int]:
+    def samples_of_batch(self) -> list[Any]:
         assert self.sampler is not None
         assert self.batcher is not None
         number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if self.sampler.is_fresh:  # a loader that cannot go on in the middle of an epoch begins anew there
-            self.sampler.is_fresh = False
-            goes_on = hasattr(self.loader, "state_dict") and hasattr(self.loader, "load_state_dict")
-            self.sampler.skipped = 0 if goes_on else number
-        begin = (number - self.sampler.skipped) * self.batcher.batch_size
-        return self.sampler.order[begin : begin + self.batcher.batch_size]
+        if self.order is None:  # from here on others may iterate over the loader, and draw other orders
+            goes_on = hasattr(self.loaders[0], "state_dict") and hasattr(self.loaders[0], "load_state_dict")
+            # A loader that cannot go on in the middle of an epoch begins anew there.
+            self.order, self.skipped = self.sampler.order, 0 if goes_on else number
+        begin = (number - self.skipped) * self.batcher.batch_size
+        return self.order[begin : begin + self.batcher.batch_size]
+
+    def _restore_batcher(self) -> None:
+        if self.batcher is not None and self.sampler is not None:
+            self.batcher.sampler, self.batcher.batch_size = self.sampler.source, self.sampler.batch_size
+        self.batcher = self.sampler = self.order = None
 
     def give_back(self) -> None:
         """Put the loader's own sampler and batch size back."""
-        if self.batcher is not None and self.sampler is not None:
-            self.batcher.sampler, self.batcher.batch_size = self.sampler.source, self.sampler.batch_size
-        self.loader = self.batcher = self.sampler = None
+        self._restore_batcher()
+        self.loaders = []
+        if self.hushed in warnings.filters:
+            warnings.filters.remove(self.hushed)  # type: ignore[attr-defined]
+        self.hushed = None
 
 
-class _Selection(Sampler[int]):
+class _Selection(Sampler[Any]):
     """Stands in for a sampler: its order, less what the tricks leave out."""
 
     def __init__(self, loaders: _Loaders, source: Any, batch_size: int) -> None:
         self.loaders, self.source, self.batch_size = loaders, source, batch_size
-        self.at_epoch, self.order = 0, list[int]()
-        self.is_fresh, self.skipped = True, 0
+        self.order = list[Any]()
 
     def __len__(self) -> int:
-        return self.loaders._sizes(self.at_epoch)[0]
+        return self.loaders._sizes(self.loaders.epoch)[0]
 
-    def __iter__(self) -> Iterator[int]:
-        order = [int(index) for index in self.source]
-        for trick in self.loaders._active():
-            order = trick.select(self.loaders.trainer, self.at_epoch, order)
-        self.order, self.is_fresh = order, True
-        return iter(order)
+    def __iter__(self) -> Iterator[Any]:
+        if len(self) == len(self.source):  # one by one: asked for more than is needed, samplers draw more
+            self.order = order = list[Any]()
+            for index in self.source:
+                order.append(_plain(index))
+                yield index
+        else:
+            order = [_plain(index) for index in itertools.islice(self.source, len(self.source))]
+            for trick in self.loaders._active():
+                order = trick.select(self.loaders.trainer, self.loaders.epoch, order)
+            self.order = order
+            yield from order
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on, as to a DistributedSampler."""
-        if callable(set_epoch := getattr(self.source, "set_epoch", None)):
-            set_epoch(epoch)
+        """Begin an epoch: Lightning calls this before any callback's ``on_train_epoch_start``, a progress bar's too."""
+        self.loaders.begin(epoch)
+
+
+def _plain(index: Any) -> Any:
+    """Make an int of what stands for one; a dataset may have other keys."""
+    try:
+        return operator.index(index)
+    except TypeError:
+        return index
 
 
 def find_batcher(loader: Any) -> BatchSampler | None:

@@ -16,7 +16,6 @@ from types import CellType, FunctionType
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -35,7 +34,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
-from lightning_speedups.attach.trick import accumulation, callbacks_of, raw_optimizers
+from lightning_speedups.attach.trick import accumulation, callbacks_of, raw_optimizers, same_randomness
 from lightning_speedups.core.range_test import diverged, smooth, sweep_rate
 
 WAY_OUT = "Give the learning rate as a number."
@@ -129,7 +128,7 @@ def _fit_a_copy(
             loaders = combined
 
     with ExitStack() as undo:
-        undo.enter_context(_same_randomness(trainer))
+        undo.enter_context(same_randomness(trainer))
         undo.enter_context(_quiet())
         twin = _copy_module(pl_module, trainer, datamodule, loaders)
         if not alone:
@@ -340,16 +339,6 @@ def _copy_loader(loader: Any, undo: ExitStack) -> Any:
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         undo.callback(loader.load_state_dict, copy.deepcopy(loader.state_dict()))
     return loader
-
-
-@contextmanager
-def _same_randomness(trainer: Trainer) -> Iterator[None]:
-    """Put the random states back, also after an exception, for which Lightning's ``isolate_rng`` does not care."""
-    states = _collect_rng_states(trainer.strategy.root_device.type == "cuda" or torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        _set_rng_states(states)
 
 
 @contextmanager

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -148,9 +152,13 @@ def facts(trainer: Trainer, pl_module: LightningModule) -> Run:
 
 
 def loader_batch_size(trainer: Trainer) -> int | None:
-    """Return the batch size of the training loader in one process, in samples, or None where it does not say."""
+    """Return the batch size of the training loader in one process, in samples, or None where it does not say.
+
+    Tricks that change it from epoch to epoch do not count.
+    """
     loader = trainer.train_dataloader
     for size in (
+        getattr(trainer.strategy.__dict__.get("process_dataloader"), "own_batch_size", None),
         getattr(loader, "batch_size", None),
         getattr(getattr(loader, "batch_sampler", None), "batch_size", None),
     ):
@@ -164,6 +172,16 @@ def loader_batch_size(trainer: Trainer) -> int | None:
 def raw_optimizers(trainer: Trainer) -> list[Optimizer]:
     """Return the run's torch optimizers, without Lightning's wrapper."""
     return [getattr(optimizer, "_optimizer", optimizer) for optimizer in trainer.strategy.optimizers]
+
+
+@contextmanager
+def same_randomness(trainer: Trainer) -> Iterator[None]:
+    """Put the random states back, also after an exception, for which Lightning's ``isolate_rng`` does not care."""
+    states = _collect_rng_states(trainer.strategy.root_device.type == "cuda" or torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        _set_rng_states(states)
 
 
 def patch(owner: Any, name: str, stand_in: Any) -> None:

@@ -12,67 +12,9 @@ from torch import Tensor
 from lightning_speedups.attach.batches import Order, SeededBatchTrick, batch_number
 from lightning_speedups.attach.trick import total_batches
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.batch import Place, get_part, replace_part
-from lightning_speedups.core.labels import MixedLabels, Reads, soft_targets
-from lightning_speedups.core.mixing import blend, complementary, cut_box, draw_lambda, kept_share, paste
-
-
-def mix_inputs(
-    inputs: Tensor,
-    generator: torch.Generator,
-    alpha: float,
-    cutmix_alpha: float,
-    prob: float,
-    switch_prob: float,
-    per_element: bool,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Blend each sample of a batch with a random partner, or paste a box of the partner into it.
-
-    Args:
-        inputs: ``(N, ...)``; CutMix cuts along the last two dimensions.
-        generator: Source of randomness, on the CPU.
-        alpha: Concentration of mixup's λ; 0 for no mixup.
-        cutmix_alpha: Concentration of CutMix's λ; 0 for no CutMix.
-        prob: Probability to mix at all.
-        switch_prob: Probability of CutMix where both alphas are above 0.
-        per_element: Draw everything for each sample instead of once for the batch.
-
-    Returns:
-        The mixed inputs, the partner of each sample, int64 ``(N,)``, and λ, float32 ``(N,)`` or ``(1,)``, the share
-        that each sample kept of itself; all on the inputs' device. None when nothing was mixed.
-
-    Example:
-        >>> x, g = torch.arange(4.0).view(4, 1), torch.Generator().manual_seed(0)
-        >>> mixed, partner, lam = mix_inputs(x, g, 1.0, 0.0, 1.0, 0.5, per_element=False)
-        >>> torch.allclose(mixed, lam * x + (1 - lam) * x[partner])
-        True
-    """
-    size = len(inputs)
-    draws = size if per_element else 1
-    partner = torch.randperm(size, generator=generator)
-    mixes = torch.rand(draws, generator=generator) < prob
-    share_of_cuts = switch_prob if alpha > 0 and cutmix_alpha > 0 else float(cutmix_alpha > 0)
-    cuts = mixes & (torch.rand(draws, generator=generator) < share_of_cuts)
-    blends = mixes & ~cuts
-    if not mixes.any():
-        return None
-    lam, device = torch.ones(draws), inputs.device
-    there = partner.to(device, non_blocking=True)
-    mixed = inputs
-    if blends.any():
-        lam = torch.where(blends, draw_lambda(alpha, draws, generator), lam)
-        mixed = blend(mixed, there, lam.to(device, non_blocking=True))
-    if cuts.any():
-        height, width = inputs.shape[-2:]
-        kept = draw_lambda(cutmix_alpha, draws, generator)
-        boxes = [
-            cut_box(height, width, float(k), generator) if cut else (0, 0, 0, 0)
-            for k, cut in zip(kept, cuts, strict=True)
-        ]
-        pasted = complementary(torch.tensor([kept_share(box, height, width) for box in boxes]))
-        lam = torch.where(cuts, pasted, lam)
-        mixed = paste(mixed, inputs, there, boxes)
-    return mixed, there, lam.to(device, non_blocking=True)
+from lightning_speedups.core.batch import Place, check_place, get_part, path_of, replace_part
+from lightning_speedups.core.labels import MixedLabels, Reads, mix_targets, soft_targets
+from lightning_speedups.core.mixing import NO_BOX, Mixture, draw_mixture, mix_values
 
 
 class MixupCallback(SeededBatchTrick):
@@ -85,6 +27,12 @@ class MixupCallback(SeededBatchTrick):
     (regression, multi-label, one-hot) are mixed directly. With class weights take ``LabelSmoothingLoss``: torch divides
     the loss of mixed and of unmixed labels by different sums.
 
+    Targets of three dimensions or more are maps ``(N, ..., H, W)``, as in segmentation: mixup blends each pixel,
+    CutMix pastes the same box, scaled to the map's own size, so that integer maps stay plain labels.
+
+    What was done to the last training batch stands in ``last``, a
+    [Mixture][lightning_speedups.core.mixing.Mixture], None before the first.
+
     When not to use it: in short runs (in imagenette's experience it pays from about 80 epochs on, and before that costs
     accuracy), with few classes and little overfitting, or where a blend of two inputs has no meaning. It saves no time
     in a step: it lets a long run go on improving.
@@ -92,14 +40,19 @@ class MixupCallback(SeededBatchTrick):
     Args:
         alpha: Concentration of mixup's λ ~ Beta(alpha, alpha), 0 or more; 0 for no mixup.
         cutmix_alpha: The same for CutMix, which needs images ``(N, ..., H, W)``; 0 for no CutMix.
-        prob: Probability, in [0, 1], that a batch (or sample) is mixed at all.
+        prob: Probability, in [0, 1], that a batch (or sample) is mixed at all; multiplied by the attribute
+            ``strength``, 1 unless another trick lets it grow.
         switch_prob: Probability, in [0, 1], of CutMix where both alphas are above 0.
         per_element: Draw λ and method for each sample instead of once for the batch.
         targets: ``"labels"``: as above; ``"soft"``: hand over class probabilities, float32, ``(N, C, ...)``.
         num_classes: C, for ``targets="soft"`` with integer labels.
         stop_after: Fraction of the run, in [0, 1], after which batches stay unmixed.
-        inputs: Where the inputs stand in the batch: index, key or attribute.
-        labels: Where the labels stand in the batch: index, key or attribute.
+        inputs: Where the inputs stand in the batch: index, key or attribute, or a tuple of these, a path such as
+            ``("views", 0)``. A list of places: several inputs, mixed alike; CutMix takes λ from the box in the first.
+            (In YAML ``[a, b]`` is a path, ``[[a], [b]]`` are two places.)
+        labels: Where the labels stand in the batch: index, key, attribute or path.
+        log: Whether to log ``mixup/lam``, the mean share that samples keep of themselves, and ``mixup/cutmix``, the
+            share of samples with a box, in each step; about 0.4 ms each.
         seed: Seed of the draws, which depend on it, the rank and the batch's number alone. None: the seed of torch's
             generator (what ``seed_everything`` sets), kept in checkpoints.
 
@@ -128,8 +81,9 @@ class MixupCallback(SeededBatchTrick):
         targets: Literal["labels", "soft"] = "labels",
         num_classes: int | None = None,
         stop_after: float = 1.0,
-        inputs: Place = 0,
+        inputs: Place | list[Place] = 0,
         labels: Place = 1,
+        log: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__(seed)
@@ -143,21 +97,21 @@ class MixupCallback(SeededBatchTrick):
         if targets not in ("labels", "soft"):
             raise ValueError(f"Expected `targets` to be 'labels' or 'soft', but got {targets!r}.")
         check_number("num_classes", num_classes, 1, whole=True, optional=True)
-        for name, place in (("inputs", inputs), ("labels", labels)):
-            if not isinstance(place, (int, str)) or isinstance(place, bool):
-                raise ValueError(f"Expected `{name}` to be an index, a key or an attribute name, but got {place!r}.")
-        if inputs == labels:
+        places: list[Place] = [*inputs] if isinstance(inputs, list) else [inputs]
+        if not places:
+            raise ValueError("Expected `inputs` to name at least one place in the batch, but got [].")
+        for name, place in (*(("inputs", place) for place in places), ("labels", labels)):
+            check_place(name, place)
+        if len({path_of(place) for place in (*places, labels)}) <= len(places):
             raise ValueError(
-                f"Expected `inputs` and `labels` to be two places in the batch, but got {inputs!r} for both."
+                f"Expected `inputs` and `labels` to be different places in the batch, but got {inputs!r} and"
+                f" {labels!r}."
             )
         self.alpha, self.cutmix_alpha, self.prob, self.switch_prob = alpha, cutmix_alpha, prob, switch_prob
-        self.per_element, self.targets, self.num_classes, self.stop_after = (
-            per_element,
-            targets,
-            num_classes,
-            stop_after,
-        )
-        self.inputs, self.labels = inputs, labels
+        self.per_element, self.targets, self.num_classes = per_element, targets, num_classes
+        self.stop_after, self.inputs, self.labels, self.logs = stop_after, inputs, labels, bool(log)
+        self.last: Mixture | None = None
+        self._places = places
         self._unread: Reads | None = None
         self._checked = False
         self._mixed_batches = float("inf")
@@ -166,6 +120,8 @@ class MixupCallback(SeededBatchTrick):
         """Join the batch pipeline."""
         super().setup(trainer, pl_module, stage)
         self._checked, self._unread = False, None
+        if stage == "fit":
+            self.last = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the last mixed step."""
@@ -182,47 +138,64 @@ class MixupCallback(SeededBatchTrick):
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Mix inputs and labels."""
-        inputs, labels = self._tensor(batch, self.inputs, "inputs"), self._tensor(batch, self.labels, "labels")
-        if len(inputs) != len(labels):
-            raise MisconfigurationException(
-                f"MixupCallback expected as many inputs as labels, but got shapes {tuple(inputs.shape)} and "
-                f"{tuple(labels.shape)}. Name their places in the batch with `inputs=` and `labels=`."
+        mixes = batch_number(trainer) < self._mixed_batches
+        batch, self.last = self.mix(batch, self.generator(trainer) if mixes else None)
+        if not self._checked and isinstance(labels := get_part(batch, self.labels), MixedLabels):
+            self._unread = labels.reads
+        return batch
+
+    def mix(self, batch: Any, generator: torch.Generator | None) -> tuple[Any, Mixture]:
+        """Mix a batch without a Trainer.
+
+        Args:
+            batch: What ``training_step`` would receive; it is left alone.
+            generator: Source of randomness, on the CPU. None: mix nothing.
+
+        Returns:
+            The mixed batch, and what was done to it.
+
+        Example:
+            >>> batch = [torch.ones(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])]
+            >>> (inputs, labels), mixture = MixupCallback(0.4).mix(batch, torch.Generator().manual_seed(0))
+            >>> labels.shape, mixture.method, mixture.lam.shape
+            (torch.Size([4]), 'mixup', torch.Size([1]))
+        """
+        inputs, labels = [self._input(batch, place) for place in self._places], self._labels(batch)
+        for place, part in zip(self._places, inputs, strict=True):
+            if len(part) != len(labels):
+                raise MisconfigurationException(
+                    f"MixupCallback(inputs={place!r}) expected as many inputs as labels, but got shapes "
+                    f"{tuple(part.shape)} and {tuple(labels.shape)}. Name their places in the batch with `inputs=` and "
+                    "`labels=`."
+                )
+        mixture = Mixture("none")
+        if generator is not None:
+            mixture = draw_mixture(
+                inputs[0].shape,
+                generator,
+                alpha=self.alpha,
+                cutmix_alpha=self.cutmix_alpha,
+                prob=self.prob * self.strength,
+                switch_prob=self.switch_prob,
+                per_element=self.per_element,
+                device=inputs[0].device,
             )
-        if self.cutmix_alpha > 0 and inputs.ndim < 3:
-            raise MisconfigurationException(
-                f"CutMix cuts a box out of images (N, ..., H, W), but the inputs have the shape {tuple(inputs.shape)}. "
-                "Use `cutmix_alpha=0`."
-            )
-        if self.cutmix_alpha > 0 and labels.ndim > 2:
-            raise MisconfigurationException(
-                f"CutMix pastes parts of images, but labels of shape {tuple(labels.shape)} (one for each pixel) would "
-                "have to be pasted alike, which MixupCallback does not do. Use `cutmix_alpha=0`."
-            )
-        mixture = None
-        if batch_number(trainer) < self._mixed_batches:
-            mixture = mix_inputs(
-                inputs,
-                self.generator(trainer),
-                self.alpha,
-                self.cutmix_alpha,
-                self.prob,
-                self.switch_prob,
-                self.per_element,
-            )
-        if mixture is None:
-            return replace_part(batch, self.labels, self._soft(labels)) if self._hands_over_soft(labels) else batch
-        mixed, partner, lam = mixture
-        targets: Tensor
-        if labels.is_floating_point():
-            targets = blend(labels, partner, lam)
-        else:
-            reads = Reads()
-            targets = MixedLabels.mix(labels, labels[partner], lam, reads)
-            if self.targets == "soft":
-                targets = self._soft(targets)
-            elif not self._checked:
-                self._unread = reads
-        return replace_part(replace_part(batch, self.inputs, mixed), self.labels, targets)
+        targets = mix_targets(labels, mixture)
+        if self._hands_over_soft(labels):
+            assert self.num_classes is not None
+            targets = soft_targets(targets, self.num_classes)[0]
+        for place, part in zip(self._places, inputs, strict=True):
+            if mixture.method != "none":
+                batch = replace_part(batch, place, mix_values(part, mixture))
+        return batch if targets is labels else replace_part(batch, self.labels, targets), mixture
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log what was mixed."""
+        if self.logs and self.last is not None:
+            kept, boxes = self.last.lam, self.last.boxes
+            cut = sum(box != NO_BOX for box in boxes) / len(boxes) if boxes else 0.0
+            pl_module.log("mixup/lam", 1.0 if kept is None else kept.mean(), on_step=True, on_epoch=False)
+            pl_module.log("mixup/cutmix", cut, on_step=True, on_epoch=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -245,9 +218,36 @@ class MixupCallback(SeededBatchTrick):
     def _hands_over_soft(self, labels: Tensor) -> bool:
         return self.targets == "soft" and not labels.is_floating_point()
 
-    def _soft(self, labels: Tensor) -> Tensor:
-        assert self.num_classes is not None
-        return soft_targets(labels, self.num_classes)[0]
+    def _input(self, batch: Any, place: Place) -> Tensor:
+        part = self._tensor(batch, place, "inputs")
+        if not (part.is_floating_point() or part.dtype == torch.uint8):
+            raise MisconfigurationException(
+                f"MixupCallback(inputs={place!r}) blends floating-point or uint8 inputs, but found {part.dtype}."
+                " Name the place of the inputs; codes such as token ids cannot be blended."
+            )
+        if self.cutmix_alpha > 0 and part.ndim < 3:
+            raise MisconfigurationException(
+                "CutMix cuts a box out of images (N, ..., H, W), but the inputs at"
+                f" MixupCallback(inputs={place!r}) have the shape {tuple(part.shape)}. Use `cutmix_alpha=0`."
+            )
+        return part
+
+    def _labels(self, batch: Any) -> Tensor:
+        part = self._tensor(batch, self.labels, "labels")
+        if part.dtype == torch.bool:
+            raise MisconfigurationException(
+                f"MixupCallback(labels={self.labels!r}) found bool labels. Make them integer class labels (`.long()`),"
+                " or floating-point targets (`.float()`), which are mixed directly."
+            )
+        if isinstance(part, MixedLabels):
+            raise MisconfigurationException(
+                f"MixupCallback(labels={self.labels!r}) found labels that are mixed already. Mix a batch once."
+            )
+        if self._hands_over_soft(part) and self.num_classes is None:
+            raise MisconfigurationException(
+                'MixupCallback(targets="soft") needs `num_classes` to turn integer labels into probabilities.'
+            )
+        return part
 
     def _tensor(self, batch: Any, place: Place, argument: str) -> Tensor:
         try:
@@ -261,19 +261,5 @@ class MixupCallback(SeededBatchTrick):
             raise MisconfigurationException(
                 f"MixupCallback({argument}={place!r}) expected a tensor with a batch dimension, but found {found}."
                 " Name the right place."
-            )
-        if argument == "inputs" and not (part.is_floating_point() or part.dtype == torch.uint8):
-            raise MisconfigurationException(
-                f"MixupCallback({argument}={place!r}) blends floating-point or uint8 inputs, but found {part.dtype}."
-                " Name the place of the inputs; codes such as token ids cannot be blended."
-            )
-        if part.dtype == torch.bool:
-            raise MisconfigurationException(
-                f"MixupCallback({argument}={place!r}) found bool labels. Make them integer class labels (`.long()`), or"
-                " floating-point targets (`.float()`), which are mixed directly."
-            )
-        if argument == "labels" and self._hands_over_soft(part) and self.num_classes is None:
-            raise MisconfigurationException(
-                'MixupCallback(targets="soft") needs `num_classes` to turn integer labels into probabilities.'
             )
         return part

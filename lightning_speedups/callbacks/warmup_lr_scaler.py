@@ -4,9 +4,8 @@ arXiv:2205.10287).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -15,28 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_speedups.attach.optimizers import OptimizerTrick, Order
 from lightning_speedups.attach.trick import facts
 from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.batch_scaling import Rule, scaling_factor
 from lightning_speedups.core.durations import Run
 from lightning_speedups.core.schedules import ramp
-
-Rule = Literal["auto", "linear", "sqrt"]
-
-
-def scaling_factor(ratio: float, rule: Rule, optimizer_name: str) -> float:
-    """Return how much the learning rate grows when the batch does.
-
-    Args:
-        ratio: Effective batch size over base batch size, above 0.
-        rule: ``"linear"``: the ratio; ``"sqrt"``: its root; ``"auto"``: the root for optimizers of the Adam family.
-        optimizer_name: Class name of the optimizer.
-
-    Example:
-        >>> scaling_factor(4.0, "auto", "SGD"), scaling_factor(4.0, "auto", "AdamW")
-        (4.0, 2.0)
-    """
-    if rule == "auto":
-        # Adam, AdamW, NAdam, Adagrad, Adadelta, Adafactor, LAMB: those that divide by a second moment.
-        rule = "sqrt" if any(part in optimizer_name.lower() for part in ("ada", "lamb")) else "linear"
-    return math.sqrt(ratio) if rule == "sqrt" else ratio
 
 
 class WarmupLRScaler(OptimizerTrick):

@@ -8,8 +8,45 @@ from typing import Any
 
 from torch import Tensor
 
-Place = int | str
-"""Where a part stands in a batch: an index (list, tuple), a key (mapping) or an attribute (any object)."""
+Place = int | str | tuple[int | str, ...]
+"""Where a part stands in a batch: an index (list, tuple), a key (mapping) or an attribute (any object); a tuple of them
+is a path into a nested batch."""
+
+
+def check_place(name: str, place: Any) -> None:
+    """Refuse what cannot be a place in a batch.
+
+    Args:
+        name: The argument's name.
+        place: What was given.
+
+    Raises:
+        ValueError: If it is neither an index, a key, an attribute's name nor a path of these.
+
+    Example:
+        >>> check_place("inputs", None)
+        Traceback (most recent call last):
+        ValueError: Expected `inputs` to be an index, a key, an attribute name or a path (...), but got None.
+    """
+    path = path_of(place)
+    if not path or any(not isinstance(step, (int, str)) or isinstance(step, bool) for step in path):
+        raise ValueError(
+            f"Expected `{name}` to be an index, a key, an attribute name or a path (a tuple of these), but got"
+            f" {place!r}."
+        )
+
+
+def path_of(place: Place) -> tuple[int | str, ...]:
+    """Return a place as a path.
+
+    Args:
+        place: A path, or its only step.
+
+    Example:
+        >>> path_of("image"), path_of(("views", 0))
+        (('image',), ('views', 0))
+    """
+    return place if isinstance(place, tuple) else (place,)
 
 
 def get_part(batch: Any, place: Place) -> Any:
@@ -17,7 +54,7 @@ def get_part(batch: Any, place: Place) -> Any:
 
     Args:
         batch: A list, tuple, named tuple, mapping, dataclass or other object.
-        place: An index, a key or an attribute name.
+        place: An index, a key or an attribute name, or a tuple of these: a path.
 
     Raises:
         LookupError: If the batch has no such part; the message says what it has.
@@ -25,17 +62,25 @@ def get_part(batch: Any, place: Place) -> Any:
     Example:
         >>> get_part({"image": 1, "label": 2}, "label")
         2
-        >>> get_part((1, 2), 0)
+        >>> get_part({"views": [1, 2]}, ("views", 0))
         1
     """
-    try:
-        if isinstance(batch, Mapping) or (isinstance(batch, (list, tuple)) and isinstance(place, int)):
-            return batch[place]  # type: ignore[index]
-        if isinstance(place, str):
-            return getattr(batch, place)
-    except (LookupError, AttributeError):
-        pass
-    raise LookupError(f"no part {place!r} in {_describe(batch)}")
+    part, path = batch, path_of(place)
+    for depth, step in enumerate(path):
+        try:
+            part = _step(part, step)
+        except (LookupError, AttributeError):
+            where = f"the batch's part {path[:depth]!r}" if depth else "a batch"
+            raise LookupError(f"no part {step!r} in {where} {_describe(part)}") from None
+    return part
+
+
+def _step(part: Any, step: int | str) -> Any:
+    if isinstance(part, Mapping) or (isinstance(part, (list, tuple)) and isinstance(step, int)):
+        return part[step]  # type: ignore[index]
+    if isinstance(step, str):
+        return getattr(part, step)
+    raise LookupError
 
 
 def count_samples(batch: Any) -> int | None:
@@ -69,17 +114,23 @@ def replace_part(batch: Any, place: Place, value: Any) -> Any:
 
     Args:
         batch: As in [get_part][lightning_speedups.core.batch.get_part].
-        place: An index, a key or an attribute name.
+        place: An index, a key or an attribute name, or a tuple of these: a path.
         value: The new part.
 
     Returns:
-        A container of the same type.
+        A container of the same type; of a nested one, each container on the path is copied.
 
     Example:
         >>> replace_part((1, 2), 1, "b")
         (1, 'b')
+        >>> replace_part({"views": [1, 2]}, ("views", 0), "a")
+        {'views': ['a', 2]}
     """
     get_part(batch, place)
+    if isinstance(place, tuple):
+        if not place:
+            return value
+        return replace_part(batch, place[0], replace_part(get_part(batch, place[0]), place[1:], value))
     if isinstance(batch, tuple) and isinstance(place, int):
         parts = [*batch]
         parts[place] = value
@@ -94,12 +145,12 @@ def replace_part(batch: Any, place: Place, value: Any) -> Any:
     return changed
 
 
-def _describe(batch: Any) -> str:
-    kind = f"a batch of type {type(batch).__name__}"
-    if isinstance(batch, Mapping):
-        return f"{kind} with the keys {list(batch)}"
-    if isinstance(batch, (list, tuple)):
-        fields = getattr(batch, "_fields", None)
-        return f"{kind} with {len(batch)} parts" + (f" named {list(fields)}" if fields else "")
-    names = [name for name in getattr(batch, "__dict__", {}) if not name.startswith("_")]
+def _describe(part: Any) -> str:
+    kind = f"of type {type(part).__name__}"
+    if isinstance(part, Mapping):
+        return f"{kind} with the keys {list(part)}"
+    if isinstance(part, (list, tuple)):
+        fields = getattr(part, "_fields", None)
+        return f"{kind} with {len(part)} parts" + (f" named {list(fields)}" if fields else "")
+    names = [name for name in getattr(part, "__dict__", {}) if not name.startswith("_")]
     return f"{kind} with the attributes {names}" if names else kind

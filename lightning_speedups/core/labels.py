@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.utils._pytree import tree_map_only
 
-from lightning_speedups.core.mixing import complementary
+from lightning_speedups.core.mixing import Mixture, blended_share, boxes_in, complementary, mix_values, paste
 
 
 class Reads:
@@ -53,14 +53,25 @@ class MixedLabels(Tensor):
             >>> labels.tolist(), F.one_hot(labels, 3).tolist()
             ([0, 2], [[0.75, 0.0, 0.25], [0.25, 0.0, 0.75]])
         """
-        lam = complementary(lam).view(-1, *[1] * (first.ndim - 1)).expand(first.shape)
+        lam = complementary(lam).view(-1, *[1] * (first.ndim - 1))
         leads = lam >= 0.5
-        return _wrap(
-            torch.where(leads, first, second),
-            torch.where(leads, second, first),
-            torch.where(leads, lam, 1 - lam),
-            reads or Reads(),
-        )
+        share = torch.maximum(lam, 1 - lam).expand(first.shape).contiguous()  # as the labels are, so that `view` works
+        return _wrap(torch.where(leads, first, second), torch.where(leads, second, first), share, reads or Reads())
+
+    @property
+    def reads(self) -> Reads:
+        """Where reads are counted."""
+        return self._reads
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return plain tensors: the dominant labels, the others, and the share of the dominant; no loss has read them.
+
+        Example:
+            >>> labels = MixedLabels.mix(torch.tensor([0]), torch.tensor([2]), torch.tensor([0.25]))
+            >>> [part.tolist() for part in labels.parts()]
+            [[2], [0], [0.75]]
+        """
+        return self._labels, self._other, self._share
 
     @classmethod
     def __torch_function__(
@@ -89,6 +100,38 @@ class MixedLabels(Tensor):
         return func(*_parts(args, "_labels"), **_parts(kwargs, "_labels"))
 
 
+def mix_targets(targets: Tensor, mixture: Mixture) -> Tensor:
+    """Mix targets as their samples were mixed.
+
+    Integers become mixed labels, floating-point targets are blended. What has three dimensions or more is a map
+    ``(N, ..., H, W)``: where CutMix pasted a box into the sample it is pasted into the map, at the map's own size.
+
+    Args:
+        targets: ``(N, ...)``.
+        mixture: What was done to the samples.
+
+    Returns:
+        A new tensor; plain integers where nothing was blended; the targets themselves where nothing was mixed.
+
+    Example:
+        >>> mixture = Mixture("mixup", torch.tensor([0.75]), torch.tensor([1, 0]))
+        >>> F.one_hot(mix_targets(torch.tensor([0, 1]), mixture)).tolist()
+        [[0.75, 0.25], [0.25, 0.75]]
+    """
+    if mixture.lam is None or mixture.partner is None:
+        return targets
+    is_map = targets.ndim >= 3
+    if targets.is_floating_point():
+        return mix_values(targets, mixture, cut=is_map)
+    lam, own = mixture.lam, targets
+    if is_map and mixture.boxes:
+        own = paste(targets, targets, mixture.partner, boxes_in(mixture, targets.shape))
+        if mixture.method == "cutmix":
+            return own
+        lam = blended_share(mixture)
+    return MixedLabels.mix(own, targets[mixture.partner], lam)
+
+
 def soft_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """Turn labels, plain or mixed, into class probabilities.
 
@@ -106,38 +149,48 @@ def soft_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> 
         (tensor([[0., 1.],
                 [0., 0.]]), tensor([1., 0.]))
     """
+    size = (len(labels), num_classes, *labels.shape[1:])
     if not isinstance(labels, MixedLabels):
-        hot, kept = _one_hot(labels, num_classes, ignore_index)
-        return hot.float(), kept.float()
+        classes, ignored = _classes(labels, ignore_index)
+        mass = (~ignored).float()
+        return mass.new_zeros(size).scatter_(1, classes.unsqueeze(1), mass.unsqueeze(1)), mass
     labels._reads.count += 1
-    share, share_other = labels._share, 1 - labels._share
-    hot, kept = _one_hot(labels._labels, num_classes, ignore_index)
-    hot_other, kept_other = _one_hot(labels._other, num_classes, ignore_index)
-    soft = share.unsqueeze(1) * hot + share_other.unsqueeze(1) * hot_other
-    return soft, share * kept + share_other * kept_other
+    classes, ignored = _classes(labels._labels, ignore_index)
+    others, other_ignored = _classes(labels._other, ignore_index)
+    share = labels._share.masked_fill(ignored, 0.0)
+    share_other = (1 - labels._share).masked_fill(other_ignored, 0.0)
+    soft = share.new_zeros(size).scatter_(1, others.unsqueeze(1), share_other.unsqueeze(1))
+    # The dominant class is written last: it may be the other one as well.
+    own = torch.where(classes == others, share + share_other, share)
+    return soft.scatter_(1, classes.unsqueeze(1), own.unsqueeze(1)), share + share_other
 
 
-def smooth_targets(targets: Tensor, mass: Tensor, smoothing: float) -> Tensor:
+def smooth_targets(targets: Tensor, mass: Tensor, smoothing: float | Tensor) -> Tensor:
     """Move the share ε of each target's probability from where it is to all classes evenly.
+
+    With one ε for each class, what class c has gives ε_c of itself: ``t' = Σ_c t_c ((1 − ε_c) e_c + ε_c / C)``.
 
     Args:
         targets: Class probabilities, ``(N, C, ...)``.
         mass: Their sums over the classes, ``(N, ...)``: what is ignored gets nothing.
-        smoothing: ε in [0, 1).
+        smoothing: ε in [0, 1), a number or a tensor without dimensions; or one for each class, ``(C,)``.
 
     Example:
         >>> smooth_targets(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0]), 0.2)
         tensor([[0.9000, 0.1000],
                 [0.0000, 0.0000]])
     """
+    if isinstance(smoothing, Tensor) and smoothing.ndim:
+        smoothing = smoothing.view(-1, *[1] * (targets.ndim - 2))
+        return targets * (1 - smoothing) + (targets * smoothing).sum(1, keepdim=True) / targets.shape[1]
     return targets * (1 - smoothing) + mass.unsqueeze(1) * (smoothing / targets.shape[1])
 
 
-def _one_hot(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _classes(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return indices, 0 for what is ignored, and what that is."""
     labels = labels.long()  # a byte never equals -100, or does so for the wrong reason
-    kept = labels != ignore_index
-    hot = F.one_hot(torch.where(kept, labels, 0), num_classes) * kept.unsqueeze(-1)
-    return hot.movedim(-1, 1), kept
+    ignored = labels == ignore_index
+    return labels.masked_fill(ignored, 0), ignored
 
 
 def _wrap(labels: Tensor, other: Tensor, share: Tensor, reads: Reads) -> MixedLabels:
@@ -222,13 +275,21 @@ def _mixed_nll_loss(
 def _mixed_one_hot(input: MixedLabels, num_classes: int = -1) -> Tensor:
     """Compute F.one_hot as float shares, ``(N, ..., C)``."""
     # torchmetrics makes its targets one-hot to count hits: there the dominant label is meant.
-    if not torch.compiler.is_compiling() and sys._getframe(2).f_globals.get("__name__", "").startswith("torchmetrics"):
+    if not torch.compiler.is_compiling() and _caller().startswith("torchmetrics"):
         return F.one_hot(input._labels, num_classes)
     if num_classes == -1:
         num_classes = int(torch.maximum(input._labels.max(), input._other.max())) + 1
     if input.ndim == 0:
         return soft_targets(input.unsqueeze(0), num_classes)[0].squeeze(0)
     return soft_targets(input, num_classes)[0].movedim(1, -1)
+
+
+def _caller() -> str:
+    """Return the name of the module that called the function which came here through ``__torch_function__``."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # one for each mode
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", ""))
 
 
 _READS_MIXTURE: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -6,9 +6,168 @@ Sources: mixup (Zhang et al., arXiv:1710.09412), CutMix (Yun et al., arXiv:1905.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Box = tuple[int, int, int, int]
+"""top, bottom, left, right in pixels, half-open."""
+NO_BOX: Box = (0, 0, 0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """What was done to the samples of one batch.
+
+    Args:
+        method: ``"mixup"``, ``"cutmix"``, ``"both"`` (some samples by the one, some by the other) or ``"none"``.
+        lam: λ, the share that a sample kept of itself: float32, ``(1,)`` for the whole batch or ``(N,)``, on the
+            inputs' device. None where nothing was mixed.
+        partner: Whom each sample was mixed with: int64, ``(N,)``, on the inputs' device. None where nothing was mixed.
+        boxes: What CutMix pasted, one box for the whole batch or one for each sample (an empty one where nothing was
+            pasted), in pixels of the first input. ``()`` without CutMix.
+        frame: Height and width of the first input, which the boxes refer to. None without CutMix.
+
+    Example:
+        >>> Mixture("none").lam is None
+        True
+    """
+
+    method: Literal["mixup", "cutmix", "both", "none"]
+    lam: Tensor | None = None
+    partner: Tensor | None = None
+    boxes: tuple[Box, ...] = ()
+    frame: tuple[int, int] | None = None
+
+
+def draw_mixture(
+    shape: Sequence[int],
+    generator: torch.Generator,
+    *,
+    alpha: float,
+    cutmix_alpha: float,
+    prob: float = 1.0,
+    switch_prob: float = 0.5,
+    per_element: bool = False,
+    device: torch.device | str = "cpu",
+) -> Mixture:
+    """Draw how a batch is mixed.
+
+    Args:
+        shape: Shape of the inputs, ``(N, ...)``; CutMix cuts along the last two dimensions.
+        generator: Source of randomness, on the CPU.
+        alpha: Concentration of mixup's λ; 0 for no mixup.
+        cutmix_alpha: Concentration of CutMix's λ; 0 for no CutMix.
+        prob: Probability to mix at all.
+        switch_prob: Probability of CutMix where both alphas are above 0.
+        per_element: Draw λ and method for each sample instead of once for the batch.
+        device: Where λ and the partners are to be.
+
+    Example:
+        >>> mixture = draw_mixture((2, 3, 8, 8), torch.Generator().manual_seed(0), alpha=0.4, cutmix_alpha=0.0)
+        >>> mixture.method, mixture.lam.shape, sorted(mixture.partner.tolist())
+        ('mixup', torch.Size([1]), [0, 1])
+    """
+    if alpha == cutmix_alpha == 0:
+        return Mixture("none")
+    draws = shape[0] if per_element else 1
+    share_of_cuts = switch_prob if alpha > 0 and cutmix_alpha > 0 else float(cutmix_alpha > 0)
+    partner = torch.randperm(shape[0], generator=generator)
+    # Numbers rather than tensors: in the common case there is one of each.
+    mixes, switches = torch.rand(2, draws, generator=generator).tolist()
+    mixed = [mix < prob for mix in mixes]
+    cut = [mix and switch < share_of_cuts for mix, switch in zip(mixed, switches, strict=True)]
+    if not any(mixed):
+        return Mixture("none")
+    kept, boxes, frame = [1.0] * draws, [NO_BOX] * draws, None
+    if cut != mixed:  # some are blended
+        drawn = draw_lambda(alpha, draws, generator).tolist()
+        kept = [lam if mix else 1.0 for lam, mix in zip(drawn, mixed, strict=True)]
+    if any(cut):
+        frame = (int(shape[-2]), int(shape[-1]))
+        drawn = draw_lambda(cutmix_alpha, draws, generator).tolist()
+        boxes = [cut_box(*frame, lam, generator) if cuts else NO_BOX for lam, cuts in zip(drawn, cut, strict=True)]
+        kept = [kept_share(box, *frame) if cuts else lam for box, lam, cuts in zip(boxes, kept, cut, strict=True)]
+    return Mixture(
+        "mixup" if frame is None else "cutmix" if cut == mixed else "both",
+        complementary(torch.tensor(kept)).to(device, non_blocking=True),
+        partner.to(device, non_blocking=True),
+        () if frame is None else tuple(boxes),
+        frame,
+    )
+
+
+def mix_values(values: Tensor, mixture: Mixture, *, cut: bool = True) -> Tensor:
+    """Do to a tensor what a mixture says: blend it, paste boxes into it, or both.
+
+    Args:
+        values: ``(N, ...)``, for boxes ``(N, ..., H, W)``; they are scaled where its H and W are not the mixture's.
+        mixture: What to do.
+        cut: Whether boxes are pasted. False: the samples with one are blended by the share that it leaves.
+
+    Returns:
+        A new tensor of the same shape, type and memory format; the tensor itself where nothing is mixed.
+
+    Example:
+        >>> mixture = Mixture("mixup", torch.tensor([0.75]), torch.tensor([1, 0]))
+        >>> mix_values(torch.tensor([0.0, 8.0]), mixture)
+        tensor([2., 6.])
+    """
+    if mixture.lam is None or mixture.partner is None:
+        return values
+    if not (cut and mixture.boxes):
+        return blend(values, mixture.partner, mixture.lam)
+    mixed = blend(values, mixture.partner, blended_share(mixture)) if mixture.method == "both" else values
+    return paste(mixed, values, mixture.partner, boxes_in(mixture, values.shape))
+
+
+def blended_share(mixture: Mixture) -> Tensor:
+    """Return the share of itself that a sample keeps where it is blended: λ, but 1 where a box is pasted instead.
+
+    Args:
+        mixture: One that mixes.
+
+    Example:
+        >>> lam, partner = torch.tensor([0.75, 0.5]), torch.tensor([1, 0])
+        >>> blended_share(Mixture("both", lam, partner, ((0, 2, 0, 1), (0, 0, 0, 0)), (2, 2)))
+        tensor([1.0000, 0.5000])
+    """
+    assert mixture.lam is not None
+    pasted = [bottom > top and right > left for top, bottom, left, right in mixture.boxes]
+    if not any(pasted):
+        return mixture.lam
+    return mixture.lam.masked_fill(torch.tensor(pasted).to(mixture.lam.device, non_blocking=True), 1.0)
+
+
+def boxes_in(mixture: Mixture, shape: Sequence[int]) -> list[Box]:
+    """Return a mixture's boxes in pixels of a tensor that may be larger or smaller than the first input.
+
+    Args:
+        mixture: One with boxes.
+        shape: ``(..., H, W)``.
+
+    Example:
+        >>> boxes_in(Mixture("cutmix", boxes=((0, 4, 2, 7),), frame=(8, 8)), (5, 4, 4))
+        [(0, 2, 1, 4)]
+    """
+    assert mixture.frame is not None
+    (height, width), (rows, columns) = mixture.frame, shape[-2:]
+
+    def scale(edge: int, size: int, new: int) -> int:
+        return (2 * edge * new + size) // (2 * size)  # rounded
+
+    return [
+        (
+            scale(top, height, rows),
+            scale(bottom, height, rows),
+            scale(left, width, columns),
+            scale(right, width, columns),
+        )
+        for top, bottom, left, right in mixture.boxes
+    ]
 
 
 def draw_lambda(alpha: float, size: int, generator: torch.Generator) -> Tensor:
@@ -47,7 +206,7 @@ def complementary(lam: Tensor) -> Tensor:
     return 1 - (1 - lam)
 
 
-def cut_box(height: int, width: int, lam: float, generator: torch.Generator) -> tuple[int, int, int, int]:
+def cut_box(height: int, width: int, lam: float, generator: torch.Generator) -> Box:
     """Draw the box that CutMix pastes: sides √(1−λ) of the image's, uniform centre, clipped at the border.
 
     Args:
@@ -66,13 +225,12 @@ def cut_box(height: int, width: int, lam: float, generator: torch.Generator) -> 
     """
     side = math.sqrt(1.0 - lam)
     cut_h, cut_w = int(height * side), int(width * side)
-    row = int(torch.randint(height, (), generator=generator))
-    column = int(torch.randint(width, (), generator=generator))
-    top, left = row - cut_h // 2, column - cut_w // 2
+    row, column = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    top, left = int(row * height) - cut_h // 2, int(column * width) - cut_w // 2
     return max(top, 0), min(top + cut_h, height), max(left, 0), min(left + cut_w, width)
 
 
-def kept_share(box: tuple[int, int, int, int], height: int, width: int) -> float:
+def kept_share(box: Box, height: int, width: int) -> float:
     """Return the share of the image that a pasted box leaves: 1 − box / (H·W).
 
     Args:
@@ -104,15 +262,15 @@ def blend(values: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
         tensor([[2.],
                 [6.]])
     """
-    wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
-    share = lam.to(wide.dtype).view(-1, *[1] * (values.ndim - 1))
-    mixed = torch.lerp(wide[partner], wide, share)
+    wide = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
+    share = lam.to(wide).view(-1, *[1] * (values.ndim - 1))
+    mixed = torch.lerp(values[partner].to(wide), values.to(wide), share)
     if not values.is_floating_point():
         mixed = mixed.round()
     return mixed.to(values.dtype)
 
 
-def paste(images: Tensor, source: Tensor, partner: Tensor, boxes: list[tuple[int, int, int, int]]) -> Tensor:
+def paste(images: Tensor, source: Tensor, partner: Tensor, boxes: Sequence[Box]) -> Tensor:
     """Paste into each image the same region of its partner.
 
     Args:
@@ -129,8 +287,15 @@ def paste(images: Tensor, source: Tensor, partner: Tensor, boxes: list[tuple[int
         >>> paste(x, x, torch.tensor([1, 0]), [(0, 1, 0, 1)]).tolist()
         [[[2, 1]], [[1, 2]]]
     """
-    mixed = images.clone()
-    for i, (top, bottom, left, right) in enumerate(boxes):
-        rows = slice(i, i + 1) if len(boxes) > 1 else slice(None)
-        mixed[rows, ..., top:bottom, left:right] = source[partner[rows], ..., top:bottom, left:right]
-    return mixed
+    if len(boxes) == 1:
+        ((top, bottom, left, right),) = boxes
+        mixed = images.clone()
+        mixed[..., top:bottom, left:right] = source[..., top:bottom, left:right][partner]
+        return mixed
+    # One mask for all: a copy for each image would be as many kernels.
+    edges = torch.tensor(boxes).to(images.device, non_blocking=True).view(-1, 4, *[1] * (images.ndim - 1))
+    tops, bottoms, lefts, rights = edges.unbind(1)
+    rows = torch.arange(images.shape[-2], device=images.device).unsqueeze(1)
+    columns = torch.arange(images.shape[-1], device=images.device)
+    inside = (rows >= tops) & (rows < bottoms) & (columns >= lefts) & (columns < rights)
+    return torch.where(inside, source[partner], images)

@@ -7,12 +7,16 @@ arXiv:2012.13628 (slow start, fast decay).
 
 from __future__ import annotations
 
+import inspect
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Literal
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+from lightning_speedups.core.arguments import check_number
 
 Anneal = Literal["cos", "linear"]
 Shape = Callable[[float], float]
@@ -363,3 +367,75 @@ SHAPES: dict[str, Callable[..., float]] = {
     "slow_start_fast_decay": slow_start_fast_decay,
     "cosine_restarts": cosine_restarts,
 }
+
+
+def pick_shape(shape: str | Shape, options: Mapping[str, Any]) -> Shape:
+    """Return a function of progress for a name and its options, or a user's own.
+
+    Args:
+        shape: Name of a shape, or a function of progress in [0, 1].
+        options: Arguments of the named shape.
+
+    Raises:
+        ValueError: If there is no such shape or option, or if its factors are not finite and 0 or more.
+
+    Example:
+        >>> pick_shape("polynomial", {"power": 1.0})(0.25)
+        0.75
+    """
+    if not isinstance(options, Mapping):
+        raise ValueError(f"Expected `options` to be a dict of a named shape's arguments, but got {options!r}.")
+    if callable(shape):
+        if options:
+            raise ValueError(f"Expected no `options` or `end_factor` for your own `shape`, but got {dict(options)}.")
+        picked = shape
+    elif isinstance(shape, str) and shape in SHAPES:
+        known = list(inspect.signature(SHAPES[shape]).parameters)[1:]
+        if unknown := set(options) - set(known):
+            raise ValueError(f"Expected options of shape {shape!r} to be of {known}, but got {sorted(unknown)}.")
+        for name, value in options.items():
+            check_option(name, value)
+        picked = partial(SHAPES[shape], **options)
+    else:
+        raise ValueError(f"Expected `shape` to be a function or one of {', '.join(SHAPES)}, but got {shape!r}.")
+    for place in range(101):
+        factor: Any
+        try:
+            factor = picked(place / 100)
+            good = math.isfinite(factor) and factor >= 0
+        except (ArithmeticError, TypeError, ValueError, LookupError) as error:
+            factor, good = error, False
+        if not good:
+            raise ValueError(
+                f"Expected `shape` {shape!r} with {dict(options)} to give finite factors of 0 or more, but at progress "
+                f"{place / 100} it gave {factor!r}."
+            )
+    return picked
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuse an argument of a named shape that is out of its range.
+
+    Args:
+        name: The argument's name.
+        value: What was given.
+
+    Raises:
+        ValueError: If it breaks its rule.
+    """
+    name_given = f"options[{name!r}]"
+    if name in ("power", "gamma", "growth"):
+        check_number(name_given, value, 0, above=True)
+    elif name == "cycles":
+        check_number(name_given, value, 1, whole=True)
+    elif name == "rise":
+        check_number(name_given, value, 0, 1, below=True)
+    elif name == "milestones":
+        rule = f"Expected `{name_given}` to be rising fractions of the shape, each in [0, 1], but got {value!r}."
+        try:
+            for milestone in value:
+                check_number(name_given, milestone, 0, 1)
+        except (TypeError, ValueError) as error:
+            raise ValueError(rule) from error
+        if any(one >= other for one, other in pairwise(value)):
+            raise ValueError(rule)

@@ -4,19 +4,21 @@ classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.labels import MixedLabels, smooth_targets, soft_targets
+from lightning_speedups.core.smoothing import Smoothing
 
 Reduction = Literal["none", "mean", "sum"]
 
 
-def smooth(targets: Tensor, smoothing: float) -> Tensor:
+def smooth(targets: Tensor, smoothing: float | Tensor) -> Tensor:
     """Smooth probabilities that have not been smoothed yet.
 
     A target in which every class already has some probability has been smoothed before (or comes from a teacher) and is
@@ -24,7 +26,7 @@ def smooth(targets: Tensor, smoothing: float) -> Tensor:
 
     Args:
         targets: Class probabilities, ``(N, C, ...)``.
-        smoothing: ε in [0, 1).
+        smoothing: ε in [0, 1), or one for each class, ``(C,)``.
 
     Example:
         >>> smooth(torch.tensor([[1.0, 0.0], [0.9, 0.1]]), 0.2)
@@ -35,10 +37,12 @@ def smooth(targets: Tensor, smoothing: float) -> Tensor:
     return torch.where(already, targets, smooth_targets(targets, targets.sum(1), smoothing))
 
 
-class LabelSmoothingLoss(nn.Module):
+class LabelSmoothingLoss(Smoothing):
     """Cross-entropy with smoothed labels, for class indices, class probabilities and mixed labels alike.
 
-    Equal to ``torch.nn.CrossEntropyLoss(label_smoothing=ε)`` for class indices. It differs where torch surprises:
+    Equal to ``torch.nn.CrossEntropyLoss(label_smoothing=ε)`` for class indices. With one ε for each class, a label is
+    smoothed by the ε of its true class (a mixed one by both, each for its share): rare or noisy classes can be smoothed
+    more, or less, than others. It differs where torch surprises:
 
     - The mean has one normaliser, the summed class weight of the targets (torch divides probabilities by N instead, so
       that the same data with class weights give another loss once they are mixed).
@@ -51,7 +55,7 @@ class LabelSmoothingLoss(nn.Module):
     itself: it buys accuracy, and so epochs.
 
     Args:
-        smoothing: ε in [0, 1); 0.1 is customary.
+        smoothing: ε in [0, 1); 0.1 is customary. Or one for each class, ``(C,)``.
         weight: Class weights, ``(C,)``.
         ignore_index: Targets with this class index count for nothing; class indices only.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -72,19 +76,18 @@ class LabelSmoothingLoss(nn.Module):
 
     def __init__(
         self,
-        smoothing: float = 0.1,
+        smoothing: float | Sequence[float] | Tensor = 0.1,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__()
-        check_number("smoothing", smoothing, 0, 1, below=True)
+        super().__init__(smoothing)
         check_number("ignore_index", ignore_index, whole=True)
         if reduction not in ("none", "mean", "sum"):
             raise ValueError(f"Expected `reduction` to be 'none', 'mean' or 'sum', but got {reduction!r}.")
         if weight is not None and not (isinstance(weight, Tensor) and weight.ndim == 1 and bool((weight >= 0).all())):
             raise ValueError(f"Expected `weight` to be a tensor (C,) of class weights >= 0, or None, but got {weight}.")
-        self.smoothing, self.ignore_index, self.reduction = smoothing, ignore_index, reduction
+        self.ignore_index, self.reduction = ignore_index, reduction
         self.register_buffer("weight", weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -112,17 +115,22 @@ class LabelSmoothingLoss(nn.Module):
                 f"scores of shape {tuple(input.shape)}, but got {tuple(target.shape)}."
             )
         weight = None if self.weight is None else self.weight.to(input.dtype)
-        if isinstance(target, MixedLabels) or soft:
+        smoothing = self.epsilon(input)
+        if isinstance(target, MixedLabels) or soft or isinstance(smoothing, Tensor):
+            ignored = None
             if not soft:
                 target, mass = soft_targets(target, input.shape[1], self.ignore_index)
-                smoothed = smooth_targets(target, mass, self.smoothing)
+                smoothed, ignored = smooth_targets(target, mass, smoothing), mass == 0
             else:
-                smoothed = smooth(target, self.smoothing)
+                smoothed = smooth(target, smoothing)
+            # One call of torch's for the whole loss: SubsetTraining reads and weighs each sample's there.
             loss = F.cross_entropy(input, smoothed, weight, reduction="none")
+            if ignored is not None:
+                loss = loss.masked_fill(ignored, 0.0)  # also where the scores are infinite
             counted = target if weight is None else target * weight.view(-1, *[1] * (input.ndim - 2))
         else:
             loss = F.cross_entropy(
-                input, target, weight, ignore_index=self.ignore_index, reduction="none", label_smoothing=self.smoothing
+                input, target, weight, ignore_index=self.ignore_index, reduction="none", label_smoothing=smoothing
             )
             kept = target != self.ignore_index
             counted = kept.to(loss.dtype) if weight is None else weight[torch.where(kept, target, 0)] * kept

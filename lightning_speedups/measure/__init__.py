@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_speedups.measure.arms import ARMS, Arm, Ingredients, Situation
+    from lightning_speedups.measure.batch_picture import plot_batch
     from lightning_speedups.measure.errors import CompareError
     from lightning_speedups.measure.images import ImageData
     from lightning_speedups.measure.lr_range_test import LRRangeTest, RangeTestResult
@@ -30,11 +31,13 @@ __all__ = [
     "Situation",
     "Summary",
     "compare",
+    "plot_batch",
 ]
 
 # Imported on demand: the comparison needs the extra ``bench``, the range test does not.
 _FILES = {
     **dict.fromkeys(["ARMS", "Arm", "Ingredients", "Situation"], "arms"),
+    "plot_batch": "batch_picture",
     "CompareError": "errors",
     "ImageData": "images",
     **dict.fromkeys(["LRRangeTest", "RangeTestResult"], "lr_range_test"),

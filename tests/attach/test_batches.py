@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_speedups import MixupCallback, WarmupLRScaler
-from lightning_speedups.attach.batches import BatchTrick, Order, batch_number
+from lightning_speedups.attach.batches import BatchTrick, Order, batch_number, rest_of_pipeline
 from lightning_speedups.core.batch import get_part, replace_part
-from small import Classifier, loader, trainer, weights
+from small import Batches, Classifier, loader, trainer, weights
 
 
 class Linear(BatchTrick):
@@ -465,3 +465,25 @@ def test_processes_of_their_own_change_their_batches(strategy, processes, monkey
     # The worker's weights came back, and the objects are as good as new here.
     assert any(not torch.equal(a, b) for a, b in zip(weights(module).values(), module.before.values(), strict=True))
     assert patched(one) == set()
+
+
+def test_the_rest_of_the_pipeline_can_be_run_by_itself_and_is_not_noticed():
+    class First(Linear):
+        def change_batch(self, trainer, pl_module, batch):
+            batch = super().change_batch(trainer, pl_module, batch)
+            self.rest = rest_of_pipeline(trainer, self, batch)
+            return batch
+
+    class Counting(Linear):
+        calls = 0
+
+        def change_batch(self, trainer, pl_module, batch):
+            self.calls += 1
+            return super().change_batch(trainer, pl_module, batch)
+
+    earlier, first, later = Linear(7, 0, Order.LOOK), First(2, 0, Order.RESIZE), Counting(1, 5, Order.MIX)
+    module = Seer()
+    trainer(callbacks=[later, first, earlier], max_epochs=1).fit(module, Batches([torch.ones(2, 2)]))
+    assert torch.equal(first.rest[0], torch.full((2, 2), 19.0))
+    assert torch.equal(module.trained[0], first.rest[0])
+    assert later.calls == 1

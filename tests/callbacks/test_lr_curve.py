@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from two_processes import Notes, Regressor, two
 
 from lightning_speedups import LRCurve, OneCycleMomentum, WarmupLRScaler
-from lightning_speedups.callbacks.lr_curve import pick_shape
 from small import (
     Classifier,
     Interrupted,
@@ -688,11 +687,6 @@ def test_beside_a_one_cycle_that_leaves_momentum_alone_a_curve_may_have_it():
 def test_arguments_out_of_range_are_refused(arguments, told):
     with pytest.raises(ValueError, match=told):
         LRCurve(**arguments)
-
-
-def test_a_picked_shape_has_the_options_it_was_given():
-    assert pick_shape("step", {"milestones": [0.5], "gamma": 0.2})(0.5) == 0.2
-    assert pick_shape(math.cos, {})(0.0) == 1.0
 
 
 def test_it_pickles_with_its_count():

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_speedups import LabelSmoothingLoss, MixupCallback
 from lightning_speedups.attach.batches import Order
-from lightning_speedups.callbacks.mixup_callback import mix_inputs
+from lightning_speedups.core.mixing import Mixture, draw_mixture, mix_values
 from lightning_speedups.core.randomness import generator_for
 from small import CLASSES, Batches, Classifier, ReplayLoader, fit_interrupted, images, loader, resume, trainer
 
@@ -25,9 +26,15 @@ def EXAMPLE():
     return {"callbacks": [MixupCallback(alpha=0.4, cutmix_alpha=1.0, seed=3)]}
 
 
-def redraw(inputs, number, *, seed=3, rank=0, alpha=0.2, cutmix_alpha=0.0, prob=1.0, per_element=False):
+def redrawn(inputs, number, *, seed=3, rank=0, alpha=0.2, cutmix_alpha=0.0, **options):
     """What the callback must have drawn for a batch: its number, rank and seed fix it."""
-    return mix_inputs(inputs, generator_for(seed, rank, number, Order.MIX), alpha, cutmix_alpha, prob, 0.5, per_element)
+    generator = generator_for(seed, rank, number, Order.MIX)
+    return draw_mixture(inputs.shape, generator, alpha=alpha, cutmix_alpha=cutmix_alpha, **options)
+
+
+def redraw(inputs, number, **options):
+    mixture = redrawn(inputs, number, **options)
+    return mix_values(inputs, mixture), mixture.partner, mixture.lam
 
 
 def soft_loss(scores, labels, partner, lam):
@@ -73,26 +80,12 @@ def test_an_unchanged_module_trains_on_the_mixture_and_measures_the_dominant_lab
         assert seen[1].tolist() == torch.where(lam >= 0.5, y, y[partner]).tolist()
 
 
-def test_mixup_is_its_formula_and_cutmix_pastes_the_share_it_says():
-    x = torch.randn(6, 3, 16, 16)
-    mixed, partner, lam = mix_inputs(x, generator_for(0), 0.3, 0.0, 1.0, 0.5, per_element=True)
-    share = lam.view(-1, 1, 1, 1)
-    torch.testing.assert_close(mixed, share * x + (1 - share) * x[partner])
-    x = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 16, 16)
-    for seed in range(30):
-        mixed, partner, lam = mix_inputs(x, generator_for(seed), 0.0, 1.0, 1.0, 0.5, per_element=True)
-        moved = partner != torch.arange(6)
-        kept = (mixed == x).double().mean((1, 2, 3))
-        torch.testing.assert_close(kept[moved], lam.double()[moved], rtol=0, atol=1e-7)
-
-
 def test_with_both_alphas_cutmix_comes_as_often_as_asked():
-    x = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 8, 8)
-    cuts, count = 0, 800
-    for seed in range(count):
-        mixed, *_ = mix_inputs(x, generator_for(seed), 1.0, 1.0, 1.0, 0.3, per_element=False)
-        cuts += bool((mixed == mixed.round()).all())
-    assert abs(cuts / count - 0.3) < 3 * math.sqrt(0.3 * 0.7 / count) + 0.02
+    callback, count = MixupCallback(alpha=1.0, cutmix_alpha=1.0, switch_prob=0.3), 800
+    batch = torch.randn(4, 1, 8, 8), torch.zeros(4)
+    methods = [callback.mix(batch, generator_for(seed))[1].method for seed in range(count)]
+    assert set(methods) == {"mixup", "cutmix"}
+    assert abs(methods.count("cutmix") / count - 0.3) < 3 * math.sqrt(0.3 * 0.7 / count) + 0.02
 
 
 def test_prob_mixes_as_often_as_asked_and_leaves_other_batches_untouched():
@@ -118,6 +111,11 @@ class Pair(NamedTuple):
         (Pair, lambda b: (b.picture, b.kind), {}),
         (Pair, lambda b: (b.picture, b.kind), {"inputs": "picture", "labels": "kind"}),
         (lambda x, y: SimpleNamespace(x=x, y=y), lambda b: (b.x, b.y), {"inputs": "x", "labels": "y"}),
+        (
+            lambda x, y: {"views": [x], "target": (SimpleNamespace(kind=y),)},
+            lambda b: (b["views"][0], b["target"][0].kind),
+            {"inputs": ("views", 0), "labels": ("target", 0, "kind")},
+        ),
     ],
 )
 def test_any_batch_is_mixed_at_the_places_named(collate, take, places):
@@ -136,13 +134,245 @@ def test_any_batch_is_mixed_at_the_places_named(collate, take, places):
     assert torch.equal(module.seen[0][0], redraw(x, 0)[0])
 
 
-def test_the_datasets_own_memory_is_never_written():
-    x, y = images(16)
-    before = x.clone(), y.clone()
-    data = Batches((x[:8], y[:8]), (x[8:], y[8:]))  # slices: the batches are the dataset's memory
-    trainer(callbacks=[MixupCallback(cutmix_alpha=1.0)]).fit(Classifier(), data)
-    assert torch.equal(x, before[0])
-    assert torch.equal(y, before[1])
+METHODS = {
+    "mixup": {"alpha": 1.0},
+    "cutmix": {"alpha": 0.0, "cutmix_alpha": 1.0},
+    "either": {"alpha": 1.0, "cutmix_alpha": 1.0},
+    "both": {"alpha": 1.0, "cutmix_alpha": 1.0, "per_element": True, "prob": 0.8},
+}
+
+
+class Segmenter(Classifier):
+    """A class for each pixel; the loss is the user's own cross-entropy."""
+
+    def __init__(self, criterion=None):
+        super().__init__(criterion)
+        self.backbone, self.head = nn.Conv2d(2, CLASSES, 1), nn.Identity()
+
+
+class Regressor(Classifier):
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch)
+        return F.mse_loss(self.head(self.backbone(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["classes", "soft", "maps", "floats"])
+def test_the_datasets_own_memory_is_never_written(method, kind):
+    x, y = images(24)
+    y = {"classes": y, "soft": y, "maps": (x[:, 0] > 0).long(), "floats": torch.randn(24, CLASSES)}[kind]
+    data = TensorDataset(x, y)
+    before = [part.numpy().tobytes() for part in data.tensors]
+    module = {"classes": Classifier, "soft": Classifier, "maps": Segmenter, "floats": Regressor}[kind]()
+    soft = {"targets": "soft", "num_classes": CLASSES} if kind == "soft" else {}
+    slices = Batches(*((x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)))  # the batches are the dataset's memory
+    for batches in (slices, DataLoader(data, batch_size=8)):
+        trainer(callbacks=[MixupCallback(**METHODS[method], **soft)], max_epochs=2).fit(module, batches)
+    assert [part.numpy().tobytes() for part in data.tensors] == before
+    assert any(not torch.equal(seen, x[8 * (i % 3) :][:8]) for i, (seen, _) in enumerate(module.seen))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_are_cut_and_mixed_with_their_images(method):
+    x, _ = images(24, side=6)
+    y = torch.randint(0, CLASSES, (24, 6, 6))
+    x[:, 0] = y  # each image carries its map
+    module, mixup = Segmenter(), MixupCallback(seed=3, **METHODS[method])
+    trainer(callbacks=[mixup]).fit(module, DataLoader(TensorDataset(x, y), batch_size=8))
+    kinds = set()
+    for number, (seen, labels) in enumerate(module.seen):
+        mixture = redrawn(x[:8], number, **METHODS[method])
+        kinds.add(mixture.method)
+        if mixture.method == "cutmix":  # hard labels, which nothing needs to read as a mixture
+            assert type(labels) is torch.Tensor
+            assert torch.equal(seen[:, 0], labels.float())
+        else:
+            probabilities = F.one_hot(labels, CLASSES) @ torch.arange(4.0)
+            torch.testing.assert_close(seen[:, 0], probabilities)
+    assert kinds >= {"mixup": {"mixup"}, "cutmix": {"cutmix"}, "either": {"mixup", "cutmix"}, "both": {"both"}}[method]
+
+
+def test_a_loss_that_knows_no_mixture_may_train_on_pasted_maps_only():
+    class ByHand(Segmenter):
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch)
+            return -self.backbone(batch[0]).log_softmax(1).gather(1, batch[1].unsqueeze(1)).mean()
+
+    x, _ = images(8)
+    data, module = Batches((x, (x[:, 0] > 0).long())), ByHand()
+    trainer(callbacks=[MixupCallback(alpha=0.0, cutmix_alpha=1.0)]).fit(module, data)
+    assert len(module.seen) == 3
+    with pytest.raises(MisconfigurationException, match="nothing in ByHand"):
+        trainer(callbacks=[MixupCallback(alpha=1.0)]).fit(module, data)
+
+
+def test_soft_maps_are_probabilities_of_each_pixel():
+    callback = MixupCallback(alpha=0.0, cutmix_alpha=1.0, targets="soft", num_classes=CLASSES)
+    x, y = torch.randn(4, 3, 8, 8), torch.randint(0, CLASSES, (4, 8, 8))
+    (_, soft), _ = callback.mix((x, y), generator_for(1))
+    (_, hard), _ = MixupCallback(alpha=0.0, cutmix_alpha=1.0).mix((x, y), generator_for(1))
+    assert torch.equal(soft, F.one_hot(hard, CLASSES).movedim(-1, 1).float())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_several_inputs_are_mixed_alike(method):
+    x, y = images(8)
+    twice = torch.nn.functional.interpolate(x, scale_factor=2)
+    batch = {"views": [x, twice], "depth": x[:, :1].bfloat16(), "y": y}
+    callback = MixupCallback(**METHODS[method], inputs=[("views", 0), ("views", 1), "depth"], labels="y")
+    for seed in range(12):
+        mixed, mixture = callback.mix(batch, generator_for(seed))
+        small, large = mixed["views"]
+        assert torch.equal(small, mix_values(x, mixture))
+        if mixture.method == "none":
+            continue
+        assert not torch.equal(small, x)
+        # Nearest-neighbour copies: what scales the box by two scales the mixed image.
+        torch.testing.assert_close(large, torch.nn.functional.interpolate(small, scale_factor=2))
+        assert mixed["depth"].dtype == torch.bfloat16
+        torch.testing.assert_close(mixed["depth"].float(), small[:, :1], rtol=0.02, atol=0.02)
+    assert torch.equal(batch["views"][0], x)
+
+
+def test_several_inputs_go_through_a_fit():
+    class TwoViews(Classifier):
+        def training_step(self, batch, batch_idx):
+            views, labels = batch
+            assert torch.equal(*views)
+            return super().training_step((views[0], labels), batch_idx)
+
+    x, y = images(8)
+    module = TwoViews()
+    callback = MixupCallback(seed=3, inputs=[(0, 0), (0, 1)], cutmix_alpha=1.0)
+    trainer(callbacks=[callback]).fit(module, Batches(((x, x.clone()), y)))
+    assert not torch.equal(module.seen[0][0], x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_multi_label_and_regression_targets_are_blended_by_the_share_really_kept(method):
+    x = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 2, 8, 12)  # a pixel tells whose it is
+    several = (torch.rand(8, CLASSES) > 0.5).float()
+    for labels in (several, several[:, 0], several.bfloat16(), several.half()):
+        for seed in range(6):
+            (_, targets), mixture = MixupCallback(**METHODS[method]).mix((x, labels), generator_for(seed))
+            assert targets.dtype == labels.dtype
+            if mixture.method == "none":
+                continue
+            lam = mixture.lam.double().view(-1, *[1] * (labels.ndim - 1))
+            expected = lam * labels.double() + (1 - lam) * labels[mixture.partner].double()
+            torch.testing.assert_close(
+                targets.double(), expected, rtol=0, atol=1e-6 if labels.dtype == torch.float32 else 0.005
+            )
+
+
+def test_multi_label_training_sees_the_blend():
+    class MultiLabel(Classifier):
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch)
+            return F.binary_cross_entropy_with_logits(self.head(self.backbone(batch[0])), batch[1])
+
+    x, y = images(8)[0], (torch.rand(8, CLASSES) > 0.5).float()
+    module = MultiLabel()
+    trainer(callbacks=[MixupCallback(seed=3, cutmix_alpha=1.0)], max_epochs=3).fit(module, Batches((x, y)))
+    for number, (_, targets) in enumerate(module.seen):
+        _, partner, lam = redraw(x, number, cutmix_alpha=1.0)
+        torch.testing.assert_close(targets, lam * y + (1 - lam) * y[partner])
+
+
+def test_several_integer_labels_of_a_sample_are_mixed_by_share():
+    x, y = torch.randn(6, 3, 8, 8), torch.randint(0, CLASSES, (6, 2))
+    for options in METHODS.values():
+        (_, labels), mixture = MixupCallback(**options).mix((x, y), generator_for(0))
+        lam = mixture.lam.view(-1, 1, 1)
+        expected = lam * F.one_hot(y, CLASSES) + (1 - lam) * F.one_hot(y[mixture.partner], CLASSES)
+        torch.testing.assert_close(F.one_hot(labels, CLASSES), expected)
+
+
+class Notes(Callback):
+    def __init__(self, mixup):
+        self.mixup, self.seen, self.logged = mixup, [], []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen.append(self.mixup.last)
+
+    def on_train_batch_end(self, trainer, *_):
+        self.logged.append({name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name})
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_last_mixture_is_kept_and_logged_if_asked(method, log):
+    mixup = MixupCallback(seed=3, stop_after=0.75, log=log, **METHODS[method])
+    notes, module, x = Notes(mixup), Classifier(), images(32)[0]
+    assert mixup.last is None
+    trainer(callbacks=[notes, mixup], max_epochs=2).fit(module, loader(32))
+    assert len(notes.seen) == 8
+    for number, (last, logged) in enumerate(zip(notes.seen, notes.logged, strict=True)):
+        own = x[8 * (number % 4) :][:8]
+        expected = Mixture("none") if number >= 6 else redrawn(own, number, **METHODS[method])
+        assert (last.method, last.boxes, last.frame) == (expected.method, expected.boxes, expected.frame)
+        assert torch.equal(module.seen[number][0], mix_values(own, last))
+        kept, cut = 1.0, 0.0
+        if expected.lam is not None:
+            assert torch.equal(last.lam, expected.lam)
+            assert torch.equal(last.partner, expected.partner)
+            kept = expected.lam.double().mean().item()
+            cut = sum(box != (0, 0, 0, 0) for box in expected.boxes) / max(1, len(expected.boxes))
+        assert logged == ({"mixup/lam": pytest.approx(kept), "mixup/cutmix": pytest.approx(cut)} if log else {})
+    trainer(callbacks=[mixup], max_epochs=0).fit(module, loader(32))
+    assert mixup.last is None
+
+
+@pytest.mark.parametrize("method", ["mixup", "cutmix"])
+def test_strength_is_the_share_of_batches_that_are_mixed(method):
+    mixup = MixupCallback(seed=3, **METHODS[method])
+    batch = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    for strength in (0.0, 0.3, 1.0):
+        mixup.strength = strength
+        mixed = [mixup.mix(batch, generator_for(i))[1].method == method for i in range(1000)]
+        assert sum(mixed) / 1000 == pytest.approx(strength, abs=0.05 * (0 < strength < 1))
+    mixup.strength = 0.0
+    assert mixup.mix(batch, generator_for(0))[0] is batch
+
+
+def test_strength_that_grows_in_a_run_is_that_of_each_batch():
+    class Grows(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            mixup.strength = 1.0
+
+    module, mixup, (x, _) = Classifier(), MixupCallback(alpha=1.0, seed=3), images(32)
+    mixup.strength = 0.0
+    trainer(callbacks=[mixup, Grows()], max_epochs=1).fit(module, loader(32))
+    assert torch.equal(module.seen[0][0], x[:8])
+    assert torch.equal(module.seen[1][0], redraw(x[8:16], 1, alpha=1.0)[0])
+
+
+def test_mixing_without_a_trainer_is_what_a_fit_does():
+    x, y = images(8)
+    options = {"alpha": 1.0, "cutmix_alpha": 1.0, "per_element": True}
+    module, batch = Classifier(), (x, y)
+    trainer(callbacks=[MixupCallback(seed=3, **options)], max_epochs=1).fit(module, Batches(batch))
+    callback = MixupCallback(**options)
+    (inputs, labels), mixture = callback.mix(batch, generator_for(3, 0, 0, Order.MIX))
+    assert torch.equal(inputs, module.seen[0][0])
+    assert torch.equal(F.one_hot(labels, CLASSES), F.one_hot(module.seen[0][1], CLASSES))
+    assert mixture.method == "both"
+    assert callback.last is None
+    assert callback.mix(batch, None)[0] is batch
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (5, 3, 30, 4), (5, 3, 4, 30), (3, 1, 1, 1), (2, 1, 7, 1)])
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_of_one_and_images_of_any_shape(method, shape):
+    x, y = torch.randn(shape), torch.arange(shape[0])
+    for seed in range(10):
+        (inputs, labels), mixture = MixupCallback(**METHODS[method]).mix([x, y], generator_for(seed))
+        assert inputs.shape == x.shape
+        assert labels.shape == y.shape
+        if len(x) == 1:
+            torch.testing.assert_close(inputs, x)
+            assert F.one_hot(labels, 2).tolist() == [[1.0, 0.0]]
+        assert all(0 <= t <= b <= shape[2] and 0 <= le <= r <= shape[3] for t, b, le, r in mixture.boxes)
 
 
 def test_validation_and_the_sanity_check_see_whole_samples():
@@ -291,13 +521,21 @@ class Eval(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("per_element", [True, False])
-def test_images_in_bytes_and_in_channels_last(per_element):
-    x = torch.randint(0, 255, (8, 3, 8, 8), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    for alphas in ((0.4, 0.0), (0.0, 1.0)):
-        mixed, *_ = mix_inputs(x, generator_for(4), *alphas, 1.0, 0.5, per_element)
-        assert mixed.dtype == torch.uint8
-        assert mixed.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+@pytest.mark.parametrize("method", METHODS)
+def test_type_and_memory_format_of_the_inputs_are_kept(method, dtype):
+    class Looks(Classifier):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0].contiguous(memory_format=torch.channels_last), batch[1]
+
+        def training_step(self, batch, batch_idx):
+            self.formats = {*getattr(self, "formats", ()), (batch[0].dtype, batch[0].stride())}
+            return super().training_step((batch[0].float(), batch[1]), batch_idx)
+
+    x, y = images(16)
+    module = Looks()
+    trainer(callbacks=[MixupCallback(**METHODS[method])]).fit(module, Batches(((x.abs() * 30).to(dtype), y)))
+    assert module.formats == {(dtype, (128, 1, 16, 2))}
 
 
 @pytest.mark.parametrize(
@@ -317,9 +555,19 @@ def test_images_in_bytes_and_in_channels_last(per_element):
         ({"targets": "soft"}, images(8), "needs `num_classes`"),
         ({"inputs": 1, "labels": 0}, images(8), "blends floating-point or uint8 inputs, but found torch.int64"),
         (
-            {"cutmix_alpha": 1.0},
-            (images(8)[0], torch.zeros(8, 8, 8, dtype=torch.int64)),
-            "CutMix pastes parts of images",
+            {"labels": (1, "y")},
+            images(8),
+            r"labels=\(1, 'y'\)\): no part 'y' in the batch's part \(1,\) of type Tensor",
+        ),
+        (
+            {"inputs": [0, (1, 0)], "labels": 2},
+            (images(8)[0], [torch.randn(4, 1)], images(8)[1]),
+            r"inputs=\(1, 0\)\) exp",
+        ),
+        (
+            {"inputs": [0, 2], "cutmix_alpha": 1.0},
+            (*images(8), torch.randn(8, 5)),
+            r"CutMix cuts .* inputs at MixupCallback\(inputs=2\) have the shape \(8, 5\)",
         ),
     ],
 )
@@ -328,6 +576,13 @@ def test_batches_it_cannot_mix_are_refused_by_name_before_the_first_step(options
     with pytest.raises(MisconfigurationException, match=told):
         trainer(callbacks=[MixupCallback(**options)]).fit(module, Batches(data))
     assert not module.losses
+
+
+def test_labels_that_are_mixed_already_are_refused():
+    callback = MixupCallback(alpha=1.0)
+    once, _ = callback.mix(images(8), generator_for(0))
+    with pytest.raises(MisconfigurationException, match=r"labels=1\) found labels that are mixed already"):
+        callback.mix(once, generator_for(0))
 
 
 def test_a_fraction_of_an_endless_run_is_refused():
@@ -349,8 +604,14 @@ def test_a_fraction_of_an_endless_run_is_refused():
         ({"num_classes": 0}, "`num_classes`"),
         ({"num_classes": float("nan")}, "`num_classes`"),
         ({"seed": 1.5}, "`seed`"),
-        ({"labels": None}, "`labels` to be an index, a key or an attribute name, but got None"),
-        ({"inputs": "x", "labels": "x"}, "two places in the batch, but got 'x' for both"),
+        ({"labels": None}, r"`labels` to be an index, a key, an attribute name or a path .*, but got None"),
+        ({"labels": [1]}, r"`labels` to be an index, .* but got \[1\]"),
+        ({"inputs": [0, None]}, "`inputs` to be an index, .* but got None"),
+        ({"inputs": ()}, "`inputs` to be an index"),
+        ({"inputs": []}, r"at least one place in the batch, but got \[\]"),
+        ({"inputs": "x", "labels": "x"}, "different places in the batch, but got 'x' and 'x'"),
+        ({"inputs": "x", "labels": ("x",)}, "different places in the batch"),
+        ({"inputs": [0, 0]}, "different places in the batch"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, told):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lightning_speedups.core.batch import count_samples, get_part, replace_part
+from lightning_speedups.core.batch import check_place, count_samples, get_part, path_of, replace_part
 
 
 class Pair(NamedTuple):
@@ -37,6 +37,10 @@ BATCHES = [
     (Frozen(1, 2), "label"),
     (SimpleNamespace(image=1, label=2), "label"),
     ([1, 2], -1),
+    ({"views": [1, 2], "label": 3}, ("views", 1)),
+    ([(0, {"x": 2})], (0, 1, "x")),
+    ((Frozen([1], Pair(1, 2)), 5), (0, "label", "label")),
+    ([1, 2], (1,)),
 ]
 
 
@@ -48,6 +52,20 @@ def test_one_part_is_replaced_in_a_copy_of_the_same_type(batch, place):
     assert get_part(batch, place) == 2
     assert repr(batch) == before
     assert type(changed) is type(batch)
+
+
+def test_only_the_containers_on_the_path_are_copied():
+    batch = {"views": [1, [2]], "other": [3]}
+    changed = replace_part(batch, ("views", 0), "new")
+    assert changed == {"views": ["new", [2]], "other": [3]}
+    assert changed["other"] is batch["other"]
+    assert changed["views"][1] is batch["views"][1]
+    assert batch == {"views": [1, [2]], "other": [3]}
+
+
+def test_a_path_of_no_step_is_the_batch_itself():
+    assert get_part([1], ()) == [1]
+    assert replace_part([1], (), 2) == 2
 
 
 def test_what_else_an_object_carries_is_kept():
@@ -62,6 +80,10 @@ def test_what_else_an_object_carries_is_kept():
         (Pair(1, 2), "x", r"named \['image', 'label'\]"),
         (SimpleNamespace(image=1), "label", r"with the attributes \['image'\]"),
         ((1, 2), "label", "no part 'label'"),
+        ({"views": [1, 2]}, ("views", 2), r"no part 2 in the batch's part \('views',\) of type list with 2 parts"),
+        ({"views": {"a": 1}}, ("views", "b", 0), r"no part 'b' .* \('views',\) .* keys \['a'\]"),
+        ({"views": [1, 2]}, ("image", 0), r"no part 'image' in a batch of type dict with the keys \['views'\]"),
+        ([[[5]]], (0, 0, 0, 0), r"no part 0 in the batch's part \(0, 0, 0\) of type int$"),
     ],
 )
 def test_a_missing_part_is_an_error_that_says_what_there_is(batch, place, told):
@@ -131,3 +153,15 @@ def test_a_batch_that_holds_itself_is_counted():
     batch = SimpleNamespace()
     batch.itself, batch.image = batch, FIVE
     assert count_samples(batch) == 5
+
+
+@pytest.mark.parametrize("place", [0, -1, "x", (0,), ("views", 0), ("a", "b", -1)])
+def test_places_are_indices_names_and_paths(place):
+    check_place("inputs", place)
+    assert get_part(replace_part({"views": [0]}, ("views", 0), place), path_of(("views", 0))) == place
+
+
+@pytest.mark.parametrize("place", [None, True, 1.5, (), ("views", None), (True,), [0], (("a",),), torch.tensor(0)])
+def test_what_is_no_place_is_refused_by_name(place):
+    with pytest.raises(ValueError, match=r"`inputs` to be an index, a key, an attribute name or a path .*, but got "):
+        check_place("inputs", place)

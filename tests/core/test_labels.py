@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import torchmetrics
 from torch import nn
 
-from lightning_speedups.core.labels import MixedLabels, Reads, soft_targets
-from lightning_speedups.core.mixing import draw_lambda
+from lightning_speedups.core.labels import MixedLabels, Reads, mix_targets, smooth_targets, soft_targets
+from lightning_speedups.core.mixing import Mixture, draw_lambda, draw_mixture
 from lightning_speedups.core.randomness import generator_for
 
 N, C = 64, 5
@@ -269,3 +269,124 @@ def test_plain_labels_become_one_hot_probabilities():
     soft, mass = soft_targets(torch.tensor([2, -100, 0]), 3)
     assert soft.tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
     assert mass.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("trailing", [(), (3,), (2, 3)])
+def test_one_smoothing_for_each_class_goes_with_what_the_class_has(trailing):
+    targets = torch.rand(6, C, *trailing, generator=generator_for(1), dtype=torch.float64)
+    targets[0] = 0  # ignored
+    each = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.9], dtype=torch.float64)
+    smoothed = smooth_targets(targets, targets.sum(1), each)
+    expected = sum(
+        targets[:, [c]] * ((1 - e) * torch.eye(C)[c] + e / C).view(1, C, *[1] * len(trailing))
+        for c, e in enumerate(each.tolist())
+    )
+    torch.testing.assert_close(smoothed, expected)
+    torch.testing.assert_close(smoothed.sum(1), targets.sum(1))
+
+
+def test_one_smoothing_is_the_same_as_a_number_or_a_tensor_or_for_each_class():
+    targets = torch.eye(C)
+    mass = targets.sum(1)
+    expected = smooth_targets(targets, mass, 0.25)
+    assert torch.equal(smooth_targets(targets, mass, torch.tensor(0.25)), expected)
+    assert torch.equal(smooth_targets(targets, mass, torch.full((C,), 0.25)), expected)
+
+
+def test_a_class_that_is_not_there_is_refused():
+    for labels in (torch.tensor([0, 5]), MixedLabels.mix(torch.tensor([0, 1]), torch.tensor([5, 0]), torch.ones(1))):
+        with pytest.raises(RuntimeError, match="index 5 is out of bounds"):
+            soft_targets(labels, 5)
+
+
+def test_the_parts_are_plain_and_reading_them_is_no_loss():
+    labels, _, first, second, lam = mixture()
+    dominant, other, share = labels.parts()
+    assert {type(part) for part in (dominant, other, share)} == {torch.Tensor}
+    assert dominant.tolist() == torch.where(lam >= 0.5, first, second).tolist()
+    assert other.tolist() == torch.where(lam >= 0.5, second, first).tolist()
+    assert torch.equal(share, torch.maximum(lam, 1 - lam))
+    assert labels.reads is labels._reads
+    assert labels.reads.count == 0
+
+
+METHODS = {
+    "mixup": {"alpha": 1.0, "cutmix_alpha": 0.0},
+    "cutmix": {"alpha": 0.0, "cutmix_alpha": 1.0},
+    "both": {"alpha": 1.0, "cutmix_alpha": 1.0, "per_element": True, "prob": 0.8},
+}
+
+
+def soft_by_hand(labels, mix):
+    """Probabilities of each target, in plain loops; boxes are for maps of the mixture's own size."""
+    own = F.one_hot(labels, C).double()
+    soft, lam = own.clone(), mix.lam.double().expand(len(labels))
+    boxes = mix.boxes if len(mix.boxes) == len(labels) else mix.boxes * len(labels)
+    for i, partner in enumerate(mix.partner.tolist()):
+        if labels.ndim > 2 and boxes and boxes[i] != (0, 0, 0, 0):
+            top, bottom, left, right = boxes[i]
+            soft[i, ..., top:bottom, left:right, :] = own[partner, ..., top:bottom, left:right, :]
+        elif not (labels.ndim > 2 and mix.method == "cutmix"):
+            soft[i] = lam[i] * own[i] + (1 - lam[i]) * own[partner]
+    return soft.movedim(-1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(12,), (12, 3), (12, 6, 9), (12, 1, 6, 9), (12, 4, 6, 9)])
+def test_targets_are_mixed_as_their_samples(shape, method, dtype):
+    labels = torch.randint(0, C, shape, generator=generator_for(4)).to(dtype)
+    before, seen = labels.clone(), set()
+    for seed in range(8):
+        mix = draw_mixture((12, 3, 6, 9), generator_for(seed), **METHODS[method])
+        mixed = mix_targets(labels, mix)
+        seen.add(mix.method)
+        assert mixed.dtype == dtype
+        torch.testing.assert_close(soft_targets(mixed, C)[0].double(), soft_by_hand(labels.long(), mix))
+        assert isinstance(mixed, MixedLabels) == (not (labels.ndim > 2 and mix.method == "cutmix"))
+    assert torch.equal(labels, before)
+    assert method in seen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float_targets_and_float_maps_are_mixed_directly(method):
+    for seed in range(8):
+        mix = draw_mixture((12, 3, 6, 9), generator_for(seed), **METHODS[method])
+        labels = torch.randint(0, C, (12, 6, 9))
+        maps = F.one_hot(labels, C).movedim(-1, 1).float()
+        torch.testing.assert_close(mix_targets(maps, mix).double(), soft_by_hand(labels, mix))
+        values = torch.randn(12)
+        for flat in (values, values.view(12, 1).repeat(1, 2), values.bfloat16()):
+            lam = mix.lam.double().view(-1, *[1] * (flat.ndim - 1))
+            expected = lam * flat.double() + (1 - lam) * flat[mix.partner].double()
+            mixed = mix_targets(flat, mix)
+            assert mixed.dtype == flat.dtype
+            torch.testing.assert_close(
+                mixed.double(), expected, rtol=0, atol=1e-6 if flat.dtype == torch.float32 else 0.03
+            )
+
+
+def test_a_map_of_another_size_gets_the_box_scaled():
+    labels = torch.arange(2).view(2, 1, 1).expand(2, 4, 8)
+    mix = Mixture("cutmix", torch.tensor([0.5]), torch.tensor([1, 0]), ((0, 16, 32, 64),), (32, 64))
+    mixed = mix_targets(labels, mix)
+    assert type(mixed) is torch.Tensor
+    expected = torch.zeros(4, 8, dtype=torch.int64)
+    expected[0:2, 4:8] = 1
+    assert torch.equal(mixed, torch.stack([expected, 1 - expected]))
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+def test_a_mixed_map_stays_a_tensor_that_can_be_viewed(per_element):
+    labels = torch.randint(0, C, (4, 6, 9))
+    mix = draw_mixture((4, 3, 6, 9), generator_for(0), alpha=1.0, cutmix_alpha=0.0, per_element=per_element)
+    x = torch.randn(4, C, 6, 9)
+    flat = mix_targets(labels, mix).view(-1)
+    torch.testing.assert_close(
+        F.cross_entropy(x.movedim(1, -1).reshape(-1, C), flat), F.cross_entropy(x, soft_by_hand(labels, mix).float())
+    )
+
+
+def test_what_is_not_mixed_is_handed_back():
+    labels = torch.tensor([0, 1])
+    assert mix_targets(labels, Mixture("none")) is labels

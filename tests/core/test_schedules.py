@@ -29,6 +29,7 @@ from lightning_speedups.core.schedules import (
     join,
     linear,
     one_cycle,
+    pick_shape,
     polynomial,
     ramp,
     slow_start_fast_decay,
@@ -341,3 +342,27 @@ def test_one_cycle_begins_peaks_and_ends_where_it_should(total, three_phase):
     if three_phase:
         assert one_cycle(0.8 * total - 2, total, **shape) == pytest.approx((0.02, 0.95))
     assert one_cycle(total - 1, total, **shape) == pytest.approx((2e-6, 0.95))
+
+
+def test_a_picked_shape_has_the_options_it_was_given():
+    assert pick_shape("step", {"milestones": [0.5], "gamma": 0.2})(0.5) == 0.2
+    assert pick_shape("polynomial", {"end": 0.5, "power": 1.0})(0.5) == 0.75
+    assert pick_shape(math.cos, {})(0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "told"),
+    [
+        ("sine", {}, "`shape` to be a function or one of cosine, linear"),
+        ("linear", {"power": 2.0}, r"options of shape 'linear' to be of \['end'\], but got \['power'\]"),
+        ("linear", [2.0], "`options` to be a dict"),
+        (math.cos, {"end": 0.1}, "no `options` or `end_factor` for your own `shape`"),
+        ("polynomial", {"power": 0.0}, r"`options\['power'\]` to be a number above 0, but got 0.0"),
+        ("step", {"milestones": [0.6, 0.5]}, "rising fractions"),
+        (lambda p: 0.5 - p, {}, "finite factors of 0 or more, but at progress 0.51"),
+        (lambda p: 1 / (p - 0.5), {}, "finite factors of 0 or more, but at progress 0.0"),
+    ],
+)
+def test_what_is_no_shape_is_refused(shape, options, told):
+    with pytest.raises(ValueError, match=told):
+        pick_shape(shape, options)

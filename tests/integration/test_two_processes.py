@@ -35,9 +35,13 @@ def mixtures(folder, **options):
     return [notes["inputs"] for notes in notes.read()]
 
 
-@pytest.mark.parametrize("seed", [5, None])
-def test_ranks_draw_different_mixtures_and_a_second_run_the_same(seed):
-    first, again = mixtures("first", seed=seed), mixtures("again", seed=seed)
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": 5}, {"seed": None}, {"seed": 5, "cutmix_alpha": 1.0, "per_element": True, "log": True}],
+    ids=str,
+)
+def test_ranks_draw_different_mixtures_and_a_second_run_the_same(options):
+    first, again = mixtures("first", **options), mixtures("again", **options)
     for one, other in zip(first, again, strict=True):
         assert len(one) == 2 * 4
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,1 @@
+"""Loaders and samplers, one in a file."""

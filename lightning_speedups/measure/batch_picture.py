@@ -1,0 +1,196 @@
+"""The images of a batch as training_step will see them, drawn before the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.batch import Place, check_place, get_part
+from lightning_speedups.core.labels import MixedLabels
+from lightning_speedups.core.mixing import NO_BOX, Mixture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_batch"]
+
+NAMED = 3  # classes in a title
+
+
+class Mixes(Protocol):
+    """A trick that mixes a batch without a Trainer."""
+
+    def mix(self, batch: Any, generator: torch.Generator) -> tuple[Any, Mixture]:
+        """Return the mixed batch and what was done to it."""
+
+
+def plot_batch(
+    batch: Any,
+    trick: Mixes | None = None,
+    *,
+    count: int = 8,
+    columns: int = 8,
+    inputs: Place | None = None,
+    labels: Place | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Figure:
+    """Draw the images of a batch with their labels; with a trick, each row as it was and below as it is mixed.
+
+    The trick, the batch and the global random numbers stay as they are.
+
+    When not to use it: for what a run really drew, which ``MixupCallback.last`` says.
+
+    Args:
+        batch: A batch with images ``(N, C, H, W)`` or ``(N, H, W)``, as ``training_step`` gets it. Of one or two
+            channels the first is drawn in grey, of three and more the first three as red, green and blue.
+        trick: A ``MixupCallback``. None: draw the batch as it is.
+        count: How many images at most, the first ones of the batch, 1 or more.
+        columns: How many stand side by side, 1 or more.
+        inputs: Where the images stand in the batch. None: where the trick has its (first) inputs, or 0.
+        labels: Where the labels stand. None: where the trick has them, or 1 if there are any.
+        mean: What a normalisation subtracted, for each channel or all, to be undone. Without ``mean`` and ``std``
+            floating-point images are drawn from the batch's smallest to its largest value, unless all are in [0, 1].
+        std: What it divided by, above 0. Neither is applied to images in bytes.
+        class_names: The name of each class.
+        seed: Seed of the trick's draws.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If an argument is out of range or the batch has no images there.
+
+    Example:
+        >>> from lightning_speedups import MixupCallback
+        >>> batch = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+        >>> figure = plot_batch(batch, MixupCallback(alpha=1.0), class_names=["ant", "bee", "cat", "dog"])
+        >>> [axes.get_title() for axes in figure.axes[:4]]
+        ['ant', 'bee', 'cat', 'dog']
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    check_number("count", count, 1, whole=True)
+    check_number("columns", columns, 1, whole=True)
+    check_number("seed", seed, whole=True)
+    if trick is not None and not hasattr(trick, "mix"):
+        raise ValueError(f"Expected `trick` to be a trick with a method `mix`, as MixupCallback, but got {trick!r}.")
+    if inputs is None:
+        first = getattr(trick, "inputs", 0)
+        inputs = first[0] if isinstance(first, list) else first
+    check_place("inputs", inputs)
+    place = getattr(trick, "labels", 1) if labels is None else labels
+    check_place("labels", place)
+
+    versions: list[tuple[Any, Mixture]] = [(batch, Mixture("none"))]
+    if trick is not None:
+        versions.append(trick.mix(batch, torch.Generator().manual_seed(seed)))
+    pictures = _pictures([_part(one, inputs, "inputs") for one, _ in versions], mean, std, count)
+    titles = []
+    for one, mixture in versions:
+        try:
+            named = _part(one, place, "labels")
+        except ValueError:
+            if trick is not None or labels is not None:
+                raise
+            named = None
+        titles.append(_titles(named, mixture, class_names, len(pictures[0])))
+
+    shown = len(pictures[0])
+    wide = min(columns, shown)
+    high = -(-shown // wide) * len(versions)
+    figure, row = Figure(figsize=(1.7 * wide, 2.1 * high), layout="constrained"), 0
+    FigureCanvasAgg(figure)
+    for start in range(0, shown, wide):
+        for images, names in zip(pictures, titles, strict=True):
+            for i in range(start, min(start + wide, shown)):
+                axes = figure.add_subplot(high, wide, 1 + row * wide + i - start)
+                axes.imshow(images[i].numpy(), cmap="gray", vmin=0, vmax=1)
+                axes.set_title(names[i], fontsize=8)
+                axes.set_axis_off()
+            row += 1
+    return figure
+
+
+def _part(batch: Any, place: Place, argument: str) -> Tensor:
+    try:
+        part = get_part(batch, place)
+    except LookupError as error:
+        raise ValueError(f"plot_batch({argument}={place!r}): {error.args[0]}. Name the right place.") from error
+    if not isinstance(part, Tensor) or part.ndim == 0:
+        raise ValueError(f"plot_batch({argument}={place!r}) expected a tensor, but found {type(part).__name__}.")
+    return part
+
+
+def _pictures(
+    versions: Sequence[Tensor], mean: float | Sequence[float] | None, std: float | Sequence[float] | None, count: int
+) -> list[Tensor]:
+    """Bring images into [0, 1], ``(n, H, W)`` or ``(n, H, W, 3)``, all of them in the same way."""
+    first = versions[0]
+    if first.ndim not in (3, 4) or first.numel() == 0:
+        raise ValueError(f"Expected images (N, C, H, W) or (N, H, W), but got the shape {tuple(first.shape)}.")
+    in_bytes, channels = first.dtype == torch.uint8, first.shape[1] if first.ndim == 4 else 1
+    shift, scale = _per_channel("mean", mean, 0.0, channels), _per_channel("std", std, 1.0, channels)
+    if (scale <= 0).any():
+        raise ValueError(f"Expected `std` to be above 0, but got {std!r}.")
+    drawn = []
+    for images in versions:
+        part = images[:count].detach().cpu().float()
+        part = part if images.ndim == 4 else part.unsqueeze(1)
+        drawn.append(part / 255 if in_bytes else part * scale + shift)
+    low, high = float(drawn[0].min()), float(drawn[0].max())
+    if mean is None and std is None and not in_bytes and (low < 0 or high > 1):
+        drawn = [(part - low) / max(high - low, 1e-12) for part in drawn]
+    return [(part[:, :3].movedim(1, -1) if channels >= 3 else part[:, 0]).clamp(0, 1) for part in drawn]
+
+
+def _per_channel(name: str, given: float | Sequence[float] | None, default: float, channels: int) -> Tensor:
+    values = torch.as_tensor(default if given is None else given, dtype=torch.float32).flatten()
+    if len(values) not in (1, channels) or not values.isfinite().all():
+        raise ValueError(f"Expected `{name}` to be a number or {channels} of them, one a channel, but got {given!r}.")
+    return values.view(-1, 1, 1)
+
+
+def _titles(labels: Tensor | None, mixture: Mixture, class_names: Sequence[str] | None, count: int) -> list[str]:
+    return [
+        "\n".join(filter(None, [_share(mixture, i), "" if labels is None else _name(labels, i, class_names)]))
+        for i in range(count)
+    ]
+
+
+def _share(mixture: Mixture, i: int) -> str:
+    if mixture.lam is None:
+        return ""
+    lam = float(mixture.lam[min(i, len(mixture.lam) - 1)])
+    pasted = mixture.boxes and mixture.boxes[min(i, len(mixture.boxes) - 1)] != NO_BOX
+    return f"{'cutmix' if pasted else 'mixup'} λ = {lam:.2f}" if lam < 1 else ""
+
+
+def _name(labels: Tensor, i: int, class_names: Sequence[str] | None) -> str:
+    def name(label: Any) -> str:
+        return class_names[int(label)] if class_names and 0 <= label < len(class_names) else str(int(label))
+
+    if labels.ndim > 2:  # a map
+        return ""
+    if isinstance(labels, MixedLabels) and labels.ndim == 1:
+        label, other, share = (part[i].item() for part in labels.parts())
+        return (
+            name(label)
+            if share == 1 or label == other
+            else f"{share:.0%} {name(label)} + {1 - share:.0%} {name(other)}"
+        )
+    one = labels[i].detach().cpu()
+    values = one.flatten().tolist()
+    if not labels.is_floating_point():
+        return ", ".join(name(label) for label in values[:NAMED])
+    if labels.ndim == 1 or min(values) < 0 or max(values) > 1:
+        return ", ".join(f"{value:.3g}" for value in values[:NAMED])
+    best = sorted(range(len(values)), key=lambda c: -values[c])[:NAMED]
+    return " + ".join(name(c) if values[c] == 1 else f"{values[c]:.0%} {name(c)}" for c in best if values[c] >= 0.005)
