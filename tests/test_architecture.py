@@ -15,7 +15,7 @@ STOREYS = ["core", "attach", TRICKS, "recipes", "measure", "cli"]
 LIBRARIES = {"core": {"torch"}, "losses": {"torch"}, "cli": {"rich"}}
 
 
-BASES = ["trick", "optimizers"]  # of attach/, each may be built on those before it
+BASES = ["trick", "optimizers", "batches", "loaders"]  # of attach/, each may be built on those before it
 
 
 def grip(name):
@@ -76,7 +76,7 @@ def test_imports_go_down_the_house_only(path):
         ("callbacks/x.py", "from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss"),
         ("callbacks/x.py", "from lightning_speedups import MixupCallback"),
         ("callbacks/x.py", "def f():\n    from lightning_speedups.measure import compare"),
-        ("attach/x.py", "from lightning_speedups.attach.batches import BatchTrick"),
+        ("attach/x.py", "from lightning_speedups.attach.schedules import ScheduleTrick"),
         ("attach/trick.py", "from lightning_speedups.attach.optimizers import OptimizerTrick"),
         ("cli.py", "import torch"),
     ],

@@ -20,7 +20,7 @@ def test_it_runs_and_draws(path, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torch's spinning threads collapse on a busy machine
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": tmp_path}}).execute()
-    drawing = re.compile(r"plt\.subplots|\.figure\(\)|^plot_schedule\(", re.M)
+    drawing = re.compile(r"plt\.subplots|\.figure\(\)|^plot_(schedule|batch)\(", re.M)
     drawn = sum(cell.cell_type == "code" and bool(drawing.search(cell.source)) for cell in notebook.cells)
     assert drawn
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -69,6 +69,10 @@ class SubsetTraining(LoaderTrick, LossTrick, SeededBatchTrick):
     - ``"random"`` keeps every sample with the same chance: the baseline that the others have to beat.
     - ``"loss"`` keeps samples the more often the higher their loss, and counts each as 1: biased on purpose.
 
+    In eight epochs of CIFAR-10 (``benchmarks/smaller_batches.py``) ``"loss"`` gave 1.2 points more than fewer epochs in
+    the same time, while ``"infobatch"`` and ``"random"`` gave no more than these. InfoBatch's paper reports no loss, in
+    far longer runs.
+
     Beside ``MixupCallback`` a blend counts for the sample at its place in the batch, with that one's weight: the
     gradient is then unbiased only as far as the blend is that sample.
 
@@ -113,7 +117,7 @@ class SubsetTraining(LoaderTrick, LossTrick, SeededBatchTrick):
         keep: float = 0.7,
         method: Method = "infobatch",
         stop_at: float = 0.875,
-        max_drop: float = 0.75,
+        max_drop: float = 0.5,
         beta: float = 1.0,
         seed: int | None = None,
         log: bool = False,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_speedups.core.arguments import check_number
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -90,6 +94,36 @@ class Growth:
         points = 4 * max(full)  # no side lasts less than one of them
         between = (self.grow_from + (self.full_from - self.grow_from) * i / points for i in range(points + 1))
         return sorted({self.size(progress, full) for progress in (begin, *between, 1.0) if progress >= begin})
+
+
+def checked_stages(stages: Any) -> int | tuple[float, ...] | None:
+    """Return what was given as ``stages``, if it is right.
+
+    Args:
+        stages: None, a number of sizes, or the sizes.
+
+    Raises:
+        ValueError: If it is none of these, or if sizes do not rise.
+
+    Example:
+        >>> checked_stages([128, 192, 256]), checked_stages([0.5, 0.75, 1])
+        ((128, 192, 256), (0.5, 0.75, 1))
+        >>> checked_stages([0.5, 128])
+        Traceback (most recent call last):
+        ValueError: Expected `stages` to be rising sizes, either shares in (0, 1] or pixels, but got [0.5, 128].
+    """
+    if not isinstance(stages, Sequence) or isinstance(stages, str):
+        check_number("stages", stages, 2, whole=True, optional=True)
+        return stages if stages is None else int(stages)
+    for size in stages:
+        check_number("stages", size, 0, above=True)
+    sizes = tuple(stages)
+    compared = sizes[:-1] if sizes[-1:] == (1,) else sizes
+    if not sizes or len({size <= 1 for size in compared}) > 1 or list(compared) != sorted(set(compared)):
+        raise ValueError(
+            f"Expected `stages` to be rising sizes, either shares in (0, 1] or pixels, but got {list(stages)!r}."
+        )
+    return sizes
 
 
 def side(full: int, share: float, multiple: int) -> int:

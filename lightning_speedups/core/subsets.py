@@ -37,7 +37,7 @@ def draw_uniform(losses: Tensor, kept: int, generator: torch.Generator) -> Subse
     return Subset(places, torch.ones(len(losses)))
 
 
-def draw_unbiased(losses: Tensor, kept: int, generator: torch.Generator, max_drop: float = 0.75) -> Subset:
+def draw_unbiased(losses: Tensor, kept: int, generator: torch.Generator, max_drop: float = 0.5) -> Subset:
     """Drop samples whose loss is below the mean, and weigh those of them that stay for the dropped ones.
 
     Of L such samples D = N − kept are dropped, each with probability D/L, and the others count 1/(1 − D/L): the

@@ -15,6 +15,8 @@ from lightning_speedups.callbacks.freeze_backbone_finetune import FreezeBackbone
 from lightning_speedups.callbacks.lr_curve import LRCurve
 from lightning_speedups.callbacks.mixup_callback import MixupCallback
 from lightning_speedups.callbacks.one_cycle_momentum import OneCycleMomentum
+from lightning_speedups.callbacks.progressive_resizing import ProgressiveResizing
+from lightning_speedups.callbacks.subset_training import SubsetTraining
 from lightning_speedups.callbacks.warmup_lr_scaler import WarmupLRScaler
 from lightning_speedups.defaults import trainer_defaults
 from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss
@@ -112,6 +114,14 @@ def _mixup(at: Situation) -> Ingredients:
     return Ingredients([MixupCallback(alpha=0.2, seed=at.seed)])
 
 
+def _resizing(at: Situation) -> Ingredients:
+    return Ingredients([ProgressiveResizing()])
+
+
+def _subset(at: Situation) -> Ingredients:
+    return Ingredients([SubsetTraining(seed=at.seed)])
+
+
 def _smoothing(at: Situation) -> Ingredients:
     return Ingredients(criterion=LabelSmoothingLoss(0.1))
 
@@ -149,6 +159,13 @@ ARMS: Mapping[str, Arm] = {
         Arm("auto", "OneCycleMomentum up to the rate that its range test finds", _found, on_request=True),
         Arm("curve", "LRCurve: the same rate, in the last 40 % of the run down to 0", _curve, on_request=True),
         Arm("cyclic", "CyclicMomentum: four cycles, up to three times the rate", _cyclic, on_request=True),
+        Arm("resizing", "ProgressiveResizing: from half the side to the full one", _resizing, on_request=True),
+        Arm(
+            "subset",
+            "SubsetTraining: 70 % of the samples in all but the first and the last epochs",
+            _subset,
+            on_request=True,
+        ),
         Arm("finetune", "plain, from a backbone pretrained on quarter turns of the same images", _plain, None, True),
         Arm(
             "freeze",

@@ -82,7 +82,7 @@ def fit(module=None, data=None, max_epochs=5, subset=None, callbacks=(), **argum
 
 
 DRAWS = {
-    "infobatch": lambda losses, kept, g: draw_unbiased(losses, kept, g, 0.75),
+    "infobatch": lambda losses, kept, g: draw_unbiased(losses, kept, g, 0.5),
     "random": draw_uniform,
     "loss": draw_hard,
 }
@@ -106,12 +106,12 @@ def test_each_epoch_has_the_samples_drawn_from_the_last_losses_in_the_samplers_o
 
 
 def test_infobatch_weighs_the_low_ones_in_each_step():
-    module, *_ = fit(max_epochs=3, subset=SubsetTraining(keep=0.7, stop_at=1.0, seed=3))
+    module, *_ = fit(max_epochs=3, subset=SubsetTraining(keep=0.7, stop_at=1.0, max_drop=0.75, seed=3))
     first = torch.empty(32)
     numbers, own = module.of_epoch(0)
     first[numbers] = own
     order = order_of(1)
-    drawn = draw_unbiased(first[order], 22, generator_for(3, 0, 1, Order.LOOK)).weights
+    drawn = draw_unbiased(first[order], 22, generator_for(3, 0, 1, Order.LOOK), 0.75).weights
     count = torch.ones(32)
     count[order] = drawn
     steps = [i for i, epoch in enumerate(module.epochs) if epoch == 1]
@@ -313,7 +313,9 @@ def test_a_sampler_with_repeats_has_the_mean_of_what_a_sample_showed():
 
 def test_samples_not_yet_seen_count_as_high():
     """Two of four batches in the first epoch: in the second the others are all kept."""
-    module, *_ = fit(max_epochs=3, limit_train_batches=2, subset=SubsetTraining(keep=0.8, seed=3, stop_at=1.0))
+    module, *_ = fit(
+        max_epochs=3, limit_train_batches=2, subset=SubsetTraining(keep=0.8, seed=3, stop_at=1.0, max_drop=0.75)
+    )
     seen, known = module.of_epoch(0)
     assert len(seen) == 16
     dropped_from = {n for n, loss in zip(seen, known.tolist(), strict=True) if loss < float(known.mean())}
