@@ -29,13 +29,18 @@ from rich.progress import track
 from torch import nn
 
 from lightning_speedups import (
+    BatchAugmentation,
     CyclicMomentum,
     FreezeBackboneFinetune,
+    InMemoryLoader,
     LabelSmoothingLoss,
     LRCurve,
     MixupCallback,
     OneCycleMomentum,
+    ProgressiveResizing,
+    SmoothingSchedule,
     StopAtTarget,
+    SubsetTraining,
     WarmupLRScaler,
 )
 from lightning_speedups.attach.optimizers import OptimizerTrick
@@ -53,6 +58,10 @@ ARMS = {
     "FreezeBackboneFinetune": lambda: [FreezeBackboneFinetune("backbone", unfreeze_at_epoch=0)],
     "MixupCallback": lambda: [MixupCallback(seed=0)],
     "LabelSmoothingLoss": list,
+    "SmoothingSchedule": lambda: [SmoothingSchedule("linear")],
+    "BatchAugmentation": lambda: [BatchAugmentation(crop=1, seed=0)],
+    "ProgressiveResizing": lambda: [ProgressiveResizing(multiple=1)],
+    "SubsetTraining": lambda: [SubsetTraining()],
     "all": lambda: [
         OneCycleMomentum(0.1),
         WarmupLRScaler(scale=2.0, warmup_steps=100),
@@ -65,12 +74,12 @@ ARMS = {
 class Tiny(LightningModule):
     def __init__(self, criterion):
         super().__init__()
-        self.backbone, self.head, self.criterion = nn.Linear(8, 8), nn.Linear(8, 4), criterion
+        self.backbone, self.head, self.criterion = nn.Linear(3, 8), nn.Linear(8, 4), criterion
 
     def training_step(self, batch, batch_idx):
         if batch_idx == 0:  # once: logging costs more than any trick
             self.log("loss", 1.0, on_step=False, on_epoch=True)
-        return self.criterion(self.head(self.backbone(batch[0])), batch[1])
+        return self.criterion(self.head(self.backbone(batch[0].mean((2, 3)))), batch[1])
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
@@ -89,27 +98,22 @@ class Clock(Callback):
         return statistics.median(b - a for a, b in itertools.pairwise(self.times[20:]))
 
 
-class Repeat:
-    """One batch, many times."""
-
-    def __init__(self, steps):
-        self.steps, self.batch = steps, (torch.randn(16, 8), torch.randint(0, 4, (16,)))
-
-    def __len__(self):
-        return self.steps
-
-    def __iter__(self):
-        return iter([self.batch] * self.steps)
+def batches(steps):
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(16 * steps, 3, 8, 8, generator=generator), torch.zeros(16 * steps, dtype=torch.int64)
+    return InMemoryLoader([images, labels], batch_size=16)
 
 
 def step_microseconds(arm: str, steps: int) -> float:
-    criterion = LabelSmoothingLoss(0.1) if arm in ("LabelSmoothingLoss", "all") else F.cross_entropy
+    criterion = (
+        LabelSmoothingLoss(0.1) if arm in ("LabelSmoothingLoss", "SmoothingSchedule", "all") else F.cross_entropy
+    )
     clock = Clock()
     trainer = Trainer(
         callbacks=[clock, *ARMS[arm]()], max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Tiny(criterion), Repeat(steps))
+    trainer.fit(Tiny(criterion), batches(steps))
     return clock.median() * 1e6
 
 
@@ -153,7 +157,7 @@ def driver_microseconds(arm: str) -> float | None:
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     direct.on_train_batch_end = lambda *args: setattr(trainer, "should_stop", hasattr(direct, "microseconds"))
-    trainer.fit(Tiny(F.cross_entropy), Repeat(1000))
+    trainer.fit(Tiny(F.cross_entropy), batches(1000))
     return round(direct.microseconds, 1)
 
 
