@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_speedups.attach.trick import Trick, patch, unpatch
 from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.batch import Place, get_part
 from lightning_speedups.core.randomness import generator_for
 
 
@@ -42,6 +43,15 @@ class BatchTrick(Trick):
         into them.
         """
         raise NotImplementedError
+
+    def part_of(self, batch: Any, place: Place, argument: str) -> Any:
+        """Return what stands at the place in a batch that the user named by an argument."""
+        try:
+            return get_part(batch, place)
+        except LookupError as error:
+            raise MisconfigurationException(
+                f"{self.name}({argument}={place!r}): {error.args[0]}. Name the right place."
+            ) from error
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the pipeline."""

@@ -14,7 +14,7 @@ from lightning_speedups.attach.batches import Order, SeededBatchTrick
 from lightning_speedups.attach.loaders import LoaderTrick
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.augmentation import coins, flip_some, shifted_crops
-from lightning_speedups.core.batch import Place, check_place, get_part, path_of, replace_part
+from lightning_speedups.core.batch import Place, check_place, path_of, replace_part
 
 
 def crop_range(crop: int, strength: float) -> int:
@@ -199,12 +199,7 @@ class BatchAugmentation(SeededBatchTrick):
         return part
 
     def _tensor(self, batch: Any, place: Place, argument: str) -> Tensor:
-        try:
-            part = get_part(batch, place)
-        except LookupError as error:
-            raise MisconfigurationException(
-                f"BatchAugmentation({argument}={place!r}): {error.args[0]}. Name the right place."
-            ) from error
+        part = self.part_of(batch, place, argument)
         if not isinstance(part, Tensor):
             raise MisconfigurationException(
                 f"BatchAugmentation({argument}={place!r}) expected a tensor, but found {type(part).__name__}. Name the "

@@ -250,12 +250,7 @@ class MixupCallback(SeededBatchTrick):
         return part
 
     def _tensor(self, batch: Any, place: Place, argument: str) -> Tensor:
-        try:
-            part = get_part(batch, place)
-        except LookupError as error:
-            raise MisconfigurationException(
-                f"MixupCallback({argument}={place!r}): {error.args[0]}. Name the right place."
-            ) from error
+        part = self.part_of(batch, place, argument)
         if not isinstance(part, Tensor) or part.ndim == 0:
             found = "a tensor without dimensions" if isinstance(part, Tensor) else type(part).__name__
             raise MisconfigurationException(

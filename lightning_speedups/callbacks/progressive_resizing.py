@@ -36,7 +36,7 @@ from lightning_speedups.attach.trick import (
     total_steps,
 )
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.batch import Place, check_place, get_part, path_of, replace_part
+from lightning_speedups.core.batch import Place, check_place, path_of, replace_part
 from lightning_speedups.core.batch_scaling import Rule, scaling_factor
 from lightning_speedups.core.dataset_sizes import Settings, UnknownSizeError, take_batch
 from lightning_speedups.core.durations import Run
@@ -462,12 +462,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
         self._full = state_dict["full"] and (int(state_dict["full"][0]), int(state_dict["full"][1]))
 
     def _images(self, batch: Any, place: Place, argument: str) -> Tensor:
-        try:
-            part = get_part(batch, place)
-        except LookupError as error:
-            raise MisconfigurationException(
-                f"ProgressiveResizing({argument}={place!r}): {error.args[0]}. Name the right place."
-            ) from error
+        part = self.part_of(batch, place, argument)
         found = f"the shape {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
         if not isinstance(part, Tensor) or part.ndim < 3:
             raise MisconfigurationException(
