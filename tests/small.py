@@ -124,6 +124,19 @@ class Classifier(LightningModule):
         self.values.append([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
 
 
+class SometimesInfinite(Classifier):
+    """Its loss is infinite in some batches, so that GradScaler skips their steps."""
+
+    def __init__(self, bad: Any) -> None:
+        super().__init__()
+        self.bad, self.batch = bad, 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.batch += 1
+        return loss * float("inf") if self.batch - 1 in self.bad else loss
+
+
 class Joins(Classifier):
     """The backbone joins in the second epoch, at a quarter of the head's rate."""
 

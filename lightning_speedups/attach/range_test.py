@@ -22,10 +22,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import TorchSyncBatchNorm
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
@@ -34,7 +33,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
-from lightning_speedups.attach.trick import accumulation, callbacks_of, raw_optimizers, same_randomness
+from lightning_speedups.attach.trick import (
+    accumulation,
+    callbacks_of,
+    copy_module,
+    may_split_model,
+    raw_optimizers,
+    same_randomness,
+)
 from lightning_speedups.core.range_test import diverged, smooth, sweep_rate
 
 WAY_OUT = "Give the learning rate as a number."
@@ -88,7 +94,7 @@ def run_range_test(
             "The learning-rate range test drives the one optimizer of automatic optimization, but "
             f"{type(pl_module).__name__} optimizes manually. {WAY_OUT}"
         )
-    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if may_split_model(trainer):
         raise MisconfigurationException(
             "The learning-rate range test trains a copy of the whole model on one device, but "
             f"{type(strategy).__name__} may split it between devices. {WAY_OUT}"
@@ -256,14 +262,11 @@ def _copy_module(
     ]
     shared = [trainer, trainer.strategy, datamodule, *callbacks_of(trainer), *trainer.loggers, loaders, *data]
     try:
-        twin = copy.deepcopy(pl_module, {id(thing): thing for thing in shared if thing is not None})
+        twin = copy_module(pl_module, shared)
     except Exception as error:
         raise MisconfigurationException(
             f"The learning-rate range test trains a copy of {name}, which cannot be copied ({error}). {WAY_OUT}"
         ) from error
-    vars(twin).pop("_compiled_call_impl", None)
-    if twin._compiler_ctx is not None:
-        to_uncompiled(twin)
     for place in _functions_on(pl_module, twin):
         raise MisconfigurationException(
             f"The learning-rate range test trains a copy of {name}, but `{place}` is a function that has captured the "

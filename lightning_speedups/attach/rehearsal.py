@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_speedups.attach.trick import Trick, callbacks_of, same_randomness
+from lightning_speedups.attach.trick import Trick, callbacks_of, copy_module, may_split_model, same_randomness
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Running mean and variance of each normalising module, by its name."""
@@ -120,21 +118,17 @@ def _copy_module(trainer: Trainer, pl_module: LightningModule) -> LightningModul
     name = type(pl_module).__name__
     if not pl_module.automatic_optimization:
         raise NoRehearsalError(f"{name} optimizes manually")
-    strategy = trainer.strategy
-    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise NoRehearsalError(f"{type(strategy).__name__} may split the model between devices")
+    if may_split_model(trainer):
+        raise NoRehearsalError(f"{type(trainer.strategy).__name__} may split the model between devices")
     values = [value for module in pl_module.modules() for value in vars(module).values()]
     surroundings = (LightningDataModule, Trainer, Trick, Dataset, DataLoader)
-    shared: list[Any] = [trainer, strategy, *callbacks_of(trainer), *trainer.loggers, *pl_module.parameters()]
+    shared: list[Any] = [trainer, trainer.strategy, *callbacks_of(trainer), *trainer.loggers, *pl_module.parameters()]
     shared += [value for value in values if isinstance(value, surroundings)]
     # What a step has left behind with its graph cannot be copied.
     shared += [value for value in _flat(values) if isinstance(value, Tensor) and value.grad_fn is not None]
     modes = _modes(trainer, pl_module)
     try:
-        twin = copy.deepcopy(pl_module, {id(thing): thing for thing in shared})
-        vars(twin).pop("_compiled_call_impl", None)
-        if twin._compiler_ctx is not None:
-            to_uncompiled(twin)
+        twin = copy_module(pl_module, shared)
     except Exception as error:
         raise NoRehearsalError(f"{name} cannot be copied ({error})") from error
     for part, module in twin.named_modules():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_speedups.core.durations import Run
@@ -182,6 +185,26 @@ def same_randomness(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         _set_rng_states(states)
+
+
+def may_split_model(trainer: Trainer) -> bool:
+    """Tell whether the strategy may hold parts of the module on several devices, so that no copy has all of it."""
+    strategy = trainer.strategy
+    return isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+
+
+def copy_module(pl_module: LightningModule, shared: Iterable[Any]) -> LightningModule:
+    """Copy a module with all it holds, uncompiled.
+
+    Args:
+        pl_module: The module, without a wrapper.
+        shared: What the copy shares with it.
+    """
+    twin = copy.deepcopy(pl_module, {id(thing): thing for thing in shared if thing is not None})
+    vars(twin).pop("_compiled_call_impl", None)
+    if twin._compiler_ctx is not None:
+        to_uncompiled(twin)
+    return twin
 
 
 def patch(owner: Any, name: str, stand_in: Any) -> None:

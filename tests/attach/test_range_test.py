@@ -30,7 +30,18 @@ from torchmetrics.classification import MulticlassAccuracy
 from two_processes import Regressor, regression, two
 
 from lightning_speedups.attach.range_test import run_range_test
-from small import CLASSES, Batches, Classifier, ReplayLoader, assert_same_weights, images, loader, trainer, weights
+from small import (
+    CLASSES,
+    Batches,
+    Classifier,
+    ReplayLoader,
+    SometimesInfinite,
+    assert_same_weights,
+    images,
+    loader,
+    trainer,
+    weights,
+)
 
 SWEEP = {"min_lr": 1e-3, "max_lr": 1.0, "steps": 10, "stop_factor": 1e6}
 
@@ -413,24 +424,15 @@ def test_nothing_is_validated():
     assert len(run_range_test(trainer(), Validates(), loader(), **SWEEP)[0]) == 10
 
 
-class SometimesInfinite(Noted):
-    """Its loss is infinite in some batches, so that GradScaler skips their steps."""
-
-    def __init__(self, bad):
-        super().__init__()
-        self.bad, self.batch = bad, 0
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.batch += 1
-        return loss * float("inf") if self.batch - 1 in self.bad else loss
+class NotedSometimesInfinite(SometimesInfinite, Noted):
+    """Both."""
 
 
 def test_a_step_that_the_grad_scaler_skips_is_no_point():
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     before = copy.deepcopy(scaler.state_dict())
     user = trainer(plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-    rates, losses = run_range_test(user, SometimesInfinite({0, 5, 6}), loader(), **SWEEP)
+    rates, losses = run_range_test(user, NotedSometimesInfinite({0, 5, 6}), loader(), **SWEEP)
     np.testing.assert_allclose(rates, np.geomspace(1e-3, 1.0, 10), rtol=1e-12)
     assert Noted.notes == [[rate] for rate in rates]
     assert np.isfinite(losses).all()
@@ -441,7 +443,7 @@ def test_a_step_that_the_grad_scaler_skips_is_no_point():
 def test_when_all_steps_are_skipped_it_ends():
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     user = trainer(plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-    assert run_range_test(user, SometimesInfinite(range(1000)), loader(), **SWEEP) == ([], [])
+    assert run_range_test(user, NotedSometimesInfinite(range(1000)), loader(), **SWEEP) == ([], [])
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e6])

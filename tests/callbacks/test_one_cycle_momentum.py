@@ -17,6 +17,7 @@ from small import (
     Classifier,
     Joins,
     ReplayLoader,
+    SometimesInfinite,
     assert_same_weights,
     fit_interrupted,
     loader,
@@ -65,26 +66,13 @@ def test_adam_cycles_its_first_beta_and_keeps_the_second():
     assert {step[0]["betas"][1] for step in module.values} == {0.999}
 
 
-class ScaledOnCPU(Classifier):
-    """Its loss is infinite in some batches, so that GradScaler skips their steps."""
-
-    def __init__(self, bad):
-        super().__init__()
-        self.bad, self.batch = bad, 0
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.batch += 1
-        return loss * float("inf") if self.batch - 1 in self.bad else loss
-
-
 def fp16():
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
 def test_a_step_that_the_grad_scaler_skips_moves_nothing():
-    module = ScaledOnCPU(bad={0, 5, 6})
+    module = SometimesInfinite(bad={0, 5, 6})
     callback = OneCycleMomentum(0.4, total_steps=12)
     trainer(callbacks=[callback], plugins=[fp16()]).fit(module, loader())
     assert callback.steps_done == [9]
