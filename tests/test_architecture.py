@@ -11,11 +11,11 @@ import lightning_speedups
 ROOT = Path(lightning_speedups.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 TRICKS = {"callbacks", "mixins", "strategies", "losses", "data", "defaults"}
-STOREYS = ["core", "attach", TRICKS, "recipes", "measure", "cli"]
+STOREYS = ["core", "attach", TRICKS, "models", "recipes", "measure", "cli"]
 LIBRARIES = {"core": {"torch"}, "losses": {"torch"}, "cli": {"rich"}}
 
 
-BASES = ["trick", "optimizers", "batches", "loaders"]  # of attach/, each may be built on those before it
+BASES = ["trick", "optimizers", "batches", "loaders", "wrapping"]  # of attach/, each may be built on those before it
 
 
 def grip(name):

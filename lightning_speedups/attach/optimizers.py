@@ -65,9 +65,9 @@ class OptimizerTrick(Trick):
     def plan(self, run: Run) -> None:
         """Settle what depends on the run's length or batch size, before the first step."""
 
-    def splits_groups(self, pl_module: LightningModule) -> Callable[[Tensor], bool] | None:
-        """Return a test for parameters that need groups of their own, asked before ``configure_optimizers``; None for
-        no need.
+    def splits_groups(self, pl_module: LightningModule) -> Callable[[Tensor], str | None] | None:
+        """Return what names the group of its own that a parameter needs, or gives None; asked before
+        ``configure_optimizers``. None for no need at all.
         """
         return None
 
@@ -177,8 +177,8 @@ class _Driver:
         with ExitStack() as splits:
             splitting = []
             for trick in self.tricks:
-                if belongs := trick.splits_groups(trainer.lightning_module):
-                    splits.enter_context(split_groups(belongs))
+                if label_of := trick.splits_groups(trainer.lightning_module):
+                    splits.enter_context(split_groups(label_of))
                     splitting.append(trick.name)
             try:
                 original(trainer)
@@ -277,15 +277,15 @@ def _driver(trainer: Trainer) -> _Driver | None:
 
 
 @contextmanager
-def split_groups(belongs: Callable[[Tensor], bool]) -> Iterator[None]:
-    """While it lasts, optimizers are built with the parameters that belong together in groups of their own.
+def split_groups(label_of: Callable[[Tensor], str | None]) -> Iterator[None]:
+    """While it lasts, optimizers are built with the parameters of each label in groups of their own.
 
     Schedulers that are made in the meantime so see the groups from the start.
 
     Groups keep their places: what is split off comes last.
 
     Args:
-        belongs: Says of a parameter whether it is split off from its group.
+        label_of: Says of a parameter which group it is split off into, or None.
     """
     init, add = Optimizer.__init__, Optimizer.add_param_group
     split_off: dict[int, list[dict[str, Any]]] = {}
@@ -301,17 +301,16 @@ def split_groups(belongs: Callable[[Tensor], bool]) -> Iterator[None]:
         if isinstance(given, set):
             return add(self, param_group)  # torch says what is wrong with it
         params = [given] if isinstance(given, Tensor) else list(given)
-        parts: tuple[list[Any], list[Any]] = ([], [])
+        parts: dict[str | None, list[Any]] = {}
         for parameter in params:
             tensor = parameter[1] if isinstance(parameter, tuple) else parameter
-            parts[isinstance(tensor, Tensor) and belongs(tensor)].append(parameter)
-        kept, split = ({**param_group, "params": part} for part in parts)
-        if "name" in split:
-            split["name"] = f"{split['name']}-split"  # LearningRateMonitor refuses two groups of one name
-        if not (parts[0] and parts[1]):
-            add(self, {**param_group, "params": params})
-        else:
-            add(self, kept)
+            parts.setdefault(label_of(tensor) if isinstance(tensor, Tensor) else None, []).append(parameter)
+        first = None if None in parts else next(iter(parts), None)
+        add(self, {**param_group, "params": parts.pop(first, params)})
+        for label, part in parts.items():
+            split = {**param_group, "params": part}
+            if "name" in split:
+                split["name"] = f"{split['name']}-{label}"  # LearningRateMonitor refuses two groups of one name
             if id(self) in split_off:
                 split_off[id(self)].append(split)
             else:

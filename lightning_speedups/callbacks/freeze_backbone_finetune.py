@@ -1,255 +1,293 @@
-"""Transfer learning: train the head on a frozen backbone first, then everything, the backbone at a lower rate (fastai's
-``fine_tune``).
+"""Transfer learning: train the head on a frozen backbone first, then the backbone too, at once or layer by layer, at a
+lower rate (fastai's ``fine_tune``; gradual unfreezing and rates by depth: ULMFiT, arXiv:1801.06146).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_speedups.attach.optimizers import OptimizerTrick, Order
-from lightning_speedups.attach.trick import raw_optimizers
-from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
+from lightning_speedups.attach.freezing import Backbone, FreezingTrick
 from lightning_speedups.core.arguments import check_number
-
-Backbone = str | Callable[[LightningModule], nn.Module | Iterable[nn.Module]] | None
-
-
-def find_backbone(pl_module: LightningModule, backbone: Backbone) -> list[nn.Module]:
-    """Return all modules of the backbone, nested ones included.
-
-    Args:
-        pl_module: The module that trains.
-        backbone: Attribute path, a callable that picks one or several modules, or None: the timm model in it without
-            its classifier.
-
-    Raises:
-        MisconfigurationException: If there is no such thing.
-    """
-    if backbone is None:
-        return _timm_backbone(pl_module)
-    if callable(backbone):
-        picked = backbone(pl_module)
-    else:
-        try:
-            picked = pl_module.get_submodule(backbone)
-        except AttributeError as error:
-            raise MisconfigurationException(
-                f"FreezeBackboneFinetune(backbone={backbone!r}): {type(pl_module).__name__} has no such submodule. It "
-                f"has {[name for name, _ in pl_module.named_children()]}; name one, give a callable, or None for a timm"
-                " model."
-            ) from error
-    roots = list(picked) if isinstance(picked, Iterable) and not isinstance(picked, nn.Module) else [picked]
-    if not roots or not all(isinstance(root, nn.Module) for root in roots):
-        raise MisconfigurationException(
-            f"FreezeBackboneFinetune: `backbone` must pick nn.Modules, but it picked {picked!r}."
-        )
-    return list(dict.fromkeys(module for root in roots for module in root.modules()))
+from lightning_speedups.core.durations import Duration, Run
+from lightning_speedups.core.layers import Layer, rates_by_depth
+from lightning_speedups.core.unfreezing import Names, Stage, check_schedule, gradually, stages
 
 
-def _timm_backbone(pl_module: LightningModule) -> list[nn.Module]:
-    model = next(
-        (m for m in pl_module.modules() if hasattr(m, "get_classifier") and hasattr(m, "reset_classifier")), None
-    )
-    if model is None:
-        raise MisconfigurationException(
-            f"FreezeBackboneFinetune(backbone=None) looks for a timm model in {type(pl_module).__name__}, but found "
-            "none. Give an attribute path."
-        )
-    classifier: Any = model.get_classifier()  # type: ignore[operator]
-    heads: list[nn.Module] = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
-    head_modules = {module for head in heads for module in head.modules()}
-    if not any(True for head in heads for _ in head.parameters()):
-        raise MisconfigurationException(
-            f"FreezeBackboneFinetune(backbone=None): the classifier of {type(model).__name__} has no parameters. Create"
-            " it with `num_classes`, or name the backbone by its attribute path."
-        )
-    return [module for module in model.modules() if module not in head_modules]
+class FreezeBackboneFinetune(FreezingTrick):
+    """Freezes a backbone for the first epochs, then trains it too, its layers at fractions of the learning rate.
 
+    Frozen means frozen: no gradient, no graph up to the first layer that trains, weights and running statistics equal
+    to the bit, norms (and whatever else keeps buffers) in eval mode after every ``.train()``, no optimizer state.
+    Frozen convolutions take the BatchNorm behind them in for that time; checkpoints hold the weights as they are.
+    Optimizers are built with the backbone in parameter groups of its own from the start, so no scheduler or checkpoint
+    ever sees a group appear. DDP is re-wrapped when layers move: frozen parameters cost no communication, and ranks
+    stay equal. ``configure_optimizers`` gives all parameters to the optimizer, as without this callback.
 
-def is_norm(module: nn.Module) -> bool:
-    """Tell whether a module is a normalisation layer, torch's or anyone's.
-
-    Example:
-        >>> is_norm(nn.BatchNorm2d(3)), is_norm(nn.LayerNorm(3)), is_norm(nn.Linear(3, 3))
-        (True, True, False)
-    """
-    torchs = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-    # A container that is named after the norm in it is none itself.
-    by_name = "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
-    return isinstance(module, torchs) or by_name
-
-
-class _StaysInEval:
-    """Stands in for the ``train`` method of a frozen module, so that no ``model.train()`` moves its statistics.
-
-    Its children go with the call: they may be of the head, or dropouts.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.mode_before = module, module.training
-        module.training = False
-        module.__dict__["train"] = self
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        for child in self.module.children():
-            child.train(mode)
-        self.module.training = False
-        return self.module
-
-    def undo(self) -> None:
-        del self.module.__dict__["train"]
-        self.module.training = self.mode_before
-
-
-class FreezeBackboneFinetune(OptimizerTrick):
-    """Freezes a backbone for the first epochs, then trains all, the backbone at a fraction of the learning rate.
-
-    Frozen means frozen: no gradient, no graph, weights and running statistics equal to the bit, norms (and whatever
-    else keeps buffers) in eval mode after every ``.train()``. Optimizers are built with the backbone in parameter
-    groups of its own from the start, so no scheduler or checkpoint ever sees a group appear. DDP is re-wrapped when the
-    backbone moves: frozen parameters cost no communication, and ranks stay equal. ``configure_optimizers`` gives all
-    parameters to the optimizer, as without this callback.
+    Layers are timm's own (``"stem"``, ``"layer1"``, … of a ResNet, ``"blocks.0"``, … of a ViT), or the children of a
+    backbone that calls them one after the other; an error about a name lists them.
 
     When not to use it: from random weights, where the frozen phase is lost time; under FSDP or model parallelism (it
     refuses).
 
     Args:
-        backbone: Attribute path in the LightningModule, a callable that takes it and returns one or several modules, or
-            None for a timm model: everything but its classifier.
+        backbone: Attribute path in the LightningModule, a callable that takes it and returns one or several modules (a
+            layer each), or None for a timm model: everything but its classifier.
         unfreeze_at_epoch: First epoch, counted from 0, in which the backbone trains; 0 freezes nothing, None keeps it
-            frozen.
-        backbone_lr_ratio: Backbone's learning rate over the head's, above 0; it multiplies whatever schedules give.
+            frozen. With ``gradual`` the first epoch of the last layer; with ``schedule`` it says nothing.
+        backbone_lr_ratio: Backbone's learning rate over the head's, above 0; it multiplies whatever schedules give. A
+            pair: of the first and of the last layer, geometric between. None: 0.1, unless ``lr_decay`` is given.
         train_norm: Let the backbone's norms go on training while it is frozen. Costs most of the saving, as the
             backward pass must reach them.
+        lr_decay: In (0, 1]: rate of each layer over the next one's, and of the last one over the head's.
+        head_lr_ratio: Head's learning rate over its own while nothing else trains, above 0.
+        unfreeze_warmup: Ramp of what was thawed, to its rate: optimizer steps, a float as a fraction of the run, or a
+            text like ``"1 epochs"``.
+        schedule: Which layers begin to train in which epoch, such as ``{0: "head", 2: "layer4", 4: ["layer3",
+            "layer2"]}``; a path means all layers under it, ``"all"`` all. What is never named stays frozen.
+        refreeze: Which of them stop again, in the same form; their optimizer state is forgotten.
+        gradual: Thaw one layer after the other, from the last one down.
+        every_n_epochs: With ``gradual``: epochs from one to the next, 1 or more.
+        monitor: With ``gradual``: thaw the next one when this logged metric has not improved, instead; not before
+            ``unfreeze_at_epoch``.
+        mode: Whether the metric shall become ``"min"`` or ``"max"``.
+        patience: How many times in a row it must not have improved, 1 or more.
+        min_delta: What counts as an improvement, 0 or more.
+        fold: Compute a frozen convolution and its frozen BatchNorm as one.
 
     Raises:
-        ValueError: If an argument is out of range.
-        MisconfigurationException: At fit start, if there is no such backbone, the optimizer lacks its parameters,
-            nothing would be left to train, or the strategy cannot follow.
+        ValueError: If an argument is out of range, or two of them contradict each other.
+        MisconfigurationException: At fit start, if there is no such backbone or layer, the optimizer lacks its
+            parameters, nothing would be left to train, or the strategy cannot follow; after the first epoch, if there
+            is no such metric.
 
     Source:
-        Howard & Gugger, fastai (arXiv:2002.04688).
+        Howard & Gugger, fastai, arXiv:2002.04688; Howard & Ruder, ULMFiT, arXiv:1801.06146; ``lr_decay``: Bao et al.,
+        BEiT, arXiv:2106.08254.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune("backbone", unfreeze_at_epoch=2)])
+        >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune(None, gradual=True, lr_decay=0.65)])
     """
-
-    order = Order.FACTOR
 
     def __init__(
         self,
         backbone: Backbone = "backbone",
         unfreeze_at_epoch: int | None = 1,
-        backbone_lr_ratio: float = 0.1,
+        backbone_lr_ratio: float | tuple[float, float] | None = None,
         train_norm: bool = False,
+        *,
+        lr_decay: float | None = None,
+        head_lr_ratio: float = 1.0,
+        unfreeze_warmup: int | float | str = 0,
+        schedule: Mapping[int, Names] | None = None,
+        refreeze: Mapping[int, Names] | None = None,
+        gradual: bool = False,
+        every_n_epochs: int = 1,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        patience: int = 1,
+        min_delta: float = 0.0,
+        fold: bool = True,
     ) -> None:
-        super().__init__()
-        if not (backbone is None or callable(backbone) or (isinstance(backbone, str) and backbone)):
-            raise ValueError(f"Expected `backbone` to be an attribute path, a callable or None, but got {backbone!r}.")
+        super().__init__(backbone, train_norm, fold)
         check_number("unfreeze_at_epoch", unfreeze_at_epoch, 0, whole=True, optional=True)
-        check_number("backbone_lr_ratio", backbone_lr_ratio, 0, above=True)
-        self.backbone, self.unfreeze_at_epoch = backbone, unfreeze_at_epoch
-        self.backbone_lr_ratio, self.train_norm = backbone_lr_ratio, train_norm
-        self._modules: list[nn.Module] = []
-        self._backbone_groups: set[tuple[int, int]] = set()
-        self._frozen: list[nn.Parameter] = []
-        self._kept_in_eval: list[_StaysInEval] = []
+        self.rates = _checked_rates(backbone_lr_ratio, lr_decay)
+        check_number("head_lr_ratio", head_lr_ratio, 0, above=True)
+        check_schedule("schedule", schedule)
+        check_schedule("refreeze", refreeze)
+        check_number("every_n_epochs", every_n_epochs, 1, whole=True)
+        check_number("patience", patience, 1, whole=True)
+        check_number("min_delta", min_delta, 0)
+        if mode not in ("min", "max"):
+            raise ValueError(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
+        _check_together(schedule, refreeze, gradual, monitor, unfreeze_at_epoch)
+        self.unfreeze_at_epoch, self.head_lr_ratio = unfreeze_at_epoch, head_lr_ratio
+        self.unfreeze_warmup = Duration.parse("unfreeze_warmup", unfreeze_warmup)
+        self.schedule, self.refreeze, self.gradual, self.every_n_epochs = schedule, refreeze, gradual, every_n_epochs
+        self.monitor, self.mode, self.patience, self.min_delta = monitor, mode, patience, min_delta
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Join the optimizer driver."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            require_rewrapping(trainer, self.name)
+    def forget(self) -> None:
+        """Forget the last run."""
+        super().forget()
+        self._stages: list[Stage] = []
+        self._stage, self._due = 0, 0  # the one under way; with `monitor`, the one of the next epoch
+        self._thawed: dict[str, list[int]] = {}  # layers that began to train after the start: each optimizer's steps
+        self._best, self._waited = math.inf, 0
+        self._rate_of: dict[str, float] = {}
+        self._warmup_steps = 0.0
 
-    def splits_groups(self, pl_module: LightningModule) -> Callable[[Tensor], bool]:
-        """Find the backbone; its parameters get groups of their own."""
-        self._modules = find_backbone(pl_module, self.backbone)
-        backbone = {id(parameter) for parameter in self._parameters()}
-        return lambda parameter: id(parameter) in backbone
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the optimizers have the backbone in groups of its own."""
-        backbone = {id(parameter) for parameter in self._parameters()}
-        lacking = {id(parameter) for parameter in self._parameters() if parameter.requires_grad}
-        if not lacking:
+    def find_layers(self, pl_module: LightningModule) -> list[Layer]:
+        """Find the layers, and settle what they do when."""
+        layers = super().find_layers(pl_module)
+        decay, ends = self.rates
+        names = [layer.name for layer in layers]
+        self._rate_of = dict(zip(names, rates_by_depth(len(layers), decay=decay, ends=ends), strict=True))
+        thaw: Mapping[int, Names] = {} if self.unfreeze_at_epoch is None else {self.unfreeze_at_epoch: "all"}
+        if self.schedule is not None:
+            thaw = self.schedule
+        elif self.gradual and self.unfreeze_at_epoch is not None:
+            thaw = gradually(layers, self.unfreeze_at_epoch, self.every_n_epochs)
+        try:
+            self._stages = stages(layers, thaw, self.refreeze or {})
+        except LookupError as error:
             raise MisconfigurationException(
-                "FreezeBackboneFinetune: no parameter of the backbone can be trained at all."
-            )
-        self._backbone_groups = set()
-        for i, optimizer in enumerate(raw_optimizers(trainer)):
-            for g, group in enumerate(optimizer.param_groups):
-                ids = {id(parameter) for parameter in group["params"]}
-                lacking -= ids
-                if ids & backbone:
-                    self._backbone_groups.add((i, g))
-                    if ids - backbone:
-                        raise MisconfigurationException(
-                            "FreezeBackboneFinetune found backbone and head in one parameter group: the optimizer was "
-                            "not made in `configure_optimizers`. Make it there."
-                        )
-        if lacking:
+                f"{self.name}: the backbone has no layer {error.args[0]!r}. Its layers are {names}; `schedule` and "
+                "`refreeze` can name these, paths above them, 'head' and 'all'."
+            ) from error
+        except ValueError as error:
+            raise MisconfigurationException(f"{self.name}: {error}. Mend `schedule` and `refreeze`.") from error
+        return layers
+
+    def group_label(self, layer: Layer) -> str:
+        """Put layers that always do the same into one parameter group."""
+        return next(other.name for other in self.layers if self._course(other) == self._course(layer))
+
+    def _course(self, layer: Layer) -> tuple[float, list[bool]]:
+        return self._rate_of[layer.name], [layer.name in stage.training for stage in self._stages]
+
+    def plan(self, run: Run) -> None:
+        """Settle the ramp."""
+        steps = self.unfreeze_warmup.in_steps(run)
+        if steps is None:
             raise MisconfigurationException(
-                f"FreezeBackboneFinetune: {len(lacking)} of the backbone's trainable parameters are in no optimizer and"
-                " would never train. Give all parameters to the optimizer in `configure_optimizers`, and leave the"
-                " freezing to this callback."
+                f"{self.name}(unfreeze_warmup=...) needs the length of the run, but this training data has none. Give "
+                "it in optimizer steps."
             )
+        self._warmup_steps = steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze, unless a resumed run is past that."""
+        """Freeze as the epoch wants it, also in a resumed run."""
         super().on_train_start(trainer, pl_module)
-        if self.unfreeze_at_epoch is None or trainer.current_epoch < self.unfreeze_at_epoch:
-            with rewrapped(trainer, pl_module):
-                self._freeze()
-                if not any(p.requires_grad for p in pl_module.parameters()):
-                    raise MisconfigurationException(
-                        "FreezeBackboneFinetune froze every parameter: nothing is left to train. `backbone` must not "
-                        "contain the head."
-                    )
-            until = "to the end" if self.unfreeze_at_epoch is None else f"until epoch {self.unfreeze_at_epoch}"
-            rank_zero_info(
-                f"FreezeBackboneFinetune: {sum(p.numel() for p in self._frozen):,} parameters frozen {until}."
+        # To thaw as many layers one by one as there is time for is what some want.
+        change = self._stages[-1 if not self.gradual else min(1, len(self._stages) - 1)].epoch
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= change:
+            rank_zero_warn(
+                f"{self.name} thaws or freezes layers in epoch {change}, but the run ends before, after "
+                f"{trainer.max_epochs} epochs. Let it come earlier, or give None if the backbone shall stay frozen."
             )
+        self._move(trainer, pl_module, self._stage if self.monitor else self._stage_in(trainer.current_epoch))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Unfreeze when the time has come."""
-        if self.unfreeze_at_epoch is not None and trainer.current_epoch >= self.unfreeze_at_epoch and self._frozen:
-            with rewrapped(trainer, pl_module):
-                self._unfreeze()
+        """Thaw and freeze what it is time for."""
+        self._move(trainer, pl_module, self._due if self.monitor else self._stage_in(trainer.current_epoch))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the metric, where validation has a rhythm of its own."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not _validates_each_epoch(trainer):
+            self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the metric."""
+        if _validates_each_epoch(trainer):
+            self._look(trainer)
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Lower the backbone's rate."""
-        return {"lr": values["lr"] * self.backbone_lr_ratio} if (optimizer, group) in self._backbone_groups else {}
+        """Pace the layers, and the head while it trains alone."""
+        layer = self.layer_of_group.get((optimizer, group))
+        if layer is None:
+            alone = not self._stages[self._stage].training
+            return {"lr": values["lr"] * self.head_lr_ratio} if alone and self.head_lr_ratio != 1.0 else {}
+        ratio = self._rate_of[layer.name]
+        since = self._thawed.get(layer.name)
+        if since is not None and step - since[optimizer] < self._warmup_steps:
+            ratio *= (step - since[optimizer] + 1) / math.ceil(self._warmup_steps)
+        return {"lr": values["lr"] * ratio}
 
-    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the module as it was handed in."""
-        super().undo(trainer, pl_module)
-        self._unfreeze()
-        self._modules = []
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it stands."""
+        return {
+            **super().state_dict(),
+            **{"stage": self._stage, "due": self._due, "best": self._best, "waited": self._waited},
+            "thawed": {name: list(steps) for name, steps in self._thawed.items()},
+        }
 
-    def _parameters(self) -> Iterable[nn.Parameter]:
-        return (parameter for module in self._modules for parameter in module.parameters(recurse=False))
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        super().load_state_dict(state_dict)
+        self._stage, self._due = state_dict["stage"], state_dict["due"]
+        self._best, self._waited = state_dict["best"], state_dict["waited"]
+        self._thawed = {name: list(steps) for name, steps in state_dict["thawed"].items()}
 
-    def _freeze(self) -> None:
-        for module in self._modules:
-            if self.train_norm and is_norm(module):
-                continue
-            for parameter in module.parameters(recurse=False):
-                if parameter.requires_grad:
-                    parameter.requires_grad_(False)
-                    self._frozen.append(parameter)
-            if is_norm(module) or any(True for _ in module.buffers(recurse=False)):
-                self._kept_in_eval.append(_StaysInEval(module))
+    def _stage_in(self, epoch: int) -> int:
+        return max(i for i, stage in enumerate(self._stages) if stage.epoch <= epoch)
 
-    def _unfreeze(self) -> None:
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        for stand_in in self._kept_in_eval:
-            stand_in.undo()
-        self._frozen, self._kept_in_eval = [], []
+    def _move(self, trainer: Trainer, pl_module: LightningModule, stage: int) -> None:
+        self._stage = self._due = min(max(stage, self._due), len(self._stages) - 1) if self.monitor else stage
+        training = self._stages[self._stage].training
+        frozen = {layer.name for layer in self.layers} - training
+        since = {name: list(self.steps_done) for name in training - self._stages[0].training}
+        self._thawed = {name: self._thawed.get(name, steps) for name, steps in since.items()}
+        if self.freeze_only(trainer, pl_module, frozen):
+            self._tell(trainer, training)
+
+    def _tell(self, trainer: Trainer, training: frozenset[str]) -> None:
+        names = [layer.name for layer in self.layers if layer.name in training]
+        rank_zero_info(
+            f"{self.name}: in epoch {trainer.current_epoch} the head trains"
+            f"{' with ' + ', '.join(names) if names else ''}; {self.frozen_parameters:,} parameters are frozen."
+        )
+
+    def _look(self, trainer: Trainer) -> None:
+        next_one = self._due + 1
+        if self.monitor is None or next_one >= len(self._stages) or self._due > self._stage:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise MisconfigurationException(
+                f"{self.name}(monitor={self.monitor!r}): no such metric was logged, only "
+                f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)`, or name one of "
+                "these."
+            )
+        # Ranks that decide for themselves would part.
+        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
+        value = value if self.mode == "min" else -value
+        if value < self._best - self.min_delta:
+            self._best, self._waited = value, 0
+        else:
+            self._waited += 1
+        if self._waited >= self.patience and trainer.current_epoch + 1 >= (self.unfreeze_at_epoch or 0):
+            self._due, self._waited = next_one, 0
+
+
+def _validates_each_epoch(trainer: Trainer) -> bool:
+    return trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
+
+
+def _checked_rates(
+    ratio: float | tuple[float, float] | None, decay: float | None
+) -> tuple[float | None, tuple[float, float]]:
+    """Return ``lr_decay`` and the ratios of the first and the last layer."""
+    check_number("lr_decay", decay, 0, 1, above=True, optional=True)
+    if ratio is None:
+        return decay, (0.1, 0.1)
+    if decay is not None:
+        raise ValueError(
+            f"Expected one of `backbone_lr_ratio` and `lr_decay`, but got {ratio!r} and {decay!r}: both set the layers'"
+            " rates."
+        )
+    ends = tuple(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio, ratio)
+    if len(ends) != 2:
+        raise ValueError(f"Expected `backbone_lr_ratio` to be a number or a pair of numbers, but got {ratio!r}.")
+    for end in ends:
+        check_number("backbone_lr_ratio", end, 0, above=True)
+    return None, (ends[0], ends[1])
+
+
+def _check_together(
+    schedule: Any, refreeze: Any, gradual: bool, monitor: str | None, unfreeze_at_epoch: int | None
+) -> None:
+    if schedule is not None and gradual:
+        raise ValueError("Expected one of `schedule` and `gradual=True`, but got both: each says when layers thaw.")
+    if gradual and unfreeze_at_epoch is None:
+        raise ValueError("Expected `unfreeze_at_epoch` to be an epoch with `gradual=True`, but got None.")
+    if monitor is not None and (not gradual or refreeze is not None):
+        raise ValueError(
+            f"Expected `monitor` with `gradual=True` and without `refreeze`, but got monitor={monitor!r}, "
+            f"gradual={gradual!r} and refreeze={refreeze!r}."
+        )

@@ -831,7 +831,7 @@ class Splits(Times):
 
     def splits_groups(self, pl_module):
         own = {id(p) for p in pl_module.second.parameters()}
-        return lambda parameter: id(parameter) in own
+        return lambda parameter: "second" if id(parameter) in own else None
 
     def group_values(self, optimizer, group, step, values):
         return {}
@@ -914,7 +914,7 @@ def test_a_scheduler_from_configure_optimizers_sees_the_split_groups(kind):
 def test_two_tricks_split_into_all_combinations():
     class SplitsBiases(Splits):
         def splits_groups(self, pl_module):
-            return lambda parameter: parameter.ndim == 1
+            return lambda parameter: "biases" if parameter.ndim == 1 else None
 
     module = TwoLayers(lambda m: SGD(m.parameters(), lr=0.1))
     one = trainer(max_epochs=1, callbacks=[Splits(), SplitsBiases(state_key="other")])
@@ -952,7 +952,7 @@ def test_split_groups_names_stay_fit_for_the_rate_monitor():
 
 def test_split_groups_keep_torchs_own_checks():
     module = TwoLayers(None)
-    with split_groups(lambda p: p.ndim == 1):
+    with split_groups(lambda p: "vectors" if p.ndim == 1 else None):
         with pytest.raises(TypeError, match="ordered"):
             SGD([{"params": set(module.parameters())}], lr=0.1)
         with pytest.raises(ValueError, match="appear in more than one"):

@@ -193,7 +193,7 @@ def test_a_body_that_fails_passes_its_error_on():
 
 class FreezesAll(FreezeBackboneFinetune):
     def __init__(self):
-        super().__init__(backbone=lambda module: [module.backbone, module.head])
+        super().__init__(backbone=lambda module: [module.backbone, module.head], unfreeze_at_epoch=None)
 
 
 def test_freezing_everything_is_refused_in_words_under_ddp_as_well():

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_speedups import FreezeBackboneFinetune, OneCycleMomentum, WarmupLRScaler
-from lightning_speedups.callbacks.freeze_backbone_finetune import find_backbone
+from lightning_speedups.attach.freezing import find_layers
 from lightning_speedups.core.schedules import one_cycle
 from small import (
     CLASSES,
@@ -240,7 +240,8 @@ def test_groups_keep_their_places_and_what_is_split_off_comes_last():
             return optimizer
 
     module = Grouped()
-    trainer(callbacks=[FreezeBackboneFinetune(backbone_lr_ratio=0.5)], max_epochs=1).fit(module, loader())
+    callback = FreezeBackboneFinetune(unfreeze_at_epoch=None, backbone_lr_ratio=0.5)
+    trainer(callbacks=[callback], max_epochs=1).fit(module, loader())
     np.testing.assert_allclose([group["lr"] for group in module.values[0]], [0.1, 0.2, 0.15, 0.05])
 
 
@@ -288,7 +289,7 @@ def test_a_frozen_module_can_be_copied_and_pickled():
             self.copied = True
 
     module = model(cls=Copying)
-    trainer(callbacks=[FreezeBackboneFinetune()], max_epochs=1).fit(module, loader())
+    trainer(callbacks=[FreezeBackboneFinetune(unfreeze_at_epoch=None)], max_epochs=1).fit(module, loader())
     assert module.copied
 
 
@@ -386,7 +387,8 @@ def test_arguments_out_of_range_are_refused(arguments):
 
 def test_modules_of_the_backbone_come_once_each():
     module = model()
-    assert find_backbone(module, lambda m: [m.backbone, m.backbone[0]]) == list(module.backbone.modules())
+    layers = find_layers(module, lambda m: [m.backbone, m.backbone[0]], "Someone")
+    assert [(layer.name, list(layer.modules)) for layer in layers] == [("backbone", list(module.backbone[:2]))]
 
 
 def test_lightnings_own_finetuning_moves_the_statistics_that_ours_keeps():
@@ -403,7 +405,7 @@ def test_lightnings_own_finetuning_moves_the_statistics_that_ours_keeps():
         module.eval()
         return features[0], module.backbone(loader(8).dataset.tensors[0])
 
-    trained, evaluated = first_features(FreezeBackboneFinetune(unfreeze_at_epoch=5), Classifier)
+    trained, evaluated = first_features(FreezeBackboneFinetune(unfreeze_at_epoch=None, fold=False), Classifier)
     assert torch.equal(trained, evaluated)
     trained, evaluated = first_features(BackboneFinetuning(5, verbose=False, train_bn=False), Finetuned)
     assert not torch.allclose(trained, evaluated, rtol=0.01)
