@@ -2,7 +2,9 @@
 
 from lightning_speedups.callbacks.batch_augmentation import BatchAugmentation
 from lightning_speedups.callbacks.cyclic_momentum import CyclicMomentum
+from lightning_speedups.callbacks.feature_cache import FeatureCache
 from lightning_speedups.callbacks.freeze_backbone_finetune import FreezeBackboneFinetune
+from lightning_speedups.callbacks.freeze_progressively import FreezeProgressively
 from lightning_speedups.callbacks.lr_curve import LRCurve
 from lightning_speedups.callbacks.mixup_callback import MixupCallback
 from lightning_speedups.callbacks.one_cycle_momentum import OneCycleMomentum
@@ -19,6 +21,7 @@ from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss
 from lightning_speedups.measure.batch_picture import plot_batch
 from lightning_speedups.measure.lr_range_test import LRRangeTest
 from lightning_speedups.measure.schedule_plot import plot_schedule
+from lightning_speedups.models.transfer_classifier import TransferClassifier, load_weights
 
 __version__ = "0.1.0"
 
@@ -26,7 +29,9 @@ __all__ = [
     "BatchAugmentation",
     "BinaryLabelSmoothing",
     "CyclicMomentum",
+    "FeatureCache",
     "FreezeBackboneFinetune",
+    "FreezeProgressively",
     "InMemoryLoader",
     "LRCurve",
     "LRRangeTest",
@@ -37,7 +42,9 @@ __all__ = [
     "SmoothingSchedule",
     "StopAtTarget",
     "SubsetTraining",
+    "TransferClassifier",
     "WarmupLRScaler",
+    "load_weights",
     "mean_over_samples",
     "plot_batch",
     "plot_schedule",

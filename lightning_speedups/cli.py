@@ -32,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         help="train plainly and with the tricks, and show what each of them brings",
         description="Trains the same small network on the same real images plainly and with the tricks, several seeds, "
-        "interleaved. Prints a table and writes compare.png and compare.json. Nothing is downloaded.",
+        "interleaved. Prints a table and writes compare.png and compare.json. Nothing is downloaded, unless by "
+        "--weights pretrained.",
     )
     add = compare.add_argument
     add("--quick", action="store_true", help="one seed, fewer samples and epochs: under a minute on two cores")
@@ -49,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         "train/CLASS/* and test/CLASS/* (default: collages of scikit-learn's handwritten digits)",
     )
     add("--model", default="convnet", metavar="NAME", help="a timm model, or the small network %(default)r (default)")
+    add(
+        "--weights",
+        metavar="PATH",
+        help="what finetune and freeze start from: a weight file, or 'pretrained' for timm's own (default: a network "
+        "trained on quarter turns of the images)",
+    )
     add("--seeds", type=int, metavar="N", help="runs of each arm, 1 to 100 (default: 3, quick 1)")
     add("--epochs", type=int, metavar="N", help="epochs of each run, 1 to 1000 (default: 8, quick 7)")
     add("--batch-size", type=int, default=64, metavar="N", help="2 to 65536 (default: %(default)s)")
@@ -91,6 +98,7 @@ def _compare(args: argparse.Namespace) -> int:
     try:
         settings = Settings(
             model=args.model,
+            weights=args.weights,
             seeds=args.seeds,
             epochs=args.epochs,
             batch_size=args.batch_size,

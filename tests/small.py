@@ -150,6 +150,23 @@ class Joins(Classifier):
             self.own.add_param_group({"params": self.backbone.parameters(), "lr": 0.1})
 
 
+class FreezesBackbone(Callback):
+    """Keeps the backbone frozen to the bit, norms included, for the whole fit."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.backbone.requires_grad_(False).eval()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.backbone.requires_grad_(True).train()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for name in ("log", "log_dict"):  # Lightning leaves the module's there
+            vars(self).pop(name, None)
+
+
 class Memory(Logger):
     """A logger that keeps what it is given."""
 

@@ -52,6 +52,9 @@ def test_compare_on_a_file_with_a_timm_model(tmp_path, capsys):
         (["compare", "--arms", "plain,mixip"], "unknown arm 'mixip': did you mean 'mixup'?"),
         (["compare", "--arms", ","], "no arm to train"),
         (["compare", "--model", "resnet19"], "unknown model 'resnet19': did you mean resnet18"),
+        (["compare", "--weights", "gone.pt", "--arms=freeze"], "There is no file gone.pt"),
+        (["compare", "--weights", "broken.npz", "--arms=freeze"], "Can't load weights from broken.npz"),
+        (["compare", "--weights", "broken.npz", "--arms=plain"], "neither is among the arms"),
         (["compare", "--data", "nowhere.npz"], "no such file or folder: nowhere.npz"),
         (["compare", "--data", "broken.npz"], "can't read broken.npz as an .npz file"),
         (["compare", "--data", "folder"], "must hold train/CLASS/* and test/CLASS/*"),
@@ -107,7 +110,7 @@ def test_ctrl_c_before_anything_was_measured(monkeypatch, capsys):
 def test_help_version_and_arms(capsys):
     assert cli.main(["compare", "--help"]) == 0
     shown = capsys.readouterr().out
-    for option in ("--quick", "--arms", "--data", "--model", "--seeds", "--target", "--out", "--threads"):
+    for option in ("--quick", "--arms", "--data", "--model", "--weights", "--seeds", "--target", "--out", "--threads"):
         assert option in shown
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("lightning-speedups 0.")

@@ -29,6 +29,7 @@ class Order(IntEnum):
     RESIZE = 20
     MEMORY_FORMAT = 30
     MIX = 40
+    REPLACE = 50
 
 
 class BatchTrick(Trick):
@@ -154,6 +155,20 @@ def rest_of_pipeline(trainer: Trainer, trick: BatchTrick, batch: Any) -> Any:
         if later.is_active(trainer):
             batch = copy.copy(later).change_batch(trainer, trainer.lightning_module, batch)
     return batch
+
+
+def transferred(trainer: Trainer, batch: Any) -> Any:
+    """Return a batch as it comes to the tricks: on the device, after the user's own transfer hooks.
+
+    Args:
+        trainer: A fitting Trainer with a trick in its pipeline.
+        batch: As the loader hands it out.
+    """
+    pipeline = trainer.strategy.__dict__["batch_to_device"]
+    assert isinstance(pipeline, _Pipeline)
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return pipeline.original(batch, dataloader_idx=0)
 
 
 def batch_number(trainer: Trainer) -> int:

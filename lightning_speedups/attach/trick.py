@@ -187,6 +187,15 @@ def same_randomness(trainer: Trainer) -> Iterator[None]:
         _set_rng_states(states)
 
 
+def random_states(trainer: Trainer) -> tuple[Any, ...]:
+    """Return the random states of torch, Python and NumPy, which are equal as long as nobody draws from them."""
+    cuda = trainer.strategy.root_device.type == "cuda"
+    states: dict[str, Any] = _collect_rng_states(cuda)
+    tensors = [states["torch"], *states.get("torch.cuda", ())]
+    numpys = [part if isinstance(part, (str, int, float)) else part.tobytes() for part in states.get("numpy", ())]
+    return (states["python"], *numpys, *(tensor.numpy().tobytes() for tensor in tensors))
+
+
 def may_split_model(trainer: Trainer) -> bool:
     """Tell whether the strategy may hold parts of the module on several devices, so that no copy has all of it."""
     strategy = trainer.strategy

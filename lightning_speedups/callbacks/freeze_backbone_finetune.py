@@ -152,6 +152,17 @@ class FreezeBackboneFinetune(FreezingTrick):
     def _course(self, layer: Layer) -> tuple[float, list[bool]]:
         return self._rate_of[layer.name], [layer.name in stage.training for stage in self._stages]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a stage in which nothing would train."""
+        super().on_fit_start(trainer, pl_module)
+        for stage in self._stages:
+            frozen = {id(p) for layer in self.layers if layer.name not in stage.training for p in layer.parameters()}
+            if frozen.issuperset(id(p) for p in pl_module.parameters() if p.requires_grad):
+                raise MisconfigurationException(
+                    f"{self.name} would freeze every parameter in epoch {stage.epoch}: nothing is left to train. "
+                    "`backbone` must not contain the head, or the schedule must thaw it."
+                )
+
     def plan(self, run: Run) -> None:
         """Settle the ramp."""
         steps = self.unfreeze_warmup.in_steps(run)
@@ -192,7 +203,7 @@ class FreezeBackboneFinetune(FreezingTrick):
         """Pace the layers, and the head while it trains alone."""
         layer = self.layer_of_group.get((optimizer, group))
         if layer is None:
-            alone = not self._stages[self._stage].training
+            alone = bool(self._stages) and not self._stages[self._stage].training
             return {"lr": values["lr"] * self.head_lr_ratio} if alone and self.head_lr_ratio != 1.0 else {}
         ratio = self._rate_of[layer.name]
         since = self._thawed.get(layer.name)

@@ -60,15 +60,20 @@ class _StaysInEval:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.mode_before = module, module.training
+        self.own = module.__dict__.get("train")  # one that a user has put there
         module.training = False
         module.__dict__["train"] = self
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        for child in self.module.children():
-            child.train(mode)
+        if self.own is None:
+            type(self.module).train(self.module, mode)
+        else:
+            self.own(mode)
         self.module.training = False
         return self.module
 
     def undo(self) -> None:
         del self.module.__dict__["train"]
+        if self.own is not None:
+            self.module.__dict__["train"] = self.own
         self.module.training = self.mode_before

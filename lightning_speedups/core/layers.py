@@ -41,7 +41,10 @@ def is_norm(module: nn.Module) -> bool:
     """
     torchs = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
     # A container that is named after the norm in it is none itself.
-    by_name = "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+    kind = type(module)
+    by_name = "norm" in kind.__name__.lower() and not any(True for _ in module.children())
+    if kind.__module__.startswith("torch.nn.utils."):  # of weights: spectral norm, weight norm
+        return False
     return isinstance(module, torchs) or by_name
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lightning_speedups.core.layers import HEAD, Layer, pick_layers
@@ -86,7 +86,9 @@ def stages(layers: Sequence[Layer], thaw: Mapping[int, Names], freeze: Mapping[i
         if HEAD in joining and epoch > 0:
             raise ValueError(f"the head trains from the start, but the schedule thaws it in epoch {epoch}")
         leaving = pick_layers(freeze.get(epoch, ()), layers)
-        if idle := _in_order(leaving - training | leaving & joining, layers):
+        if HEAD in leaving:
+            raise ValueError(f"the head always trains, but in epoch {epoch} it is to be frozen")
+        if idle := [layer.name for layer in layers if layer.name in leaving - training | leaving & joining]:
             raise ValueError(f"what is to be frozen again in epoch {epoch} must train before it, but {idle} does not")
         training = (training | joining - {HEAD}) - leaving
         if epoch == 0:
@@ -94,8 +96,3 @@ def stages(layers: Sequence[Layer], thaw: Mapping[int, Names], freeze: Mapping[i
         if not found or found[-1].training != training:
             found.append(Stage(epoch, frozenset(training)))
     return found
-
-
-def _in_order(names: Iterable[str], layers: Sequence[Layer]) -> list[str]:
-    order = [HEAD, *(layer.name for layer in layers)]
-    return sorted(names, key=order.index)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_speedups.callbacks.cyclic_momentum import CyclicMomentum
 from lightning_speedups.callbacks.freeze_backbone_finetune import FreezeBackboneFinetune
+from lightning_speedups.callbacks.freeze_progressively import FreezeProgressively
 from lightning_speedups.callbacks.lr_curve import LRCurve
 from lightning_speedups.callbacks.mixup_callback import MixupCallback
 from lightning_speedups.callbacks.one_cycle_momentum import OneCycleMomentum
@@ -122,6 +123,10 @@ def _subset(at: Situation) -> Ingredients:
     return Ingredients([SubsetTraining(seed=at.seed)])
 
 
+def _freezing(at: Situation) -> Ingredients:
+    return Ingredients([FreezeProgressively(backbone=at.backbone)])
+
+
 def _smoothing(at: Situation) -> Ingredients:
     return Ingredients(criterion=LabelSmoothingLoss(0.1))
 
@@ -140,6 +145,10 @@ def _everything(at: Situation) -> Ingredients:
 
 def _freeze(at: Situation) -> Ingredients:
     return Ingredients([FreezeBackboneFinetune(backbone=at.backbone, unfreeze_at_epoch=1, backbone_lr_ratio=1.0)])
+
+
+def _gradual(at: Situation) -> Ingredients:
+    return Ingredients([FreezeBackboneFinetune(backbone=at.backbone, gradual=True, lr_decay=0.8)])
 
 
 # Choices, the same for every arm unless its trick defines the value: SGD with Nesterov momentum 0.9 and weight decay
@@ -166,13 +175,27 @@ ARMS: Mapping[str, Arm] = {
             _subset,
             on_request=True,
         ),
-        Arm("finetune", "plain, from a backbone pretrained on quarter turns of the same images", _plain, None, True),
+        Arm(
+            "freezing",
+            "FreezeProgressively: in the second half layer after layer stops, the rate of each down to 0",
+            _freezing,
+            on_request=True,
+        ),
+        Arm("finetune", "plain, from a pretrained backbone: --weights, or quarter turns", _plain, None, True),
         Arm(
             "freeze",
             "FreezeBackboneFinetune from that backbone: frozen for one epoch, then at the same rate",
             _freeze,
             "finetune",
             True,
+        ),
+        Arm(
+            "gradual",
+            "FreezeBackboneFinetune from that backbone: a layer more each epoch, lower ones at lower rates",
+            _gradual,
+            "finetune",
+            True,
+            on_request=True,
         ),
     )
 }

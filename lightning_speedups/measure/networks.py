@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_speedups.measure.errors import CompareError
 from lightning_speedups.measure.images import ImageData
+from lightning_speedups.models.transfer_classifier import TransferClassifier, load_weights
 
 __all__ = ["DEFAULT_MODEL", "ConvNet", "build_network", "load_backbone"]
 
@@ -64,34 +65,45 @@ def _block(channels: int, wider: int, stride: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(wider), nn.ReLU(inplace=True))
 
 
-def build_network(name: str, data: ImageData, *, width: int | None = None) -> nn.Module:
-    """A fresh network for some images, initialised from torch's global generator as any user's network is.
+def build_network(name: str, data: ImageData, *, width: int | None = None, weights: str | None = None) -> nn.Module:
+    """A network for some images, initialised from torch's global generator as any user's network is, or from weights.
 
     Args:
         name: ``"convnet"`` or the name of a timm model.
         data: The images it shall classify.
         width: Channels of the ConvNet's stem; by default 24 for grey images, 32 for colour.
+        weights: A weight file, or ``"pretrained"`` for those that timm knows; a classifier for other classes is fresh.
 
     Returns:
         The network; ``get_classifier()`` gives its last layer.
 
     Raises:
-        CompareError: If timm has no model of that name, or the model can't take images of that shape.
+        CompareError: If timm has no model of that name, the model can't take images of that shape, or the weights are
+            not to be had or not the model's.
     """
     _, channels, height, wide = data.x_train.shape
     if name == DEFAULT_MODEL:
-        return ConvNet(channels, data.num_classes, side=min(height, wide), width=width or (24 if channels == 1 else 32))
+        network = ConvNet(
+            channels, data.num_classes, side=min(height, wide), width=width or (24 if channels == 1 else 32)
+        )
+        if weights is not None:
+            _one_line(load_weights, network, weights)
+        return network
     import timm
+    from timm.models import get_pretrained_cfg
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [DEFAULT_MODEL, *timm.list_models()], n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
         raise CompareError(f"unknown model {name!r}: {hint}")
-    options: dict[str, Any] = {"num_classes": data.num_classes, "in_chans": channels}
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, **options)
-        if getattr(model, "default_cfg", {}).get("fixed_input_size"):
-            model = timm.create_model(name, pretrained=False, img_size=(height, wide), **options)
+        described = get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise CompareError(str(error)) from error
+    sized = {"img_size": (height, wide)} if described is not None and described.fixed_input_size else {}
+    options: dict[str, Any] = {"in_chans": channels, "model_options": sized}
+    model: nn.Module = _one_line(TransferClassifier, name, data.num_classes, weights=weights, **options).model
+    try:
         with torch.no_grad():
             logits = model.eval()(data.x_train[:2].float())
     except Exception as error:  # timm's models fail in as many ways as there are models
@@ -100,6 +112,13 @@ def build_network(name: str, data: ImageData, *, width: int | None = None) -> nn
     if logits.shape != (min(2, len(data.x_train)), data.num_classes):
         raise CompareError(f"the model {name!r} gives {tuple(logits.shape)}, not one number a class for each image")
     return model.train()
+
+
+def _one_line(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    try:
+        return call(*args, **options)
+    except (ValueError, OSError) as error:
+        raise CompareError(" ".join(str(error).split())) from error
 
 
 def _classifier(network: nn.Module) -> Iterable[nn.Module]:

@@ -67,9 +67,10 @@ class _Workbench:
         self.batches_per_epoch = len(data.y_train) // settings.batch_size
         with seeded(0):
             self._network()
+            self._given = None if settings.weights is None else self._network(weights=settings.weights)
 
-    def _network(self, data: ImageData | None = None) -> nn.Module:
-        return build_network(self.settings.model, data or self.data, width=self.settings.width)
+    def _network(self, data: ImageData | None = None, weights: str | None = None) -> nn.Module:
+        return build_network(self.settings.model, data or self.data, width=self.settings.width, weights=weights)
 
     def module(self, seed: int, arm: Arm, criterion: nn.Module) -> Classifier:
         """The LightningModule of a run; its initial weights depend on the seed and ``arm.pretrained`` alone."""
@@ -80,7 +81,9 @@ class _Workbench:
         return Classifier(network, self.data.num_classes, lr=self.settings.lr, criterion=criterion)
 
     def pretrain(self, seed: int, bars: Bars) -> float:
-        """Train the seed's network on quarter turns once; gives the seconds that took."""
+        """Train the seed's network on quarter turns once, unless weights are given; gives the seconds that took."""
+        if self._given is not None:
+            self._pretrained = {seed: (self._given, 0.0)}
         if seed not in self._pretrained:
             task = quarter_turns(self.data, seed)
             epochs = self.settings.run_pretrain_epochs
@@ -114,7 +117,7 @@ class _Workbench:
             for arm in arms:
                 if arm.pretrained:
                     with seeded(0):
-                        self._pretrained = {0: (self._network(), 0.0)}
+                        self._pretrained = {0: (self._network() if self._given is None else self._given, 0.0)}
                 try:
                     watch = Stopwatch(self.settings.batch_size)
                     self.run(0, arm, watch, 1, limit_train_batches=WARM_UP_BATCHES, limit_val_batches=1)
@@ -193,12 +196,14 @@ def compare(
     """
     settings = replace(settings, **options) if settings else Settings(**options)
     chosen = choose_arms([arms] if isinstance(arms, str) else arms)
+    if settings.weights is not None and not any(arm.pretrained for arm in chosen):
+        raise CompareError("--weights is what finetune and freeze start from, but neither is among the arms")
     images = _images(data, settings)
     bench = _Workbench(images, settings)
     folder = _folder(out)
     seeds, epochs = settings.run_seeds, settings.run_epochs
     batches = len(seeds) * sum(arm.epochs(epochs) for arm in chosen) * bench.batches_per_epoch
-    if any(arm.pretrained for arm in chosen):
+    if settings.weights is None and any(arm.pretrained for arm in chosen):
         batches += len(seeds) * settings.run_pretrain_epochs * bench.batches_per_epoch
     with quiet(), _threads(settings.threads):
         result = Comparison(
@@ -246,7 +251,8 @@ def _described(settings: Settings, images: ImageData, arms: Sequence[Arm]) -> di
         "width": settings.width,
         "seeds": len(settings.run_seeds),
         "epochs": settings.run_epochs,
-        "pretrain_epochs": settings.run_pretrain_epochs,
+        "weights": settings.weights,
+        "pretrain_epochs": settings.run_pretrain_epochs if settings.weights is None else None,
         "batch_size": settings.batch_size,
         "lr": settings.lr,
         "optimizer": "SGD, Nesterov momentum 0.9, weight decay 5e-4",

@@ -20,6 +20,8 @@ class Settings:
 
     Attributes:
         model: ``"convnet"`` or a timm name.
+        weights: What finetune and freeze start from: a weight file, or ``"pretrained"`` for timm's own; ``None``: a
+            network trained on quarter turns of the images.
         seeds: Runs of each arm, 1..100; the seeds are 0, 1, ...; 3, or 1 for a quick comparison.
         epochs: Epochs of each run, 1..1000; 8, or 7 for a quick comparison.
         batch_size: Training batch size, 2..65536.
@@ -35,10 +37,11 @@ class Settings:
         quick: Whether to use the smaller defaults.
 
     Raises:
-        CompareError: If a value is out of its range.
+        CompareError: If a value is out of its range, or two do not go together.
     """
 
     model: str = DEFAULT_MODEL
+    weights: str | None = None
     seeds: int | None = None
     epochs: int | None = None
     batch_size: int = 64
@@ -63,6 +66,10 @@ class Settings:
         _whole("image-size", self.image_size, 8, 512)
         _whole("pretrain-epochs", self.pretrain_epochs, 1, 1000)
         _whole("threads", self.threads, 1, 1024)
+        if self.weights == "pretrained" and self.model == DEFAULT_MODEL:
+            raise CompareError(f"--weights pretrained needs a timm --model; {DEFAULT_MODEL} takes the path of a file")
+        if self.weights is not None and self.pretrain_epochs is not None:
+            raise CompareError("--weights and --pretrain-epochs are two sources of one backbone: choose one of them")
         if not 0 < self.lr <= 10:
             raise CompareError(f"--lr must be above 0 and at most 10, got {self.lr}")
         if self.target is not None and not 0 < self.target <= 1:

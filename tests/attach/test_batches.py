@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_speedups import MixupCallback, WarmupLRScaler
-from lightning_speedups.attach.batches import BatchTrick, Order, batch_number, rest_of_pipeline
+from lightning_speedups.attach.batches import BatchTrick, Order, batch_number, rest_of_pipeline, transferred
 from lightning_speedups.core.batch import get_part, replace_part
 from small import Batches, Classifier, loader, trainer, weights
 
@@ -487,3 +487,21 @@ def test_the_rest_of_the_pipeline_can_be_run_by_itself_and_is_not_noticed():
     assert torch.equal(first.rest[0], torch.full((2, 2), 19.0))
     assert torch.equal(module.trained[0], first.rest[0])
     assert later.calls == 1
+
+
+def test_a_batch_comes_to_the_tricks_as_the_users_hooks_and_the_precision_leave_it():
+    class Looks(Linear):
+        def change_batch(self, trainer, pl_module, batch):
+            self.found.append((transferred(trainer, [torch.ones(8, 2, 8, 8), torch.zeros(8)]), batch))
+            return super().change_batch(trainer, pl_module, batch)
+
+    module, trick = Classifier(), Looks(2, 1)
+    trick.found = []
+    module.on_before_batch_transfer = lambda batch, dataloader_idx: [batch[0] + 1, batch[1]]
+    module.on_after_batch_transfer = lambda batch, dataloader_idx: [batch[0] * 3, batch[1]]
+    trainer(callbacks=[trick], max_steps=1, precision="64-true").fit(
+        module, Batches([torch.ones(8, 2, 8, 8), torch.zeros(8).long()])
+    )
+    ((made, batch),) = trick.found
+    assert torch.equal(made[0], torch.full((8, 2, 8, 8), 6.0, dtype=torch.float64))
+    assert torch.equal(made[0], batch[0])

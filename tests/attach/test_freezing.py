@@ -1,5 +1,7 @@
 """The grip on layers: found, frozen and thawed at any moment, and given back."""
 
+import itertools
+
 import pytest
 import timm
 import torch
@@ -42,7 +44,7 @@ def test_layers_freeze_and_thaw_at_any_step_and_it_says_whether_that_changed_any
     trick = Turns({1: {"0"}, 2: {"0"}, 3: {"0", "3"}, 5: {"3"}, 6: set()})
     trainer(callbacks=[trick], max_epochs=2).fit(module, loader())
     assert trick.changed == [True, False, True, True, True]
-    pairs = zip(states, states[1:], strict=False)
+    pairs = itertools.pairwise(states)
     moved = [{name[0] for name in new if not torch.equal(old[name], new[name])} for old, new in pairs]
     first = {"0", "1"}
     assert moved == [{"3"}, {"3"}, set(), set(), first, first | {"3"}, first | {"3"}]
@@ -98,7 +100,7 @@ def test_modules_that_a_callable_picks_are_a_layer_each_under_their_paths():
 
 
 def test_the_name_of_the_trick_is_in_the_message():
-    with pytest.raises(MisconfigurationException, match="Someone: `backbone` must pick nn.Modules"):
+    with pytest.raises(MisconfigurationException, match=r"Someone: `backbone` must pick nn\.Modules"):
         find_layers(Classifier(), lambda module: [module.backbone, 3], "Someone")
     with pytest.raises(ValueError, match="Expected `backbone` to be"):
         FreezingTrick("")

@@ -1,8 +1,10 @@
 """The run's length as it is really trained, the batch size as it really comes, and methods put back as they were."""
 
 import pickle
+import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
@@ -16,6 +18,7 @@ from lightning_speedups.attach.trick import (
     callbacks_of,
     loader_batch_size,
     patch,
+    random_states,
     raw_optimizers,
     steps_in_epochs,
     total_batches,
@@ -274,3 +277,20 @@ def test_the_accumulation_of_an_epoch_is_known_before_the_schedule_had_its_turn(
     callbacks = [Asks(), schedule] if first else [schedule, Asks()]
     trainer(max_epochs=5, callbacks=callbacks).fit(Classifier(), loader(32, 8))
     assert told == [1, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("draw", "same"),
+    [
+        (lambda: None, True),
+        (lambda: torch.rand(3, generator=torch.Generator()), True),
+        (lambda: torch.rand(1), False),
+        (random.random, False),
+        (lambda: np.random.rand(), False),  # noqa: NPY002
+    ],
+)
+def test_random_states_are_equal_as_long_as_nobody_draws(draw, same):
+    one = trainer()
+    before = random_states(one)
+    draw()
+    assert (random_states(one) == before) == same

@@ -507,7 +507,7 @@ def test_wrong_arguments_are_refused_at_construction(options, told):
         ({"refreeze": {2: "7"}}, "no layer '7'"),
         ({"schedule": {2: "head"}}, "the head trains from the start"),
         ({"refreeze": {0: "6"}}, r"must train before it, but \['6'\] does not"),
-        ({"refreeze": {2: "head"}}, r"must train before it, but \['head'\] does not"),
+        ({"refreeze": {2: "head"}}, "the head always trains, but in epoch 2"),
     ],
     ids=str,
 )
@@ -545,3 +545,41 @@ def test_two_that_freeze_the_same_layers_are_refused_and_two_backbones_are_not()
     first, second = FreezeBackboneFinetune("backbone.0"), Second("backbone.3", unfreeze_at_epoch=2)
     trainer(callbacks=[first, second]).fit(module, loader(8))
     assert module.training_layers == [{"6"}, {"0", "6"}, {"0", "3", "6"}]
+
+
+def test_a_stage_in_which_nothing_trains_is_refused_at_fit_start():
+    class Whole(Deep):
+        def __init__(self):
+            super().__init__()
+            self.all = nn.Sequential(self.backbone, self.head)
+            del self.backbone, self.head
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.all(batch[0]), batch[1])
+
+        def on_train_batch_end(self, *_):
+            pass
+
+    def parts(module):
+        return [module.all[0], module.all[1]]
+
+    with pytest.raises(MisconfigurationException, match="every parameter in epoch 2: nothing is left to train"):
+        trainer(callbacks=[FreezeBackboneFinetune(parts, schedule={0: "all.1"}, refreeze={2: "all.1"})]).fit(
+            Whole(), loader()
+        )
+    module = Whole()
+    before = weights(module)
+    trainer(callbacks=[FreezeBackboneFinetune(parts, schedule={0: "all.1"})]).fit(module, loader())
+    assert {name for name, value in weights(module).items() if not torch.equal(value, before[name])} == {
+        "all.1.weight",
+        "all.1.bias",
+    }
+
+
+def test_a_train_method_of_the_users_own_is_called_and_given_back():
+    module, calls = Deep(), []
+    norm = module.backbone[1]
+    own = norm.train = lambda mode=True: calls.append(mode) or norm
+    trainer(callbacks=[FreezeBackboneFinetune(unfreeze_at_epoch=None)]).fit(module, loader(8), loader(8))
+    assert vars(norm)["train"] is own
+    assert calls

@@ -215,6 +215,14 @@ def test_numbers_make_layers_in_their_order_and_norms_alone_make_none():
     assert [layer.modules for layer in layers] == [(net["a"],), (net["b"], net["norm"], net["free"])]
 
 
+def test_a_module_whose_own_tensors_have_two_numbers_is_in_one_layer():
+    net = Tokens()
+    net.late = nn.Parameter(torch.zeros(1))
+    numbers = {name: int(name.startswith(("late", "block"))) for name, _ in net.named_parameters()}
+    layers = layers_by_number(net, numbers)
+    assert [layer.modules for layer in layers] == [(net, net.embed), (net.block,)]
+
+
 def test_a_layer_that_no_path_names_has_a_number():
     net = nn.ModuleDict({"x": nn.ModuleList(nn.Linear(1, 1) for _ in range(9))})
     layers = layers_by_number(net, {name: int(name.split(".")[1]) % 3 for name in net.state_dict()})

@@ -64,3 +64,46 @@ def test_load_backbone_copies_all_but_the_classifier(data, name):
     load_backbone(network, pretrained)
     for key, value in network.state_dict().items():
         assert torch.equal(value, (before if key in heads else pretrained.state_dict())[key]), key
+
+
+@pytest.mark.parametrize("name", ["convnet", "mobilenetv3_small_050"])
+def test_weights_of_a_file_with_a_fresh_classifier_for_other_classes(name, data, tmp_path):
+    four = ImageData("f", data.x_train, data.y_train % 4, data.x_test, data.y_test % 4, 4)
+    source = build_network(name, four)
+    torch.save({"state_dict": {f"model.{key}": value for key, value in source.state_dict().items()}}, tmp_path / "w.pt")
+    network = build_network(name, data, weights=str(tmp_path / "w.pt"))
+    classifier = {id(parameter) for parameter in network.get_classifier().parameters()}
+    for key, value in network.state_dict(keep_vars=True).items():
+        assert id(value) in classifier or torch.equal(value, source.state_dict()[key]), key
+    assert network.get_classifier().out_features == 10
+    assert network.training
+
+
+def test_timms_own_weights_are_asked_for_by_that_word_only(data, monkeypatch):
+    asked = []
+
+    def fails(*args, **options):
+        asked.append(args)
+        raise OSError("no network")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fails)
+    build_network("mobilenetv3_small_050", data)
+    assert not asked
+    with pytest.raises(CompareError, match=r"no network.*its pretrained weights") as caught:
+        build_network("mobilenetv3_small_050", data, weights="pretrained")
+    assert asked
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["convnet", "mobilenetv3_small_050"])
+def test_weights_that_can_not_be_had_are_one_line(name, data, tmp_path):
+    torch.save(torch.nn.Linear(3, 3).state_dict(), tmp_path / "other.pt")
+    for path, message in (("gone.pt", "There is no file gone.pt"), ("other.pt", "of another model: 0 of")):
+        with pytest.raises(CompareError, match=message) as caught:
+            build_network(name, data, weights=path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_tag_is_refused(data):
+    with pytest.raises(CompareError, match="nonsense"):
+        build_network("resnet18.nonsense", data)

@@ -8,6 +8,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_speedups.measure import ARMS, Arm, CompareError, ImageData, Ingredients, Settings, compare
+from lightning_speedups.measure.digits import digit_collages
+from lightning_speedups.measure.networks import build_network
 from lightning_speedups.measure.runner import interleaved
 
 TINY = {"samples": 80, "test_samples": 40, "epochs": 2, "batch_size": 16, "width": 4, "accelerator": "cpu"}
@@ -98,6 +100,31 @@ def test_the_pretrained_pair_starts_from_one_pretrained_backbone(spies, monkeypa
     assert runs["base"].points[0].epoch == 1
 
 
+@pytest.mark.parametrize("model", ["convnet", "mobilenetv3_small_050"])
+def test_given_weights_stand_for_the_pretraining(model, spies, monkeypatch):
+    build = ARMS["spy"].build
+    for name, baseline in (("base", None), ("with_trick", "base")):
+        monkeypatch.setitem(ARMS, name, Arm(name, "notes", build, baseline, pretrained=True))
+    data = digit_collages(80, 40)
+    four = ImageData("f", data.x_train, data.y_train % 4, data.x_test, data.y_test % 4, 4)
+    source = build_network(model, four, width=4).state_dict()
+    torch.save(source, "w.pt")
+    result = tiny(["spy", "with_trick"], seeds=2, epochs=1, model=model, weights="w.pt")
+    start = {(run.arm, run.seed): None for run in result.runs if run.arm != "plain"}
+    for key, spy in zip(start, spies, strict=True):
+        start[key] = spy.start
+    names = list(source)
+    backbone = [i for i, name in enumerate(names) if not name.startswith(("head.", "classifier."))]
+    assert len(backbone) == len(names) - 2
+    for seed in (0, 1):
+        assert all(map(torch.equal, start["base", seed], start["with_trick", seed]))
+        assert all(torch.equal(start["base", seed][i], source[names[i]]) for i in backbone)
+        assert all(map(torch.equal, start["base", seed][-2:], start["spy", seed][-2:]))  # the seed's own classifier
+        assert not torch.equal(start["spy", seed][0], source[names[0]])
+    assert {run.pretrain_seconds for run in result.runs} == {0.0}
+    assert (result.settings["weights"], result.settings["pretrain_epochs"]) == ("w.pt", None)
+
+
 def test_runs_are_interleaved_seed_by_seed():
     arms = [ARMS[name] for name in ("plain", "warmup", "onecycle", "mixup", "smoothing")]
     order = interleaved(arms, range(4))
@@ -143,6 +170,7 @@ def test_every_arm_trains():
 
 
 @pytest.mark.filterwarnings("ignore:CyclicMomentum. a cycle of 1.5 optimizer steps is too short")
+@pytest.mark.filterwarnings("ignore:FreezeBackboneFinetune thaws or freezes layers in epoch 1, but the run ends before")
 def test_every_arm_trains_a_timm_model():
     result = tiny(list(ARMS), seeds=1, samples=96, epochs=1, model="mobilenetv3_small_050")
     assert {run.arm for run in result.runs if run.complete} == set(ARMS)
@@ -224,6 +252,7 @@ def test_an_arm_that_can_not_run_is_found_before_anything_trains(monkeypatch, tm
         ({"batch_size": 81}, "--batch-size 81 is more than the 80 training images"),
         ({"image_size": 32}, "--image-size is for folders"),
         ({"model": "resnet81"}, "unknown model"),
+        ({"weights": "w.pt"}, "neither is among the arms"),
         ({"seeds": 0}, "--seeds"),
         ({"data": "/nowhere"}, "no such file or folder: /nowhere"),
         ({"out": "/dev/null/results"}, "can't write to the folder /dev/null/results"),

@@ -12,6 +12,7 @@ import lightning_speedups
 from lightning_speedups import (
     CyclicMomentum,
     FreezeBackboneFinetune,
+    FreezeProgressively,
     LRCurve,
     OneCycleMomentum,
     StopAtTarget,
@@ -142,3 +143,8 @@ def test_it_draws_on_given_axes_and_leaves_pyplot_alone():
     alone = matplotlib.figure.Figure().subplots()
     plot_schedule(OneCycleMomentum(0.4), 50, ax=alone)
     assert [alone.get_ylabel(), alone.get_xlabel(), len(alone.lines)] == ["learning rate", "optimizer step", 1]
+
+
+def test_tricks_that_pace_the_layers_of_a_module_change_nothing_without_one():
+    beside = [LRCurve("cosine"), FreezeBackboneFinetune(gradual=True, unfreeze_warmup=3), FreezeProgressively()]
+    assert schedule_values(beside, 20)[1] == schedule_values([LRCurve("cosine")], 20)[1]

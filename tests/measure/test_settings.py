@@ -26,6 +26,8 @@ from lightning_speedups.measure.settings import Settings
         ({"target": 0.0}, "--target must be a fraction"),
         ({"target": 90.0}, r"got 90 \(write 0.9\)"),
         ({"target": float("nan")}, "--target"),
+        ({"weights": "pretrained"}, "--weights pretrained needs a timm --model; convnet takes the path"),
+        ({"weights": "w.pt", "pretrain_epochs": 2}, "--weights and --pretrain-epochs are two sources"),
         ({"accelerator": "abacus"}, "--accelerator must be one of auto, cpu.*got 'abacus'"),
     ],
 )

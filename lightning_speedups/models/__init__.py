@@ -1,0 +1,1 @@
+"""Ready LightningModules, for people who start from nothing."""

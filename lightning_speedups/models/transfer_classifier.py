@@ -1,0 +1,471 @@
+"""A ready classifier on any of timm's networks, and weights from a file that can't run code: transfer learning (survey:
+Zhuang et al., arXiv:1911.02685) for people who start from nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import pickle
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.weights import (
+    WeightReport,
+    find_prefixes,
+    find_state,
+    fit_state,
+    head_names,
+    last_layer,
+    require_fit,
+    shortened,
+)
+from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss
+
+Optimizer = Literal["adamw", "sgd"]
+OWN_OPTIONS = {"pretrained", "checkpoint_path", "num_classes", "in_chans", "drop_rate"}
+WAYS_OUT = "Use `weights=None` for random ones, or the path of a local file."
+WEIGHT_DECAY: Mapping[str, float] = {"adamw": 0.05, "sgd": 5e-4}
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Read the state dict in a file: safetensors, ``torch.save``'s, or a Lightning checkpoint; no code in it runs.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Names and tensors, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such file, holds no weights, or needs code to be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path} to load weights from.")
+    if not path.is_file():
+        raise ValueError(f"Expected weights in a file, but {path} is a folder. Name the file in it.")
+    try:
+        content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+        return find_state(content)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: {_why_unsafe(path, error)}. Nothing in it has been run. Save its weights again, where "
+            "you trust it, with safetensors or as torch.save(model.state_dict(), ...); or allow its classes yourself "
+            "with torch.serialization.add_safe_globals."
+        ) from error
+    except (ValueError, RuntimeError, EOFError, KeyError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        reason = "it is no such file" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        reason = reason if path.stat().st_size else "it is empty"
+        raise ValueError(
+            f"Can't load weights from {path}: {reason}. Expected safetensors, a state dict saved with torch.save, or a "
+            "Lightning checkpoint."
+        ) from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether it begins as safetensors does: the length of a header, then the header in JSON."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_torch(path: Path) -> Any:
+    # Namespace only holds values; timm's and many other programs keep their arguments in one.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it can't read it refuses
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _why_unsafe(path: Path, error: Exception) -> str:
+    with contextlib.suppress(Exception):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if names:
+            return f"reading it would run code of {shortened(names)}"
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"reading it would run code of {found[1]}" if found else "it is a pickle that torch.save did not write"
+
+
+def load_weights(
+    module: nn.Module, source: str | Path, *, strict: bool = True, head: str | None = None
+) -> WeightReport:
+    """Load a backbone's weights from a file into any module; a head for other classes stays as it is.
+
+    The file is safetensors, a state dict saved with ``torch.save``, or a Lightning checkpoint. It is read as data:
+    nothing in it can run code. Names may stand under a prefix (``"module."``, ``"model."``, ...) on either side. For
+    one of timm's networks, what timm can translate is translated: other names, sizes of position embeddings, input
+    channels.
+
+    Args:
+        module: Changed in place; dtype and device stay its own.
+        source: Path of the file.
+        strict: Whether each tensor of the backbone must be in the file; if not, half of them do.
+        head: Attribute path of the classifier. None: that of timm's network, or the last layer if it is linear.
+
+    Returns:
+        What was loaded, and what was not; printed, it is a few lines.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file can't be read without running code, holds no weights, or those of another model; the
+            module is unchanged then.
+
+    Example:
+        >>> import tempfile
+        >>> old, new = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes)) for classes in (1000, 5))
+        >>> path = Path(tempfile.mkdtemp()) / "old.pt"
+        >>> torch.save(old.state_dict(), path)
+        >>> report = load_weights(new, path)
+        >>> report.loaded, report.fresh
+        (('0.weight', '0.bias'), ('2.weight', '2.bias'))
+    """
+    state = read_weights(source)
+    if head is not None:
+        try:
+            heads = [module.get_submodule(head)]
+        except AttributeError as error:
+            children = [name for name, _ in module.named_children()]
+            raise ValueError(
+                f"Expected `head` to be the path of a submodule, but {type(module).__name__} has no {head!r}. It has "
+                f"{children}."
+            ) from error
+    else:
+        network = _timm_network(module)
+        heads = last_layer(module) if network is None else _classifiers(network)
+    own = module.state_dict()
+    names = head_names(module, heads)
+    fitting, report = fit_state(state, own, names, str(source))
+    if report.missing or report.wrong:
+        translated = _translated(state, module)
+        if translated is not None:
+            other, other_report = fit_state(translated, own, names, str(source))
+            if len(other) > len(fitting):
+                fitting, report = other, other_report
+    require_fit(report, [name for name in own if name not in names], strict)
+    module.load_state_dict(fitting, strict=False)
+    rank_zero_info(str(report))
+    return report
+
+
+def _timm_network(module: nn.Module) -> Any:
+    """Return the first of timm's networks in a module, or None."""
+    return next((part for part in module.modules() if hasattr(part, "get_classifier")), None)
+
+
+def _classifiers(network: Any) -> list[nn.Module]:
+    classifier = network.get_classifier()
+    return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
+
+
+def _translated(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any] | None:
+    """Rename and resize what timm knows how to, for the network in a module; None if there is nothing to do."""
+    network = _timm_network(module)
+    if network is None or not getattr(network, "pretrained_cfg", None):
+        return None
+    from timm.models import adapt_input_conv
+
+    own = network.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    prefix, _ = find_prefixes(tensors, own)
+    result = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+    translate: Callable[..., Any] | None = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if translate is not None:
+        with contextlib.suppress(Exception):  # made for the original files; another is left as it is
+            result = dict(translate(dict(result), network))
+    first = network.pretrained_cfg.get("first_conv")
+    for name in [f"{first}.weight"] if isinstance(first, str) else [f"{each}.weight" for each in first or ()]:
+        if name in result and name in own and result[name].shape[1:2] != own[name].shape[1:2]:
+            with contextlib.suppress(NotImplementedError):  # only from 3 channels to others
+                result[name] = adapt_input_conv(own[name].shape[1], result[name])
+    return result
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Let torch read files as data for a while, whatever it is asked for: older timm does not ask everywhere."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _check_name(model: str, pretrained: bool) -> None:
+    """Refuse what timm does not know; a name with a source (``"hf-hub:..."``) is left to timm."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    if not (isinstance(model, str) and model):
+        raise ValueError(f"Expected `model` to be the name of a timm network, but got {model!r}.")
+    if ":" in model:
+        return
+    name, _, tag = model.partition(".")
+    if "/" in model or not timm.is_model(name):
+        near = difflib.get_close_matches(name.rpartition("/")[2], timm.list_models(), n=3)
+        hint = f"Did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
+        raise ValueError(
+            f"Expected `model` to be the name of a timm network, but got {model!r}. {hint} Names on a hub begin with "
+            "'hf-hub:'."
+        )
+    known = timm.list_pretrained(f"{name}.*")
+    try:
+        config = get_pretrained_cfg(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Expected `model` to be the name of a timm network, but {name} has no weights {tag!r}. timm knows "
+            f"{shortened(known) or 'none for it'}."
+        ) from error
+    if pretrained and not (config and config.has_weights):
+        raise ValueError(
+            f"timm has no pretrained weights for {model!r}{f', but {shortened(known)}' * bool(known)}. {WAYS_OUT}"
+        )
+
+
+def _create_network(model: str, pretrained: bool, options: Mapping[str, Any]) -> Any:
+    """Create one of timm's networks, at random or with the hub's weights."""
+    import timm
+
+    _check_name(model, pretrained)
+    try:
+        with _weights_only():
+            return timm.create_model(model, pretrained=pretrained, **options)
+    except Exception as error:  # timm, hub and network fail in more ways than can be listed
+        cause, at_fault = error, "its options"
+        if ":" in model:
+            at_fault = "its files on the hub, or its options"
+        elif pretrained:
+            try:
+                timm.create_model(model, pretrained=False, **options)
+                at_fault = "its pretrained weights"
+            except Exception as again:
+                cause = again
+    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+    raise ValueError(f"timm can't create {model!r} ({reason}). At fault: {at_fault}. {WAYS_OUT}") from cause
+
+
+def _without_hub(model: str, network: Any, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options that create the same network without its description on a hub."""
+    source, separator, place = model.partition(":")
+    if not separator:
+        return model, dict(options)
+    from timm.models import _hub
+
+    load = _hub.load_model_config_from_path if source == "local-dir" else _hub.load_model_config_from_hf
+    described = {name: value for name, value in load(place)[2].items() if name not in OWN_OPTIONS}
+    return network.pretrained_cfg["architecture"], {
+        **described,
+        **options,
+        "pretrained_cfg": dict(network.pretrained_cfg),
+    }
+
+
+class TransferClassifier(LightningModule):
+    """A classifier of images on any of timm's networks, with pretrained weights and a new head, ready to train.
+
+    The network is ``self.model``, so that ``FreezeBackboneFinetune(None)`` finds its backbone. Logs ``train_loss``,
+    ``val_loss``, ``val_accuracy``, ``test_loss`` and ``test_accuracy``; validation and test losses are cross-entropies
+    without smoothing. ``predict`` gives class probabilities. A batch is ``(images, labels)``, images float32
+    ``(N, C, H, W)`` normalised as `transforms` does, labels int64 ``(N,)``; labels mixed by ``MixupCallback`` work.
+    Checkpoints load without the hub and without the weight file.
+
+    When not to use it: where you have a LightningModule already: the tricks work with any.
+
+    Args:
+        model: Name of a timm network (``"resnet18"``, ``"mobilenetv3_small_100"``, ``"efficientnet_b0"``,
+            ``"vit_tiny_patch16_224"``, ``"convnext_atto"``, ...), with or without the tag of its weights
+            (``"resnet18.a1_in1k"``), or on a hub (``"hf-hub:timm/resnet18.a1_in1k"``).
+        num_classes: Classes to tell apart, 2 or more; must be given.
+        weights: ``"pretrained"``: those that timm knows for the name, from its hub or the local cache; a path: see
+            `load_weights`; None: random ones.
+        in_chans: Channels of the images, 1 or more.
+        lr: Learning rate, above 0.
+        weight_decay: Weight decay, 0 or more, of all but norms, biases and what the network exempts. None: 0.05 for
+            AdamW, 5e-4 for SGD.
+        optimizer: ``"adamw"``, or ``"sgd"`` with Nesterov momentum.
+        momentum: Momentum of SGD, in [0, 1).
+        smoothing: Label smoothing ε in [0, 1) of the training loss.
+        drop_rate: Dropout before the classifier, in [0, 1).
+        model_options: Further arguments of ``timm.create_model``, such as ``{"img_size": 96}``.
+
+    Raises:
+        ValueError: If an argument is out of range, timm has no such network or no weights for it, the weights can't be
+            fetched, or the file is not of this network.
+        FileNotFoundError: If there is no such weight file.
+
+    Source:
+        timm (Wightman, 2019); Zhuang et al., arXiv:1911.02685.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> module = TransferClassifier("test_resnet", num_classes=5, weights=None)
+        >>> module(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        model: str = "resnet18",
+        num_classes: int | None = None,
+        *,
+        weights: str | Path | None = "pretrained",
+        in_chans: int = 3,
+        lr: float = 1e-3,
+        weight_decay: float | None = None,
+        optimizer: Optimizer = "adamw",
+        momentum: float = 0.9,
+        smoothing: float = 0.0,
+        drop_rate: float = 0.0,
+        model_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_number("num_classes", num_classes, 2, whole=True)
+        check_number("in_chans", in_chans, 1, whole=True)
+        check_number("lr", lr, 0, above=True)
+        check_number("weight_decay", weight_decay, 0, optional=True)
+        check_number("momentum", momentum, 0, 1, below=True)
+        check_number("smoothing", smoothing, 0, 1, below=True)
+        check_number("drop_rate", drop_rate, 0, 1, below=True)
+        if optimizer not in get_args(Optimizer):
+            raise ValueError(
+                f"Expected `optimizer` to be one of {', '.join(get_args(Optimizer))}, but got {optimizer!r}."
+            )
+        if weights is not None and not (isinstance(weights, (str, Path)) and str(weights)):
+            raise ValueError(f"Expected `weights` to be 'pretrained', the path of a file or None, but got {weights!r}.")
+        options = dict(model_options or {})
+        if double := OWN_OPTIONS & options.keys():
+            raise ValueError(
+                f"Expected `model_options` without {shortened(sorted(double))}: there are arguments for that."
+            )
+        assert num_classes is not None
+        pretrained = weights == "pretrained"
+        dropout = {"drop_rate": drop_rate} if drop_rate else {}  # not every network takes it
+        self.model = _create_network(
+            model, pretrained, {"num_classes": num_classes, "in_chans": in_chans, **dropout, **options}
+        )
+        if not pretrained and weights is not None:
+            load_weights(self.model, weights)
+        self.criterion = LabelSmoothingLoss(smoothing)
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.lr, self.momentum, self.optimizer = lr, momentum, optimizer
+        self.weight_decay = WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
+        self.save_hyperparameters()
+        # A checkpoint has all weights in it: what made the first ones must not be fetched again.
+        name, options = _without_hub(model, self.model, options)
+        self.hparams.update(model=name, weights=None, model_options=options)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, ``(N, num_classes)``, of images, ``(N, C, H, W)``."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        images, labels = batch
+        loss: Tensor = self.criterion(self(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log loss and accuracy of one batch."""
+        self._evaluate(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log loss and accuracy of one batch."""
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Class probabilities, ``(N, num_classes)``, of a batch with or without labels."""
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return self(images).float().softmax(1)  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW or SGD; norms and biases without weight decay."""
+        from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+
+        exempt: Callable[[], Any] = getattr(self.model, "no_weight_decay", set)
+        groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt())
+        groups = [group for group in groups if group["params"]]
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0, weight_decay=self.weight_decay
+        )
+
+    def transforms(self, train: bool = False) -> Callable[[Any], Tensor]:
+        """Make the torchvision transform that fits the network's pretrained weights: size, crop, normalisation.
+
+        Args:
+            train: Random crops of random size, and flips, instead of the same crop each time. A cache of features
+                (``FeatureCache``) needs the same each time.
+
+        Returns:
+            From a PIL image to a float32 tensor, ``(C, H, W)``.
+
+        Raises:
+            ModuleNotFoundError: If torchvision is missing.
+            ValueError: If the network takes neither grey nor RGB images.
+
+        Example:
+            >>> from PIL import Image
+            >>> module = TransferClassifier("test_resnet", num_classes=5, weights=None)
+            >>> module.transforms()(Image.new("RGB", (300, 200))).shape
+            torch.Size([3, 160, 160])
+        """
+        try:
+            from timm.data import create_transform, resolve_model_data_config  # type: ignore[attr-defined]
+            from torchvision.transforms import Compose, Grayscale
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "TransferClassifier.transforms needs torchvision and pillow: pip install 'lightning-speedups[bench]'"
+            ) from error
+        channels = self.hparams["in_chans"]
+        if channels not in (1, 3):
+            raise ValueError(f"There are transforms for images of 1 or 3 channels, but `in_chans` is {channels}.")
+        config = resolve_model_data_config(self.model)  # type: ignore[no-untyped-call]
+        size = self.hparams["model_options"].get("img_size", config["input_size"][1:])
+        config["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
+        if channels == 1:
+            config.update({name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")})
+        random: dict[str, Any] = {"is_training": True, "color_jitter": None} if train else {}
+        transform = create_transform(**config, **random)
+        return Compose([Grayscale(), transform]) if channels == 1 else transform  # type: ignore[no-any-return]
+
+    def _evaluate(self, batch: Any, stage: str, accuracy: MulticlassAccuracy) -> None:
+        images, labels = batch
+        logits = self(images).float()
+        accuracy(logits, labels)
+        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), sync_dist=True)
+        self.log(f"{stage}_accuracy", accuracy, prog_bar=True)
