@@ -21,7 +21,8 @@ from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss
 from lightning_speedups.measure.batch_picture import plot_batch
 from lightning_speedups.measure.lr_range_test import LRRangeTest
 from lightning_speedups.measure.schedule_plot import plot_schedule
-from lightning_speedups.models.transfer_classifier import TransferClassifier, load_weights
+from lightning_speedups.models.transfer_classifier import TransferClassifier
+from lightning_speedups.models.weight_files import load_weights
 
 __version__ = "0.1.0"
 

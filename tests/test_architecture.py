@@ -50,7 +50,7 @@ def forbidden(path):
             if mine in ("__init__", "__main__") or theirs == "lightning_speedups":
                 allowed = mine not in TRICKS | {"core", "attach"}
             elif mine == theirs:  # trick files do not know each other; grips stand on their bases and on nothing else
-                allowed = mine in ("core", "measure", "recipes") or (
+                allowed = mine in ("core", "models", "measure", "recipes") or (
                     mine == "attach" and rest[1:] and rest[1] in BASES and BASES.index(rest[1]) < grip(here[1])
                 )
             else:

@@ -44,6 +44,13 @@ class FreezingTrick(OptimizerTrick):
         self._frozen: dict[str, Frozen] = {}
         self._pairs: list[Pair] | None = None
         self._folded = FoldedNorms([])
+        self._resting: set[int] = set()
+
+    def forget(self) -> None:
+        """Forget the last run."""
+        super().forget()
+        self._labels: dict[str, str] = {}
+        self._labels_before: dict[str, str] | None = None
 
     def group_label(self, layer: Layer) -> str:
         """Return the name of the parameter group that a layer is in; layers of one group are always paced alike."""
@@ -62,7 +69,13 @@ class FreezingTrick(OptimizerTrick):
     def splits_groups(self, pl_module: LightningModule) -> Callable[[Tensor], str | None]:
         """Find the layers; their parameters get groups of their own."""
         self.layers = self.find_layers(pl_module)
-        labels = {layer.name: self.group_label(layer) for layer in self.layers}
+        self._labels = labels = {layer.name: self.group_label(layer) for layer in self.layers}
+        if self._labels_before not in (None, labels):  # torch would hand the state of one layer to another
+            raise MisconfigurationException(
+                f"{self.name} found other parameter groups in the checkpoint than its arguments make now: layers that "
+                "go together then and now are not the same. Resume with the arguments of that run, or load its weights"
+                " alone."
+            )
         label_of = {id(parameter): labels[layer.name] for layer in self.layers for parameter in layer.parameters()}
         return lambda parameter: label_of.get(id(parameter))
 
@@ -120,7 +133,34 @@ class FreezingTrick(OptimizerTrick):
                 )
         if self.fold and not self.train_norm and self._frozen:
             self._fold(trainer, pl_module)
+        self._resting = {
+            i
+            for i, optimizer in enumerate(raw_optimizers(trainer))
+            if not any(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"])
+        }
         return True
+
+    def rests(self, optimizer: int) -> bool:
+        """Tell whether all of an optimizer's parameters are frozen."""
+        return optimizer in self._resting
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Fold anew: averages of weights come and go in a way that leaves no trace on the tensors."""
+        if trainer.state.fn == "fit":
+            self._folded.forget()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fold anew."""
+        self._folded.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which layers share a parameter group."""
+        return {**super().state_dict(), "labels": dict(self._labels)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Expect the same groups."""
+        super().load_state_dict(state_dict)
+        self._labels_before = dict(state_dict["labels"])
 
     def _fold(self, trainer: Trainer, pl_module: LightningModule) -> None:
         frozen = {module for layer in self.layers if layer.name in self._frozen for module in layer.modules}
@@ -140,7 +180,7 @@ class FreezingTrick(OptimizerTrick):
         self._folded.undo()
         for frozen in self._frozen.values():
             frozen.undo()
-        self._frozen, self._pairs, self.layers, self.layer_of_group = {}, None, [], {}
+        self._frozen, self._pairs, self._resting, self.layers, self.layer_of_group = {}, None, set(), [], {}
 
 
 def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.Parameter]) -> None:
@@ -172,8 +212,7 @@ def find_layers(pl_module: LightningModule, backbone: Backbone, name: str) -> li
         MisconfigurationException: If there is no such thing.
     """
     if backbone is None:
-        model, heads = _timm_model(pl_module, name)
-        return _layers(model, heads)
+        return _layers(*_timm_model(pl_module, name))
     roots = find_modules(pl_module, backbone, name)
     if len(roots) == 1:
         return _layers(roots[0], [])
@@ -225,9 +264,14 @@ def _timm_model(pl_module: LightningModule, name: str) -> tuple[nn.Module, list[
 
 
 def _layers(root: nn.Module, heads: Sequence[nn.Module]) -> list[Layer]:
-    if not hasattr(root, "group_matcher"):
+    root = getattr(root, "_orig_mod", root)  # of a compiled module, under whose names no pattern fits
+    matcher: Any = getattr(root, "group_matcher", None)
+    if matcher is None:
         return layers_by_child(root, heads)
     from timm.models import group_parameters
 
-    numbers = group_parameters(root, root.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
-    return layers_by_number(root, numbers, heads)
+    try:
+        patterns = matcher(coarse=True)
+    except AssertionError:  # a family that has no coarse groups
+        patterns = matcher(coarse=False)
+    return layers_by_number(root, group_parameters(root, patterns, reverse=True), heads)

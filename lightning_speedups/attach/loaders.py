@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batch
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lightning_speedups.attach.trick import Trick, patch, unpatch
 
@@ -132,6 +133,7 @@ class _Loaders:
         self.epoch = 0
         self.order: list[Any] | None = None  # of the epoch under way; None before its first batch
         self.skipped = 0
+        self.early = 0  # the id of Lightning's iterator, if it had one when the epoch began
         self.hushed: Any = None
 
     def __call__(self, loader: Any) -> Any:
@@ -176,8 +178,11 @@ class _Loaders:
             # would go on with it; and it finds that the epoch was over by comparing it with the next one's length.
             self.begin(epoch)
             assert loop._data_fetcher is not None
+            if self.sampler is not None:
+                self.sampler.first = None
             iter(loop._data_fetcher)
             progress.current.completed = max(progress.current.completed, self.batches_in_epoch(epoch) or 0)
+        self.early = id(self._iterator())
         if loop.epoch_loop.restarting and progress.is_last_batch and self.hushed is None:
             # Lightning takes any number of steps that is no multiple of this epoch's for the middle of an epoch.
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
@@ -185,7 +190,7 @@ class _Loaders:
 
     def begin(self, epoch: int) -> None:
         """Prepare an epoch."""
-        self.epoch, self.order = epoch, None
+        self.epoch, self.order, self.early = epoch, None, id(self._iterator())
         if callable(set_epoch := getattr(self.sampler and self.sampler.source, "set_epoch", None)):
             set_epoch(epoch)  # Lightning does so too late for workers that fetch ahead in a resumed epoch
         for loader in self.loaders:
@@ -228,16 +233,29 @@ class _Loaders:
         if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch is not None:
             trainer.val_check_batch = max(1, int(batches * trainer.val_check_interval))
 
+    def _iterator(self) -> Any:
+        """Return Lightning's iterator over the first loader, if there is one."""
+        iterators = getattr(getattr(self.trainer.fit_loop._combined_loader, "_iterator", None), "iterators", None)
+        return iterators[0] if iterators else None
+
     def samples_of_batch(self) -> list[Any]:
         assert self.sampler is not None
         assert self.batcher is not None
         number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if self.order is None:  # from here on others may iterate over the loader, and draw other orders
-            goes_on = hasattr(self.loaders[0], "state_dict") and hasattr(self.loaders[0], "load_state_dict")
+        iterator, loader = self._iterator(), self.loaders[0]
+        if self.order is None:  # others may iterate over the loader too, before and after, and draw other orders
+            goes_on = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
             # A loader that cannot go on in the middle of an epoch begins anew there.
-            self.order, self.skipped = self.sampler.order, 0 if goes_on else number
-        begin = (number - self.skipped) * self.batcher.batch_size
-        return self.order[begin : begin + self.batcher.batch_size]
+            self.skipped = 0 if goes_on else number
+            # Workers have drawn theirs when Lightning made its iterator: long ago, or just before this batch.
+            is_early, first = loader.num_workers > 0 and id(iterator) == self.early, self.sampler.first
+            self.order = first if is_early and first is not None else self.sampler.order
+        order, place = self.order, number - self.skipped
+        if isinstance(iterator, _MultiProcessingDataLoaderIter) and iterator._persistent_workers:
+            # There is one for all: whoever iterates over the loader begins Lightning's iterator anew.
+            order, place = self.sampler.order, iterator._num_yielded - 1
+        begin = place * self.batcher.batch_size
+        return order[begin : begin + self.batcher.batch_size]
 
     def _restore_batcher(self) -> None:
         if self.batcher is not None and self.sampler is not None:
@@ -259,13 +277,14 @@ class _Selection(Sampler[Any]):
     def __init__(self, loaders: _Loaders, source: Any, batch_size: int) -> None:
         self.loaders, self.source, self.batch_size = loaders, source, batch_size
         self.order = list[Any]()
+        self.first: list[Any] | None = None  # since Lightning was given the loader
 
     def __len__(self) -> int:
         return self.loaders._sizes(self.loaders.epoch)[0]
 
     def __iter__(self) -> Iterator[Any]:
         if len(self) == len(self.source):  # one by one: asked for more than is needed, samplers draw more
-            self.order = order = list[Any]()
+            order = self._note([])
             for index in self.source:
                 order.append(_plain(index))
                 yield index
@@ -273,8 +292,12 @@ class _Selection(Sampler[Any]):
             order = [_plain(index) for index in itertools.islice(self.source, len(self.source))]
             for trick in self.loaders._active():
                 order = trick.select(self.loaders.trainer, self.loaders.epoch, order)
-            self.order = order
-            yield from order
+            yield from self._note(order)
+
+    def _note(self, order: list[Any]) -> list[Any]:
+        self.order = order
+        self.first = order if self.first is None else self.first
+        return order
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch: Lightning calls this before any callback's ``on_train_epoch_start``, a progress bar's too."""

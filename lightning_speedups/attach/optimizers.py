@@ -71,6 +71,10 @@ class OptimizerTrick(Trick):
         """
         return None
 
+    def rests(self, optimizer: int) -> bool:
+        """Tell whether an optimizer has nothing to step, which GradScaler takes for a mistake."""
+        return False
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the driver that stands before each step."""
         super().setup(trainer, pl_module, stage)
@@ -187,10 +191,14 @@ class _Driver:
                     error.add_note(f"{', '.join(splitting)} split the parameter groups; the new ones come last.")
                 raise
 
-    def step(self, original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        return self.show(
-            partial(original, optimizer), *args, only=getattr(optimizer, "_optimizer", optimizer), **kwargs
-        )
+    def step(
+        self, original: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        raw = getattr(optimizer, "_optimizer", optimizer)
+        places = {id(optimizer): i for i, optimizer in enumerate(raw_optimizers(self.trainer))}
+        if any(trick.rests(places[id(raw)]) for trick in self.tricks):
+            return closure()
+        return self.show(partial(original, optimizer, closure), *args, only=raw, **kwargs)
 
     def read(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # In manual optimization training_step steps the schedulers too: there only the step sees the values.

@@ -33,6 +33,7 @@ from lightning_speedups.core.feature_store import FeatureStore, Kind, bytes_need
 from lightning_speedups.core.frozen_part import (
     after,
     before,
+    checksum,
     different,
     find_cuts,
     find_outside,
@@ -67,6 +68,7 @@ class _Step:
         noted: The tensors that these are, and their versions.
         touched: Modules of the frozen part that were called.
         bypass: A cut that was given the inputs themselves.
+        odd: What came to the cuts that has not one row for each sample.
     """
 
     samples: Tensor
@@ -80,24 +82,28 @@ class _Step:
     noted: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
     bypass: str | None = None
+    odd: set[str] = field(default_factory=set)
 
 
 class FeatureCache(LoaderTrick, BatchTrick):
     """Computes what the frozen part of a network makes of each sample once, and hands it to the trainable part.
 
     What is frozen is what has ``requires_grad=False``, whoever froze it, and it may change during the run. The features
-    are what comes to the largest modules of which every parameter trains: there the steps of the first epoch note them.
+    are what comes to the largest modules of which every parameter trains: there the steps of the first epoch note them,
+    and they are kept on the CPU.
     When all samples of a batch are known, ``training_step`` gets, in place of the inputs, tensors of their shape
     without values; frozen layers make others of them at no cost, and the trainable modules get the features. Nothing in
     the module or in ``training_step`` changes, weights end as without the cache (to the last digits, where a device
-    rounds a sample differently in another batch), and validation runs the whole model. Whatever would need values that
-    are not there stops the run with an error; a trial after the first step tells, rather than the second epoch.
+    rounds a sample differently in another batch), and validation runs the whole model. The inputs themselves can be
+    read. Whatever else would need values that are not there stops the run with an error; a trial after the first step
+    tells, rather than the second epoch.
 
     Features are kept by sample, so that shuffling, a DistributedSampler or a resumed run change nothing. They are
-    computed anew when the frozen weights, the modules around them, the precision or the data (a sample of it is looked
-    at in each epoch) are others. The first batch that could do without its inputs is computed all the same, and must
-    give what was kept. The loader goes on loading the inputs: with features at hand that is what an epoch takes
-    (``InMemoryLoader``).
+    computed anew when the frozen weights, the modules around them, the precision or the data (in each epoch it looks at
+    the sums of the weights and at a sample of the data) are others. In the 2nd, 4th, 8th, 16th ... epoch the first
+    batch that could do without its inputs is computed all the same, and must give what was kept: what else changes from
+    epoch to epoch is found out then, or not at all. The loader goes on loading the inputs: with features at hand that
+    is what an epoch takes (``InMemoryLoader``).
 
     When not to use it: with random augmentation, or dropout in the frozen part (it refuses); for fewer than three
     epochs; where adapters, prompts or single layers train all over a frozen network, so that hardly anything stands
@@ -106,7 +112,7 @@ class FeatureCache(LoaderTrick, BatchTrick):
     Args:
         folder: Where to keep the features in files, for this run and others; each combination of weights and data has
             a subfolder of its own, which can be deleted at any time. None: in memory; in several processes, a temporary
-            folder that they share. Delete it when you replace single samples of the data.
+            folder that they share. Delete it when you replace single samples of the data, and after a power failure.
         max_gib: Largest size of the features, in GiB, above 0. A run that needs more trains without the cache.
         inputs: Where the inputs stand in the batch: index, key or attribute, or a tuple of these, a path.
 
@@ -153,6 +159,8 @@ class FeatureCache(LoaderTrick, BatchTrick):
         self._still: dict[str, Tensor] = {}  # tensors outside the cuts that do not train
         self._moving = set[str]()  # names of those that change in a step, but are no part of the features
         self._versions: dict[str, Any] = {}
+        self._sums = b""
+        self._constant = set[str]()  # places of what has as many rows as a batch by chance
         self._step: _Step | None = None
         self._hooks: ExitStack | None = None
         self._is_off = False
@@ -220,9 +228,11 @@ class FeatureCache(LoaderTrick, BatchTrick):
         self._loader = loader
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the modules and the data again."""
+        """Look at the modules and the data again, and now and then at the features."""
         super().on_train_epoch_start(trainer, pl_module)
         self._look_again()
+        if (trainer.current_epoch + 1).bit_count() == 1:
+            self._is_checked = False
 
     # Each batch
 
@@ -240,8 +250,8 @@ class FeatureCache(LoaderTrick, BatchTrick):
             self._step = _Step(samples, Origin(_without_values))
             return self._without_inputs(batch, self._step)
         self.misses += 1
-        own = memories(tree_leaves(inputs))
-        others = memories([*tree_leaves(batch), *self._parameters, *self._still.values()]) - own
+        own = memories(inputs)
+        others = memories([batch, self._parameters, self._still]) - own
         self._step = _Step(samples, None, own, others, self._look())
         return batch
 
@@ -254,7 +264,7 @@ class FeatureCache(LoaderTrick, BatchTrick):
             self._flags = flags
             cuts = find_cuts(pl_module)
             if cuts != self._cuts:
-                self._cuts, self._moving = cuts, set()
+                self._cuts, self._moving, self._constant = cuts, set(), set()
                 self._drop()
             self._outside = find_outside(pl_module, cuts)
             self._still = {
@@ -268,6 +278,8 @@ class FeatureCache(LoaderTrick, BatchTrick):
             self._turn_off("no parameter is frozen (`requires_grad=False`)")
         elif not self._data_seen:
             data, self._data_seen = self._probe(trainer), True
+            if checksum(self._still.values()) != self._sums:  # `.data` has no versions
+                self._is_settled = False
         if versions != self._versions or data != self._data:
             if self._data and data != self._data:
                 rank_zero_warn(
@@ -289,7 +301,9 @@ class FeatureCache(LoaderTrick, BatchTrick):
     def _without_inputs(self, batch: Any, step: _Step) -> Any:
         inputs = self.part_of(batch, self.inputs, "inputs")
         return replace_part(
-            batch, self.inputs, tree_map_only(Tensor, lambda one: Unloaded.of(one, step.origin), inputs)
+            batch,
+            self.inputs,
+            tree_map_only(Tensor, lambda one: Unloaded.of(one, step.origin, values=lambda: one.clone()), inputs),
         )
 
     def _samples(self, trainer: Trainer, inputs: Any) -> Tensor:
@@ -362,11 +376,14 @@ class FeatureCache(LoaderTrick, BatchTrick):
     def _check_draws(self, trainer: Trainer, step: _Step, name: str, module: nn.Module, given: Any) -> None:
         drawn = random_states(trainer)
         if drawn != step.drawn and is_untrained(given):
+            whose = [*("Python", *["NumPy"] * 5), *["torch"] * len(drawn)]
+            drew = [of for of, one, other in zip(whose, drawn, step.drawn, strict=False) if one != other]
             raise CannotCacheError(
                 "FeatureCache keeps what a frozen network makes of each sample, but something random goes into it, in "
                 f"or before `{name}` ({type(module).__name__}{'' if module.training else ', in evaluation mode'}): "
-                "dropout, or augmentation in the model. Switch it off there (`.eval()`), move dropout behind the first "
-                "trainable layer, into one module with it, or leave out FeatureCache."
+                f"dropout, or augmentation in the model (it drew from the generator of {drew[0]}). Switch it off there "
+                "(`.eval()`), move dropout behind the first trainable layer, into one module with it, let what has "
+                "nothing to do with the features draw from a generator of its own, or leave out FeatureCache."
             )
         step.drawn = drawn
 
@@ -379,11 +396,21 @@ class FeatureCache(LoaderTrick, BatchTrick):
             (memory,) = memories([leaf])
             if memory in step.inputs:
                 step.bypass = name
-            if len(leaf) != len(step.samples) or memory in step.others | step.inputs:
+            if len(leaf) != len(step.samples):
+                step.odd.add(key)
+            if key in step.odd | self._constant or memory in step.others | step.inputs:
                 continue
             if step.noted.get(id(leaf), (None, -1))[1] != leaf._version:  # else it came to another cut before
                 step.noted[id(leaf)] = leaf, leaf._version
                 step.features[key] = leaf.detach().clone()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Be ready for a step that is done again, as some optimizers ask for (LBFGS)."""
+        if self._step is None or not pl_module.automatic_optimization:
+            return
+        self._step.calls.clear()
+        if self._step.origin is None:
+            self._step.drawn = random_states(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -395,6 +422,9 @@ class FeatureCache(LoaderTrick, BatchTrick):
             return
         if tuple(parameter.requires_grad for parameter in self._parameters) != self._flags:
             return  # somebody has thawed something since
+        if self._store is not None and (constant := step.odd & self._store.kinds.keys()):
+            self._constant |= constant
+            self._is_settled = False
         if not self._is_settled and not self._settle(trainer, step):
             return
         assert self._store is not None
@@ -426,7 +456,7 @@ class FeatureCache(LoaderTrick, BatchTrick):
         for name in moved:
             self._moving.add(name)
             del self._still[name]
-        self._versions = self._look()
+        self._versions, self._sums = self._look(), checksum(self._still.values())
         if step.bypass is not None:
             self._turn_off(f"`{step.bypass}` trains, and takes the inputs themselves")
             return False
@@ -445,7 +475,7 @@ class FeatureCache(LoaderTrick, BatchTrick):
             root = self._temporary if self.folder is None else Path(self.folder)
             self._store = FeatureStore(kinds, samples, root and root / found)
             self._fingerprint = found
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's own, of a file that it cannot open
             rank_zero_warn(
                 f"FeatureCache: the features of {samples:,} samples, {_shapes(kinds)}, need {need / 2**30:.3g} GiB, "
                 f"which is too much ({error}). The run goes on without the cache. Give it a larger `max_gib` or a "
@@ -485,6 +515,7 @@ class FeatureCache(LoaderTrick, BatchTrick):
                     "FeatureCache."
                 )
         self._is_checked = True
+        self._store.was_there = False  # what is in it is of this run
 
     def _rehearse(self, trainer: Trainer, pl_module: LightningModule, batch: Any, samples: Tensor) -> None:
         """See on a copy whether the features are all that a step needs."""
@@ -536,8 +567,8 @@ class FeatureCache(LoaderTrick, BatchTrick):
 def _without_values(what: str) -> Exception:
     return CannotCacheError(
         f"FeatureCache ran `training_step` on cached features, without the inputs' values, but {what}. Only trainable "
-        "modules may use what a frozen network makes of the inputs: not a loss, a metric, a log or a sum with what "
-        "trains. Let them take it in, freeze other layers, or leave out FeatureCache."
+        "modules may use what a frozen network makes of the inputs: not a loss, a metric, a log, a hook of a callback "
+        "or a sum with what trains. Let them take it in, freeze other layers, or leave out FeatureCache."
     )
 
 

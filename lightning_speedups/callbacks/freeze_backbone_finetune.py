@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_speedups.attach.freezing import Backbone, FreezingTrick
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.durations import Duration, Run
-from lightning_speedups.core.layers import Layer, rates_by_depth
+from lightning_speedups.core.layers import Layer, is_norm, rates_by_depth
 from lightning_speedups.core.unfreezing import Names, Stage, check_schedule, gradually, stages
 
 
@@ -30,7 +30,9 @@ class FreezeBackboneFinetune(FreezingTrick):
     stay equal. ``configure_optimizers`` gives all parameters to the optimizer, as without this callback.
 
     Layers are timm's own (``"stem"``, ``"layer1"``, … of a ResNet, ``"blocks.0"``, … of a ViT), or the children of a
-    backbone that calls them one after the other; an error about a name lists them.
+    backbone that calls them one after the other; an error about a name lists them. Layers that always do the same share
+    a parameter group; a scheduler of yours that takes one value for each group needs one for each of these, which come
+    last, and a run resumes with the groups it was begun with.
 
     When not to use it: from random weights, where the frozen phase is lost time; under FSDP or model parallelism (it
     refuses).
@@ -120,6 +122,9 @@ class FreezeBackboneFinetune(FreezingTrick):
         self._stage, self._due = 0, 0  # the one under way; with `monitor`, the one of the next epoch
         self._thawed: dict[str, list[int]] = {}  # layers that began to train after the start: each optimizer's steps
         self._best, self._waited = math.inf, 0
+        self._value_before: Any = None
+        self._validated = False  # whether the metric comes from validation
+        self._awaits_validation = False
         self._rate_of: dict[str, float] = {}
         self._warmup_steps = 0.0
 
@@ -156,7 +161,9 @@ class FreezeBackboneFinetune(FreezingTrick):
         """Refuse a stage in which nothing would train."""
         super().on_fit_start(trainer, pl_module)
         for stage in self._stages:
-            frozen = {id(p) for layer in self.layers if layer.name not in stage.training for p in layer.parameters()}
+            modules = [m for layer in self.layers if layer.name not in stage.training for m in layer.modules]
+            resting = (m for m in modules if not (self.train_norm and is_norm(m)))
+            frozen = {id(parameter) for module in resting for parameter in module.parameters(recurse=False)}
             if frozen.issuperset(id(p) for p in pl_module.parameters() if p.requires_grad):
                 raise MisconfigurationException(
                     f"{self.name} would freeze every parameter in epoch {stage.epoch}: nothing is left to train. "
@@ -176,6 +183,7 @@ class FreezeBackboneFinetune(FreezingTrick):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze as the epoch wants it, also in a resumed run."""
         super().on_train_start(trainer, pl_module)
+        self._awaits_validation = trainer.enable_validation
         # To thaw as many layers one by one as there is time for is what some want.
         change = self._stages[-1 if not self.gradual else min(1, len(self._stages) - 1)].epoch
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= change:
@@ -189,15 +197,31 @@ class FreezeBackboneFinetune(FreezingTrick):
         """Thaw and freeze what it is time for."""
         self._move(trainer, pl_module, self._due if self.monitor else self._stage_in(trainer.current_epoch))
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the metric was before."""
+        self._value_before = trainer.callback_metrics.get(self.monitor or "")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric, where validation has a rhythm of its own."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not _validates_each_epoch(trainer):
+        """Look at the metric, if validation has logged it."""
+        super().on_validation_end(trainer, pl_module)
+        value = trainer.callback_metrics.get(self.monitor or "")
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and value is not self._value_before:
+            self._validated = True
             self._look(trainer)
+        self._awaits_validation = trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric."""
-        if _validates_each_epoch(trainer):
+        """Look at the metric, if validation does not log it."""
+        if self.monitor is None or self._validated:
+            return
+        if self.monitor in trainer.callback_metrics:
             self._look(trainer)
+        elif not self._awaits_validation:
+            raise MisconfigurationException(
+                f"{self.name}(monitor={self.monitor!r}): no such metric was logged, only "
+                f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)`, or name one of "
+                "these."
+            )
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Pace the layers, and the head while it trains alone."""
@@ -230,7 +254,8 @@ class FreezeBackboneFinetune(FreezingTrick):
         return max(i for i, stage in enumerate(self._stages) if stage.epoch <= epoch)
 
     def _move(self, trainer: Trainer, pl_module: LightningModule, stage: int) -> None:
-        self._stage = self._due = min(max(stage, self._due), len(self._stages) - 1) if self.monitor else stage
+        self._stage = stage
+        self._due = max(self._due, stage)
         training = self._stages[self._stage].training
         frozen = {layer.name for layer in self.layers} - training
         since = {name: list(self.steps_done) for name in training - self._stages[0].training}
@@ -249,12 +274,6 @@ class FreezeBackboneFinetune(FreezingTrick):
         next_one = self._due + 1
         if self.monitor is None or next_one >= len(self._stages) or self._due > self._stage:
             return
-        if self.monitor not in trainer.callback_metrics:
-            raise MisconfigurationException(
-                f"{self.name}(monitor={self.monitor!r}): no such metric was logged, only "
-                f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)`, or name one of "
-                "these."
-            )
         # Ranks that decide for themselves would part.
         value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
         value = value if self.mode == "min" else -value
@@ -264,10 +283,6 @@ class FreezeBackboneFinetune(FreezingTrick):
             self._waited += 1
         if self._waited >= self.patience and trainer.current_epoch + 1 >= (self.unfreeze_at_epoch or 0):
             self._due, self._waited = next_one, 0
-
-
-def _validates_each_epoch(trainer: Trainer) -> bool:
-    return trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
 
 
 def _checked_rates(

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
+
+from lightning_speedups.core.frozen_part import tensors_in
 
 _ALIGNMENT = 64  # bytes; any type may begin at a multiple
 
@@ -35,7 +38,8 @@ def fingerprint(things: Any) -> str:
     """Return the SHA-256 of tensors, numbers, texts and whatever else pickles, nested as they may be.
 
     Args:
-        things: What it is about. What cannot be pickled counts by its type alone.
+        things: What it is about. Objects count by the tensors in them; what has none, and cannot be pickled, by its
+            type alone.
 
     Example:
         >>> weights = {"weight": torch.ones(2), "bias": torch.zeros(1)}
@@ -45,10 +49,11 @@ def fingerprint(things: Any) -> str:
     leaves, spec = tree_flatten(things)
     digest = hashlib.sha256(str(spec).encode())
     for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            digest.update(memoryview(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        else:
+        tensors = list(tensors_in(leaf))
+        for tensor in tensors:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        if not tensors:
             try:
                 digest.update(pickle.dumps(leaf))
             except Exception:
@@ -93,6 +98,7 @@ class FeatureStore:
 
     Raises:
         OSError: If the disk has no room for it.
+        RuntimeError: If it cannot be opened, or the memory has no room for it.
 
     Example:
         >>> store = FeatureStore({"head": Kind((2,), torch.float32)}, samples=4)
@@ -112,7 +118,9 @@ class FeatureStore:
             memory = torch.zeros(size, dtype=torch.uint8)
         else:
             file = _file(folder, self.kinds, samples)
-            self.was_there = file.exists()
+            self.was_there = file.exists() and file.stat().st_size == size
+            if file.exists() and not self.was_there:  # somebody has cut it off
+                file.unlink()
             if not self.was_there:
                 _create(file, self.kinds, samples, size)
             memory = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
@@ -169,9 +177,9 @@ def _plain(kinds: Mapping[str, Kind]) -> dict[str, Any]:
 def _create(file: Path, kinds: Mapping[str, Kind], samples: int, size: int) -> None:
     """Make an empty file of the full size, whole at once, and say beside it what is in it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    mine = file.with_suffix(f".{os.getpid()}")
+    mine = file.with_suffix(f".{uuid.uuid4().hex}")  # process ids of several machines may be equal
     try:
-        with mine.open("wb") as opened:
+        with mine.open("xb") as opened:
             _reserve(opened.fileno(), size, file.parent)
         try:
             os.link(mine, file)

@@ -96,19 +96,64 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(flags) and not any(flags)
 
 
-def memories(values: Iterable[Any]) -> set[int]:
+def tensors_in(part: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield all tensors in something, nested as they may be, in objects' attributes too.
+
+    Args:
+        part: Where to look.
+        seen: Of what it is not to look into: the ids.
+
+    Example:
+        >>> class Batch: ...
+        >>> batch = Batch()
+        >>> batch.images, batch.more = torch.ones(2), {"labels": [torch.zeros(1), "none"], "batch": batch}
+        >>> list(tensors_in([batch]))
+        [tensor([1., 1.]), tensor([0.])]
+    """
+    seen = set() if seen is None else seen
+    if isinstance(part, Tensor):
+        yield part
+    elif id(part) not in seen:
+        seen.add(id(part))
+        several = part if isinstance(part, Mapping) else getattr(part, "__dict__", {})
+        for inner in part if isinstance(part, (list, tuple)) else [*several.values()]:
+            yield from tensors_in(inner, seen)
+
+
+def memories(values: Any) -> set[int]:
     """Return where tensors have their values: the same for a tensor and its views.
 
     Args:
-        values: Tensors; what is none is left out.
+        values: Tensors and other things, nested as they may be.
 
     Example:
         >>> ones = torch.ones(4)
         >>> memories([ones]) == memories([ones.view(2, 2), None]), memories([ones]) == memories([ones.clone()])
         (True, False)
     """
-    tensors = (value for value in values if isinstance(value, Tensor) and value.layout == torch.strided)
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
+    return {tensor.untyped_storage()._cdata for tensor in tensors_in(values) if tensor.layout == torch.strided}
+
+
+def checksum(tensors: Iterable[Tensor]) -> bytes:
+    """Return something that changes when values do, at a small part of the cost of comparing them: their sums.
+
+    Args:
+        tensors: Of any kinds.
+
+    Example:
+        >>> weight = torch.ones(3)
+        >>> before = checksum([weight])
+        >>> weight.data.mul_(2)
+        tensor([2., 2., 2.])
+        >>> checksum([weight]) == before
+        False
+    """
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        values = tensor.detach()
+        values = torch.view_as_real(values) if values.is_complex() else values
+        sums.setdefault(values.device, []).append(values.sum(dtype=torch.float32))
+    return b"".join(torch.stack(found).cpu().numpy().tobytes() for found in sums.values())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Which layers a model has is known by timm (its group matcher), or read from its 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -71,8 +71,8 @@ def owners(root: nn.Module, without: Collection[nn.Module] = ()) -> dict[str, nn
 def layers_by_child(root: nn.Module, without: Collection[nn.Module] = ()) -> list[Layer]:
     """Take each child of a module for a layer, in the order in which they were registered.
 
-    A child that holds everything is looked into. A norm goes with what stands before it; what the module holds itself,
-    with its first child.
+    A child that holds everything, and a list that holds almost everything, are looked into. Norms go with what stands
+    before them; what the module holds itself, with its first child.
 
     Args:
         root: A module that calls its children one after the other.
@@ -84,22 +84,33 @@ def layers_by_child(root: nn.Module, without: Collection[nn.Module] = ()) -> lis
         ['0.0', '0.3']
     """
     held = owners(root, without)
-    prefix = ""
-    while len(firsts := list(dict.fromkeys(name[len(prefix) :].partition(".")[0] for name in held))) == 1:
-        if f"{prefix}{firsts[0]}" in held:
-            break
-        prefix += f"{firsts[0]}."
-    children = dict(root.get_submodule(prefix.rstrip(".")).named_children())
-    layer_of: dict[str, str] = {}
-    last = None
-    for name in (name for name in children if name in firsts):
-        last = last if last is not None and is_norm(children[name]) else f"{prefix}{name}"
-        layer_of[name] = last
-    default = next(iter(layer_of.values()), prefix.rstrip(".") or "stem")
-    grouped: dict[str, list[str]] = {name: [] for name in layer_of.values()} or {default: []}
-    for name in held:
-        grouped[layer_of.get(name[len(prefix) :].partition(".")[0], default)].append(name)
+    grouped: dict[str, list[str]] = {}
+    left = dict(held)
+    for path in _children(root, held):
+        names = [name for name in held if name.startswith(f"{path}.")]
+        goes_on = grouped and all(is_norm(held[name]) for name in names)
+        grouped.setdefault(list(grouped)[-1] if goes_on else path, []).extend(names)
+        left = {name: module for name, module in left.items() if name not in names}
+    grouped.setdefault(next(iter(grouped), "stem"), []).extend(left)
     return _layers(held, grouped)
+
+
+def _children(root: nn.Module, held: Mapping[str, nn.Module], path: str = "") -> Iterator[str]:
+    """Return the paths of the children that hold anything, and instead of one that holds almost all, its children's."""
+    within = {name for name in held if name.startswith(path and f"{path}.")}
+    for name, child in root.get_submodule(path).named_children():
+        inner = f"{path}.{name}".lstrip(".")
+        its_own = {name for name in within if name.startswith(f"{inner}.")}
+        most = sum(map(_size(held), its_own)) > 0.8 * sum(map(_size(held), held))
+        goes_in_order = isinstance(child, (nn.Sequential, nn.ModuleList)) and most
+        if any(True for _ in child.children()) and its_own and (its_own == within or goes_in_order):
+            yield from _children(root, held, inner)
+        elif its_own:
+            yield inner
+
+
+def _size(held: Mapping[str, nn.Module]) -> Callable[[str], int]:
+    return lambda name: getattr(held[name], name.rpartition(".")[2]).numel()
 
 
 def layers_by_number(root: nn.Module, number_of: Mapping[str, int], without: Collection[nn.Module] = ()) -> list[Layer]:
@@ -129,19 +140,18 @@ def layers_by_number(root: nn.Module, number_of: Mapping[str, int], without: Col
             groups[-1] += numbered[number]
         else:
             groups.append(numbered[number])
-    return _layers(held, {_name_of(groups, i): group for i, group in enumerate(groups)})
+    return _layers(held, {_name_of(groups, i, _size(held)): group for i, group in enumerate(groups)})
 
 
-def _name_of(groups: Sequence[Sequence[str]], i: int) -> str:
+def _name_of(groups: Sequence[Sequence[str]], i: int, size: Callable[[str], int]) -> str:
     """Return the shortest path that no other layer shares and that most of this one is under."""
     elsewhere = {name for j, group in enumerate(groups) if j != i for name in group}
-    most = len(groups[i]) if i == 0 else len(groups[i]) / 2
+    most = sum(map(size, groups[i])) * (1 if i == 0 else 0.5)
     paths = {name.rpartition(".")[0] for name in groups[i]}
     candidates = {".".join(path.split(".")[:end]) for path in paths if path for end in range(1, path.count(".") + 2)}
     for path in sorted(candidates, key=lambda path: (path.count("."), path)):
-        if sum(name.startswith(f"{path}.") for name in groups[i]) >= most and not any(
-            name.startswith(f"{path}.") for name in elsewhere
-        ):
+        under = [name for name in groups[i] if name.startswith(f"{path}.")]
+        if sum(map(size, under)) >= most and not any(name.startswith(f"{path}.") for name in elsewhere):
             return path
     return "stem" if i == 0 else f"layer {i}"
 

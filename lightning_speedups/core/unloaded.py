@@ -32,7 +32,12 @@ class Origin:
     def __init__(self, error: Callable[[str], Exception] = RuntimeError) -> None:
         self.error = error
         self.loaded = set[int]()  # memories of tensors that have their values by now
+        self.is_written = False  # into something of which the values can be computed
         self.alive = WeakSet[Unloaded]()
+
+
+class _MissingError(Exception):
+    """An operation cannot do without values."""
 
 
 class Unloaded(Tensor):
@@ -40,8 +45,9 @@ class Unloaded(Tensor):
 
     Every operation on it gives tensors of the same kind, of the right shape, type and device. What needs values is
     refused, by name: reading them, writing them into a real tensor, mixing them with a tensor that trains, an operation
-    that draws random numbers. With [load][lightning_speedups.core.unloaded.Unloaded.load] it gets values, and is as
-    good as real from then on.
+    that draws random numbers. If it was given a way to get them, they and what is made of them alone, without other
+    tensors, are computed then, rather than refused. With [load][lightning_speedups.core.unloaded.Unloaded.load] it gets
+    values, and is as good as real from then on.
 
     Make it with [of][lightning_speedups.core.unloaded.Unloaded.of].
     """
@@ -49,16 +55,23 @@ class Unloaded(Tensor):
     _meta: Tensor
     _origin: Origin
     _loaded: Tensor | None
+    _source: Callable[[], Any] | None
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def of(tensor: Tensor, origin: Origin | None = None, device: torch.device | None = None) -> Unloaded:
+    def of(
+        tensor: Tensor,
+        origin: Origin | None = None,
+        device: torch.device | None = None,
+        values: Callable[[], Tensor] | None = None,
+    ) -> Unloaded:
         """Make a stand-in.
 
         Args:
             tensor: What it looks like.
             origin: What it has in common with others.
             device: Its device; None: that of the tensor.
+            values: Returns its values, where they can be had at need.
 
         Example:
             >>> picture = Unloaded.of(torch.zeros(2, 3, 8, 8))
@@ -73,6 +86,7 @@ class Unloaded(Tensor):
             device=device or tensor.device,
         )
         made._meta, made._origin, made._loaded = _on_meta(tensor), origin or Origin(), None
+        made._source = values
         made._origin.alive.add(made)
         return made
 
@@ -110,6 +124,27 @@ class Unloaded(Tensor):
             args, kwargs = tree_unflatten(leaves, spec)
             return func(*args, **kwargs)
         args, kwargs = tree_unflatten(leaves, spec)
+
+        def real() -> Any:
+            return func(*tree_map_only(Unloaded, _real, args), **tree_map_only(Unloaded, _real, kwargs))
+
+        can_be_had = all(one._can_be_had for one in missing)
+        try:
+            made = cls._imagine(func, args, kwargs, leaves, missing)
+        except _MissingError as error:
+            if not can_be_had:
+                raise missing[0]._origin.error(str(error)) from None
+            return real()
+        is_alone = len(missing) == sum(isinstance(leaf, Tensor) for leaf in leaves)
+        for place, one in enumerate(tree_leaves(made) if can_be_had and is_alone else ()):
+            if isinstance(one, Unloaded) and one._source is None:
+                one._source = partial(lambda at: tree_leaves(real())[at], place)
+        return made
+
+    @classmethod
+    def _imagine(
+        cls, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any], missing: list[Unloaded]
+    ) -> Any:
         _check(func, args, kwargs, leaves, missing[0]._origin)
         device = kwargs.get("device") or missing[0].device
         if func in _FROM_SHAPE:
@@ -121,10 +156,10 @@ class Unloaded(Tensor):
             made = func(*margs, **mkwargs)
         except NotImplementedError as error:  # an operation of which torch does not know what comes out
             if torch.Tag.dynamic_output_shape in func.tags:
-                _refuse(missing[0]._origin, f"`{func}` needs them ({error})")
+                raise _MissingError(f"`{func}` needs them ({error})") from error
             made = func(*tree_map_only(Unloaded, _zeros, args), **tree_map_only(Unloaded, _zeros, kwargs))
         except RuntimeError as error:
-            _refuse(missing[0]._origin, f"`{func}` needs them ({error})")
+            raise _MissingError(f"`{func}` needs them ({error})") from error
         if any(one._meta.shape != one.shape for one in missing):
             _refuse(missing[0]._origin, f"`{func}` changes their shape in place")
         own = {id(one._meta): one for one in missing}  # an operation in place gives back what it was given
@@ -141,10 +176,14 @@ class Unloaded(Tensor):
     def __deepcopy__(self, memo: Any) -> Unloaded:
         return self
 
+    @property
+    def _can_be_had(self) -> bool:
+        return self._source is not None and not self._origin.is_written
+
     def _real(self, name: str) -> Tensor:
-        if self._loaded is None:
+        if self._loaded is None and not self._can_be_had:
             _refuse(self._origin, f"`{name}` needs them")
-        return self._loaded
+        return _real(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._real("pickle").__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
@@ -164,8 +203,10 @@ class Unloaded(Tensor):
 
 def _check(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any], origin: Origin) -> None:
     """Refuse what cannot be done without values."""
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        _refuse(origin, f"`{func}` mixes them with what trains")  # also if they can be had: the graph has kept these
     if torch.Tag.data_dependent_output in func.tags:
-        _refuse(origin, f"`{func}` needs them")
+        raise _MissingError(f"`{func}` needs them")
     arguments = func._schema.arguments
     given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
     given |= {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
@@ -175,16 +216,16 @@ def _check(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: 
             _refuse(origin, f"`{func}` draws random numbers")
     if given.get("training") and given.get("running_mean") is not None:
         _refuse(origin, f"`{func}` takes the statistics of the batch")
-    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-        _refuse(origin, f"`{func}` mixes them with what trains")
     for argument in arguments:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         for target in tree_leaves(given.get(argument.name)):
             if isinstance(target, Tensor) and not isinstance(target, Unloaded):
-                _refuse(origin, f"`{func}` writes them into another tensor")
+                raise _MissingError(f"`{func}` writes them into another tensor")
             if isinstance(target, Unloaded) and _memory(target._meta) in origin.loaded:
                 _refuse(origin, f"`{func}` writes into what a trainable module has already seen")
+            if isinstance(target, Unloaded) and target._source is not None:
+                origin.is_written = True
 
 
 def _refuse(origin: Origin, what: str) -> NoReturn:
@@ -199,6 +240,14 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _meta_of(tensor: Tensor) -> Tensor:
     return tensor._meta if isinstance(tensor, Unloaded) else _on_meta(tensor)
+
+
+def _real(tensor: Unloaded) -> Tensor:
+    if tensor._loaded is not None:
+        return tensor._loaded
+    assert tensor._source is not None
+    values: Tensor = tensor._source()
+    return values
 
 
 def _zeros(tensor: Unloaded) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "module", "weights")
 """Where training programs keep the weights within a checkpoint, averaged ones first, as timm takes them."""
+
+COUNTER = "num_batches_tracked"
+"""End of the names that weights may lack: BatchNorm counts there, and hardly ever uses it."""
 
 SHOWN = 5
 """Names of a list that a report shows."""
@@ -28,10 +31,12 @@ class WeightReport:
             or has another shape there, or of a part that the file is not about.
         missing: Names of the module's tensors that should be in the file, and are not.
         unexpected: Names in the file that the module has no use for.
+        surplus: Those of them that stand among the used ones, as further blocks of a deeper network do; counters apart.
         mismatched: (name, what stands in the file, what stands in the module) of the tensors that have another shape or
             kind in the file; those of the head are ``fresh`` as well.
         file_prefix: Where in the file the weights stand, as ``"model."``.
         module_prefix: Where in the module they belong.
+        head: Those of ``loaded`` that are of the head.
     """
 
     source: str
@@ -42,6 +47,8 @@ class WeightReport:
     mismatched: tuple[tuple[str, str, str], ...] = ()
     file_prefix: str = ""
     module_prefix: str = ""
+    head: tuple[str, ...] = ()
+    surplus: tuple[str, ...] = ()
 
     @property
     def wrong(self) -> tuple[tuple[str, str, str], ...]:
@@ -63,6 +70,7 @@ class WeightReport:
             ("other shape or kind", [shapes[name] for name, _, _ in self.wrong]),
             ("left as they were (the head, or another part)", [shapes.get(name, name) for name in self.fresh]),
             ("in the file only", self.unexpected),
+            ("the head, too, came from the file", self.head),
         ):
             if names:
                 lines.append(f"  {title} ({len(names)}): {shortened(names)}")
@@ -189,6 +197,7 @@ def fit_state(
           left as they were (the head, or another part) (2): 1.weight; 1.bias
     """
     state = {plain_name(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    order = list(state)
     names = {plain_name(name): name for name, value in own.items() if isinstance(value, Tensor)}
     theirs, mine = find_prefixes(state, {plain: own[name] for plain, name in names.items()})
     fitting: dict[str, Tensor] = {}
@@ -197,10 +206,12 @@ def fit_state(
     mismatched: list[tuple[str, str, str]] = []
     for plain, name in names.items():
         found = state.pop(theirs + plain[len(mine) :], None) if plain.startswith(mine) else None
+        if found is not None and name.endswith(COUNTER) and found.is_floating_point():
+            found = None  # rounded, in a file of half precision
         if found is None:
             if not plain.startswith(mine) or name in head:
                 fresh.add(name)
-            elif not name.endswith("num_batches_tracked"):
+            elif not name.endswith(COUNTER):
                 missing.append(name)
         elif found.shape != own[name].shape or found.is_floating_point() != own[name].is_floating_point():
             mismatched.append((name, _described(found), _described(own[name])))
@@ -220,7 +231,21 @@ def fit_state(
         mismatched=tuple(mismatched),
         file_prefix=theirs,
         module_prefix=mine,
+        head=tuple(name for name in fitting if name in head),
+        surplus=tuple(_surplus(order, state)),
     )
+
+
+def _surplus(names: Sequence[str], unused: Collection[str]) -> Iterable[str]:
+    """The unused names within the parts that are used; not after the last used one: a head, or a longer end."""
+    used = [name for name in names if name not in unused]
+    if not used:
+        return
+    shared = [cut for cut in _cuts(used[0]) if all(name.startswith(used[0][:cut]) for name in used)][-1]
+    parts = {used[0][:shared] + name[shared:].partition(".")[0] + "." for name in used}
+    for name in names[: names.index(used[-1])]:
+        if name in unused and name.startswith(tuple(parts)) and not name.endswith(COUNTER):
+            yield name
 
 
 def _described(tensor: Tensor) -> str:
@@ -234,12 +259,12 @@ def require_fit(report: WeightReport, backbone: Collection[str], strict: bool = 
     Args:
         report: What fits.
         backbone: The module's names without those of the head.
-        strict: Whether each of them must fit; else half of them.
+        strict: Whether each of them must fit, with little surplus: a fifth as much at most. Else half of them must.
 
     Raises:
         ValueError: With the report.
     """
-    counted = [name for name in backbone if not name.endswith("num_batches_tracked")]
+    counted = [name for name in backbone if not name.endswith(COUNTER)]
     loaded = len(set(report.loaded).intersection(counted))
     if loaded == 0 or 2 * loaded < len(counted):
         raise ValueError(
@@ -250,6 +275,12 @@ def require_fit(report: WeightReport, backbone: Collection[str], strict: bool = 
         raise ValueError(
             "Not all of the backbone is in these weights. Check the model's name and options, or use `strict=False` to "
             f"leave the rest as it is.\n{report}"
+        )
+    if strict and 5 * len(report.surplus) > loaded:
+        raise ValueError(
+            f"These weights are of another model: {len(report.surplus)} tensors stand among those that fit, and have "
+            f"no place here, as {shortened(report.surplus)}. Check the model's name and options, or use "
+            f"`strict=False` to do without them.\n{report}"
         )
 
 

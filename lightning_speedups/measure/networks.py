@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_speedups.measure.errors import CompareError
 from lightning_speedups.measure.images import ImageData
-from lightning_speedups.models.transfer_classifier import TransferClassifier, load_weights
+from lightning_speedups.models.transfer_classifier import TransferClassifier
+from lightning_speedups.models.weight_files import load_weights
 
 __all__ = ["DEFAULT_MODEL", "ConvNet", "build_network", "load_backbone"]
 

@@ -1,18 +1,12 @@
-"""A ready classifier on any of timm's networks, and weights from a file that can't run code: transfer learning (survey:
-Zhuang et al., arXiv:1911.02685) for people who start from nothing.
+"""A ready classifier on any of timm's networks: transfer learning (survey: Zhuang et al., arXiv:1911.02685) for people
+who start from nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import os
-import pickle
-import re
-import sys
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,191 +14,18 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.weights import (
-    WeightReport,
-    find_prefixes,
-    find_state,
-    fit_state,
-    head_names,
-    last_layer,
-    require_fit,
-    shortened,
-)
+from lightning_speedups.core.weights import shortened
 from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss
+from lightning_speedups.models.weight_files import load_weights
 
 Optimizer = Literal["adamw", "sgd"]
 OWN_OPTIONS = {"pretrained", "checkpoint_path", "num_classes", "in_chans", "drop_rate"}
 WAYS_OUT = "Use `weights=None` for random ones, or the path of a local file."
 WEIGHT_DECAY: Mapping[str, float] = {"adamw": 0.05, "sgd": 5e-4}
-
-
-def read_weights(path: str | Path) -> dict[str, Any]:
-    """Read the state dict in a file: safetensors, ``torch.save``'s, or a Lightning checkpoint; no code in it runs.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Names and tensors, on the CPU.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file, holds no weights, or needs code to be read.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file {path} to load weights from.")
-    if not path.is_file():
-        raise ValueError(f"Expected weights in a file, but {path} is a folder. Name the file in it.")
-    try:
-        content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
-        return find_state(content)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is refused: {_why_unsafe(path, error)}. Nothing in it has been run. Save its weights again, where "
-            "you trust it, with safetensors or as torch.save(model.state_dict(), ...); or allow its classes yourself "
-            "with torch.serialization.add_safe_globals."
-        ) from error
-    except (ValueError, RuntimeError, EOFError, KeyError, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        reason = "it is no such file" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        reason = reason if path.stat().st_size else "it is empty"
-        raise ValueError(
-            f"Can't load weights from {path}: {reason}. Expected safetensors, a state dict saved with torch.save, or a "
-            "Lightning checkpoint."
-        ) from error
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether it begins as safetensors does: the length of a header, then the header in JSON."""
-    with path.open("rb") as file:
-        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-
-
-def _read_torch(path: Path) -> Any:
-    # Namespace only holds values; timm's and many other programs keep their arguments in one.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it can't read it refuses
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-
-
-def _why_unsafe(path: Path, error: Exception) -> str:
-    with contextlib.suppress(Exception):
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if names:
-            return f"reading it would run code of {shortened(names)}"
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return f"reading it would run code of {found[1]}" if found else "it is a pickle that torch.save did not write"
-
-
-def load_weights(
-    module: nn.Module, source: str | Path, *, strict: bool = True, head: str | None = None
-) -> WeightReport:
-    """Load a backbone's weights from a file into any module; a head for other classes stays as it is.
-
-    The file is safetensors, a state dict saved with ``torch.save``, or a Lightning checkpoint. It is read as data:
-    nothing in it can run code. Names may stand under a prefix (``"module."``, ``"model."``, ...) on either side. For
-    one of timm's networks, what timm can translate is translated: other names, sizes of position embeddings, input
-    channels.
-
-    Args:
-        module: Changed in place; dtype and device stay its own.
-        source: Path of the file.
-        strict: Whether each tensor of the backbone must be in the file; if not, half of them do.
-        head: Attribute path of the classifier. None: that of timm's network, or the last layer if it is linear.
-
-    Returns:
-        What was loaded, and what was not; printed, it is a few lines.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file can't be read without running code, holds no weights, or those of another model; the
-            module is unchanged then.
-
-    Example:
-        >>> import tempfile
-        >>> old, new = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes)) for classes in (1000, 5))
-        >>> path = Path(tempfile.mkdtemp()) / "old.pt"
-        >>> torch.save(old.state_dict(), path)
-        >>> report = load_weights(new, path)
-        >>> report.loaded, report.fresh
-        (('0.weight', '0.bias'), ('2.weight', '2.bias'))
-    """
-    state = read_weights(source)
-    if head is not None:
-        try:
-            heads = [module.get_submodule(head)]
-        except AttributeError as error:
-            children = [name for name, _ in module.named_children()]
-            raise ValueError(
-                f"Expected `head` to be the path of a submodule, but {type(module).__name__} has no {head!r}. It has "
-                f"{children}."
-            ) from error
-    else:
-        network = _timm_network(module)
-        heads = last_layer(module) if network is None else _classifiers(network)
-    own = module.state_dict()
-    names = head_names(module, heads)
-    fitting, report = fit_state(state, own, names, str(source))
-    if report.missing or report.wrong:
-        translated = _translated(state, module)
-        if translated is not None:
-            other, other_report = fit_state(translated, own, names, str(source))
-            if len(other) > len(fitting):
-                fitting, report = other, other_report
-    require_fit(report, [name for name in own if name not in names], strict)
-    module.load_state_dict(fitting, strict=False)
-    rank_zero_info(str(report))
-    return report
-
-
-def _timm_network(module: nn.Module) -> Any:
-    """Return the first of timm's networks in a module, or None."""
-    return next((part for part in module.modules() if hasattr(part, "get_classifier")), None)
-
-
-def _classifiers(network: Any) -> list[nn.Module]:
-    classifier = network.get_classifier()
-    return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
-
-
-def _translated(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any] | None:
-    """Rename and resize what timm knows how to, for the network in a module; None if there is nothing to do."""
-    network = _timm_network(module)
-    if network is None or not getattr(network, "pretrained_cfg", None):
-        return None
-    from timm.models import adapt_input_conv
-
-    own = network.state_dict()
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    prefix, _ = find_prefixes(tensors, own)
-    result = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-    translate: Callable[..., Any] | None = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if translate is not None:
-        with contextlib.suppress(Exception):  # made for the original files; another is left as it is
-            result = dict(translate(dict(result), network))
-    first = network.pretrained_cfg.get("first_conv")
-    for name in [f"{first}.weight"] if isinstance(first, str) else [f"{each}.weight" for each in first or ()]:
-        if name in result and name in own and result[name].shape[1:2] != own[name].shape[1:2]:
-            with contextlib.suppress(NotImplementedError):  # only from 3 channels to others
-                result[name] = adapt_input_conv(own[name].shape[1], result[name])
-    return result
 
 
 @contextlib.contextmanager

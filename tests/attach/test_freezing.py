@@ -5,6 +5,7 @@ import itertools
 import pytest
 import timm
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import patched
 from torch import nn
@@ -86,6 +87,43 @@ def test_a_timm_backbone_without_a_head_has_timms_layers():
     module.backbone = timm.create_model("resnet10t", num_classes=0, in_chans=2)
     names = [layer.name for layer in find_layers(module, "backbone", "Someone")]
     assert names == ["stem", "layer1", "layer2", "layer3", "layer4"]
+
+
+def test_families_of_timm_without_coarse_groups_or_without_any():
+    def names(name):
+        module = Classifier()
+        module.model = timm.create_model(name, num_classes=4)
+        layers = find_layers(module, None, "Someone")
+        parameters = [id(p) for layer in layers for p in layer.parameters()]
+        assert len(set(parameters)) == len(parameters)
+        head = {id(p) for p in module.model.get_classifier().parameters()}
+        assert set(parameters) | head == {id(p) for p in module.model.parameters()}
+        return [layer.name for layer in layers]
+
+    assert len(names("test_rdnet" if "test_rdnet" in timm.list_models() else "rdnet_tiny")) > 3
+    assert names("poolformer_s12") == ["stem", "stages.0", "stages.1", "stages.2", "stages.3"]
+
+
+class Averages(WeightAveraging):
+    """An average of weights that stands in for them in validation."""
+
+    def __init__(self):
+        super().__init__(avg_fn=lambda average, now, count: 0.9 * average + 0.1 * now)
+
+
+def test_validation_of_averaged_weights_sees_these_weights():
+    module, seen = deep(), []
+
+    def validation_step(batch, batch_idx):
+        fresh = deep().eval()
+        fresh.load_state_dict(module.state_dict())
+        seen.append(float((module.backbone(batch[0]) - fresh.backbone(batch[0])).abs().max()))
+
+    module.validation_step = validation_step
+    table = {6: {"0"}}  # it has trained before, so that the average is another
+    trainer(callbacks=[Turns(table), Averages()], max_epochs=4).fit(module, loader(), loader(8))
+    assert len(seen) == 4
+    assert max(seen) < 1e-5
 
 
 def test_modules_that_a_callable_picks_are_a_layer_each_under_their_paths():

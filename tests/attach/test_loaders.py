@@ -393,6 +393,48 @@ def test_others_may_iterate_over_the_loader_in_the_middle_of_an_epoch():
     assert module.numbers == trick.told
 
 
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_end"])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"num_workers": 1, "persistent_workers": True}], ids=str)
+def test_the_samples_are_those_of_lightnings_iterator_whoever_else_iterates(hook, whole, options):
+    if whole and hook == "on_train_batch_end":
+        return  # slow
+
+    class Looks(Callback):
+        pass
+
+    def look(self, trainer, *_):
+        for _ in trainer.train_dataloader:
+            if not whole:
+                return
+
+    setattr(Looks, hook, look)
+    trick, module = Plan((1.0, None), (0.5, None)), Numbered()
+    if options.get("persistent_workers") and hook == "on_train_batch_end":
+        trick = Plan()
+    fit(trick, DataLoader(numbered(), batch_size=8, shuffle=True, **options), module, [Looks()], epochs=3)
+    assert len(module.numbers) > 4
+    assert module.numbers == trick.told
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_others_iterate_in_a_resumed_run(step):
+    class Looks(Callback):
+        def on_train_start(self, trainer, pl_module):
+            list(trainer.train_dataloader)
+
+    def data():
+        return DataLoader(numbered(), batch_size=8, shuffle=True, num_workers=1)
+
+    fit_interrupted(Numbered(), data(), step, [Plan(*PLAN)], max_epochs=3)
+    rest, trick = Numbered(), Plan(*PLAN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resume(rest, data(), [Looks(), trick, Looks()], max_epochs=3)
+    assert rest.numbers
+    assert rest.numbers == trick.told
+
+
 class ReplayNumbered(ReplayLoader):
     def __init__(self, **options):
         DataLoader.__init__(self, numbered(), **{"batch_size": 8, "sampler": OrderOfEpoch(32), **options})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections import UserDict
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -105,9 +107,9 @@ def test_weights_end_as_without_the_cache_and_each_sample_is_computed_once(optim
         lambda: Frozen(optimizer=optimizer), shuffled, FeatureCache(folder), max_epochs=5
     )
     assert plain == 5 * 32
-    # All samples once, and one more batch that checks what is kept.
-    assert cached == 32 + 8
-    assert (cache.hits, cache.misses) == (15, 5)
+    # All samples once, and in the second and the fourth epoch a batch that checks what is kept.
+    assert cached == 32 + 2 * 8
+    assert (cache.hits, cache.misses) == (14, 6)
 
 
 class Images(Dataset):
@@ -462,11 +464,113 @@ class Changes(Callback):
         lambda trainer, module: module.backbone[0].weight.mul_(1.01),
         lambda trainer, module: module.backbone[1].running_mean.add_(0.01),
         lambda trainer, module: setattr(module.backbone[0].weight, "data", module.backbone[0].weight * 2),
+        lambda trainer, module: module.backbone[0].weight.data.mul_(3),
     ],
 )
 def test_features_are_computed_anew_when_frozen_weights_change(change):
     _, _, cached = same_as_without(Frozen, shuffled, max_epochs=6, others=lambda: [Changes(3, change)])
     assert cached == 2 * 40
+
+
+def test_what_changes_in_a_later_epoch_and_shows_nowhere_is_found_out():
+    class Grows(Frozen):
+        def training_step(self, batch, batch_idx):
+            loss = F.cross_entropy(self.head(self.backbone(batch[0]) * (1 + (self.current_epoch >= 3))), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+    fit(Grows(), shuffled(), FeatureCache("features"))
+    for cache in (FeatureCache(), FeatureCache("features")):  # these were right until now
+        message = refused(Grows(), shuffled(), steps=3 * 4 + 1, max_epochs=5, cache=cache)
+        assert "makes something else of the same samples" in message
+
+
+@dataclass
+class Pair:
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"), [(lambda *pair: UserDict(zip("xy", pair, strict=True)), "x"), (Pair, "images")]
+)
+def test_batches_that_are_objects(kind, place):
+    class Unpacks(Frozen):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(
+                [*(batch.values() if isinstance(batch, UserDict) else vars(batch).values())], 0
+            )
+
+    def data():
+        return shuffled(collate_fn=lambda samples: kind(*torch.utils.data.default_collate(samples)))
+
+    _, _, cached = same_as_without(Unpacks, data, FeatureCache(inputs=place))
+    assert cached == 40
+
+
+class Reads(Frozen):
+    """Reads the inputs in some steps, and its callback in all."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step % 3 == 2:
+            picture = (batch[0][:2, :, ::2] - batch[0].min()) / 2
+            self.read.append(picture.clamp(0, 1).cpu().numpy())
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.read.append(batch[0].mean().item())
+
+
+def test_the_inputs_themselves_can_be_read():
+    read = []
+    for callbacks in ([], [FeatureCache()]):
+        module = seeded(Reads)
+        seeded(fit, module, shuffled(), *callbacks)
+        read.append(module.read)
+    assert all(np.array_equal(one, other) for one, other in zip(*read, strict=True))
+
+
+class Closures(Frozen):
+    """Its optimizer asks for several steps on each batch."""
+
+    def __init__(self):
+        super().__init__(head=nn.Sequential(nn.Dropout(0.1), nn.Linear(6, CLASSES)))
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.head.parameters(), lr=0.1, max_iter=3, line_search_fn="strong_wolfe")
+
+
+def test_an_optimizer_that_asks_for_several_steps():
+    cache, _, _ = same_as_without(Closures, shuffled)
+    assert (cache.hits, cache.misses) == (7, 5)
+
+
+class TakesMixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, CLASSES)
+
+    def forward(self, features, mixer):
+        return self.layer(features) * mixer.mean()
+
+
+class GivesMixer(Frozen):
+    def __init__(self):
+        super().__init__(head=TakesMixer())
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.head(self.backbone(batch[0]), torch.eye(8) * 2), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+
+def test_a_constant_with_as_many_rows_as_a_batch():
+    cache, _, _ = same_as_without(GivesMixer, lambda: shuffled(29, 8), close=True, max_epochs=5)
+    assert cache.hits >= 4
 
 
 def test_weights_that_are_swapped_and_come_back_cost_one_batch():
@@ -495,10 +599,10 @@ def test_a_second_run_finds_the_features_of_the_first():
     first, second, plain = FeatureCache("features"), FeatureCache("features"), Frozen()
     fit(Frozen(), shuffled(), first)
     module = Frozen()
-    assert fit(module, shuffled(), second) == 8  # one batch, that checks
+    assert fit(module, shuffled(), second) == 2 * 8  # in the first two epochs a batch that checks
     fit(plain, shuffled())
     assert_same_weights(weights(plain), weights(module))
-    assert (second.hits, second.misses) == (11, 1)
+    assert (second.hits, second.misses) == (10, 2)
 
 
 def other_weights(module, data):
@@ -562,6 +666,16 @@ def test_the_limit():
     assert len([one for one in caught if "max_gib" in str(one.message)]) == 1
 
 
+def test_a_file_that_cannot_be_opened(monkeypatch, tmp_path):
+    def fails(*_, **__):
+        raise RuntimeError("unable to open file")
+
+    monkeypatch.setattr("torch.from_file", fails)
+    with pytest.warns(UserWarning, match="unable to open file"):
+        _, plain, cached = same_as_without(Frozen, shuffled, FeatureCache(tmp_path / "features"))
+    assert plain == cached
+
+
 def test_a_full_disk(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": 10}))
     with pytest.warns(UserWarning, match="disk of .* has 10 bytes left"):
@@ -587,7 +701,7 @@ def test_a_resumed_run_ends_as_the_whole_one(stop, folder):
     with counter:
         resume(rest, data, callbacks, max_epochs=4)
     assert_same_weights(weights(whole), weights(rest))
-    assert counter.images == 8 if folder else counter.images <= 16 + 32 + 8
+    assert counter.images <= (3 * 8 if folder else 16 + 32 + 2 * 8)
 
 
 def test_it_pickles_without_features_and_frees_them():
@@ -736,7 +850,17 @@ def test_random_numbers_that_are_drawn_in_a_later_step_only():
                 torch.rand(1)
             return super().training_step(batch, batch_idx)
 
-    assert "something random" in refused(Later(), shuffled(), steps=1)
+    assert "something random" in (message := refused(Later(), shuffled(), steps=1))
+    assert "generator of torch" in message
+
+
+def test_random_numbers_of_python():
+    class Sometimes(Frozen):
+        def training_step(self, batch, batch_idx):
+            random.random()
+            return super().training_step(batch, batch_idx)
+
+    assert "generator of Python" in refused(Sometimes(), shuffled())
 
 
 @pytest.mark.parametrize(

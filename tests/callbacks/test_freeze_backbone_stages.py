@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -19,6 +20,7 @@ from lightning_speedups.core.schedules import one_cycle
 from small import (
     CLASSES,
     Classifier,
+    Interrupted,
     Memory,
     ReplayLoader,
     assert_same_weights,
@@ -259,6 +261,14 @@ def test_where_validation_has_its_own_rhythm_each_one_counts():
     assert module.training_layers == [set(), set(), set(), set(), {"6"}, {"6"}]
 
 
+def test_a_training_metric_counts_once_an_epoch_whatever_validation_does():
+    for options in ({"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}):
+        module = Told([3] * 4)
+        callback = FreezeBackboneFinetune(gradual=True, monitor="train_loss", min_delta=100.0)
+        trainer(callbacks=[callback], max_epochs=4, **options).fit(module, loader(16), loader(8))
+        assert module.training_layers[::2] == [set(), set(), {"6"}, {"3", "6"}], options
+
+
 def test_a_metric_that_nobody_logs_is_named_after_the_first_epoch():
     callback = FreezeBackboneFinetune(gradual=True, monitor="scroe")
     module = Told([1, 1, 1])
@@ -289,12 +299,53 @@ def test_interrupted_anywhere_and_resumed_it_equals_the_whole_run(course, optimi
     assert len(whole.training_layers) == 8
     assert whole.training_layers[0] != whole.training_layers[-1]
     for stop in range(2, 8, 2) if epoch_end else range(1, 8):
-        if course == "by a metric" and not epoch_end and stop % 2 == 0:
-            continue  # Lightning keeps no epoch's metric in a checkpoint between its last batch and its end
         parted = Deep(optimizer=optimizer)
         fit_interrupted(parted, ReplayLoader(batches=2), stop, make(), epoch_end=epoch_end, max_epochs=4)
         resume(parted, ReplayLoader(batches=2), make(), max_epochs=4)
+        # Lightning keeps no epoch's metric in a checkpoint between its last batch and its end.
+        if course != "by a metric" or epoch_end or stop % 2:
+            assert_same_weights(weights(whole), weights(parted))
+
+
+class SavesAfterValidation(Callback):
+    """Saves as a ModelCheckpoint does that looks at validation, and stops the run there."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint("at.ckpt")
+            raise Interrupted
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(1.0, (2, 4, 6)), (0.5, (1, 3, 5, 7))])
+def test_resumed_from_a_checkpoint_that_validation_made_it_thaws_as_the_whole_run(interval, steps):
+    def make(**options):
+        finetune = FreezeBackboneFinetune(gradual=True, monitor="score", unfreeze_warmup=2)
+        return trainer(callbacks=[finetune, *options.values()], max_epochs=4, val_check_interval=interval)
+
+    def data():
+        return ReplayLoader(batches=2), loader(8)
+
+    whole = Told([3, 3, 3, 3])
+    make().fit(whole, *data())
+    for step in steps:
+        with pytest.raises(Interrupted):
+            make(last=SavesAfterValidation(step)).fit(Told([3, 3, 3, 3]), *data())
+        parted = Told([3, 3, 3, 3])
+        make().fit(parted, *data(), ckpt_path="at.ckpt", weights_only=True)
+        assert parted.training_layers == whole.training_layers[step:]
         assert_same_weights(weights(whole), weights(parted))
+
+
+def test_a_resume_with_other_groups_is_refused_by_name():
+    module = Deep()
+    fit_interrupted(module, ReplayLoader(), 6, [FreezeBackboneFinetune(schedule={0: "6"})])
+    for options in ({"schedule": {0: "3"}}, {"gradual": True}, {"lr_decay": 0.5}):
+        with pytest.raises(MisconfigurationException, match="FreezeBackboneFinetune found other parameter groups"):
+            resume(module, ReplayLoader(), [FreezeBackboneFinetune(**options)])
+    resume(module, ReplayLoader(), [FreezeBackboneFinetune(schedule={0: "6", 2: "6"})])
 
 
 def test_a_checkpoint_of_a_run_without_it_can_go_on_with_it():
@@ -583,3 +634,53 @@ def test_a_train_method_of_the_users_own_is_called_and_given_back():
     trainer(callbacks=[FreezeBackboneFinetune(unfreeze_at_epoch=None)]).fit(module, loader(8), loader(8))
     assert vars(norm)["train"] is own
     assert calls
+
+
+def test_norms_that_train_count_as_something_that_trains():
+    callback = FreezeBackboneFinetune(lambda module: [module.backbone, module.head], None, train_norm=True)
+    module = Deep()
+    before = weights(module)
+    trainer(callbacks=[callback]).fit(module, loader())
+    changed = {name.split(".")[1] for name, value in weights(module).items() if not torch.equal(value, before[name])}
+    assert changed == {"1", "4", "7"}
+
+
+class TwoOptimizers(Deep):
+    """Steps by hand, backbone and head."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(F.cross_entropy(self.head(self.backbone(batch[0])), batch[1]))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), 0.05, momentum=0.9) for part in (self.backbone, self.head)]
+
+
+def test_an_optimizer_whose_parameters_are_all_frozen_rests_also_under_a_gradient_scaler():
+    module = TwoOptimizers()
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
+    callback = FreezeBackboneFinetune(schedule={1: "6"}, refreeze={2: "6"}, fold=False)
+    trainer(callbacks=[callback], plugins=[scaled], max_epochs=3).fit(module, loader(16))
+    assert module.training_layers == [set(), set(), {"6"}, {"6"}, set(), set()]
+    assert callback.steps_done == [2, 6]
+
+
+def test_a_compiled_backbone_has_the_layers_of_the_one_in_it():
+    module = Timm("resnet10t")
+    module.model = torch.compile(module.model, backend="eager")
+    callback, found = FreezeBackboneFinetune(None, schedule={0: "layer4"}), []
+
+    class Looks(Callback):
+        def on_train_start(self, *_):
+            found.extend(layer.name for layer in callback.layers)
+
+    trainer(callbacks=[callback, Looks()], max_epochs=1).fit(module, loader(8))
+    assert found == ["stem", "layer1", "layer2", "layer3", "layer4"]

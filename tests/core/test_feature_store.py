@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -48,6 +49,25 @@ def test_what_is_read_is_no_view():
     store.write(torch.arange(2), features(2))
     store.read("a 0 0", torch.arange(2)).zero_()
     assert torch.equal(store.read("a 0 0", torch.arange(2)), features(2)["a 0 0"])
+
+
+def test_a_file_that_was_cut_off_is_made_anew(tmp_path):
+    FeatureStore(KINDS, 6, tmp_path).write(torch.arange(6), features(6))
+    (file,) = tmp_path.glob("*.bin")
+    file.write_bytes(file.read_bytes()[:20])
+    store = FeatureStore(KINDS, 6, tmp_path)
+    assert not store.was_there
+    assert not store.has(torch.tensor([0]))
+    assert FeatureStore(KINDS, 6, tmp_path).was_there
+
+
+def test_fingerprints_of_objects_are_those_of_their_tensors():
+    class Batch:
+        def __init__(self, value):
+            self.images, self.more = torch.full((2,), value), {"labels": [torch.ones(1)]}
+
+    assert fingerprint(Batch(1.0)) == fingerprint(Batch(1.0)) != fingerprint(Batch(2.0))
+    assert fingerprint(UserDict(x=torch.ones(2))) == fingerprint(UserDict(x=torch.ones(2)))
 
 
 def test_two_share_a_file_and_a_third_finds_it(tmp_path):

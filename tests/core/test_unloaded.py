@@ -30,6 +30,29 @@ def frozen(module):
     return module.requires_grad_(False).eval()
 
 
+def test_values_that_can_be_had():
+    own, origin = torch.arange(6.0).view(2, 3), Origin(Refused)
+    one = Unloaded.of(own, origin, values=own.clone)
+    assert (one[1:] + 1).mean().item() == 5
+    assert np.array_equal(one.view(-1).numpy(), np.arange(6))
+    assert one.tolist() == [row.tolist() for row in one] == own.tolist()
+    assert torch.equal(torch.zeros(2, 3).copy_(one), own)
+    assert one[one > 2].tolist() == [3, 4, 5]
+    for needs in (
+        lambda: (one + torch.ones(3)).sum().item(),
+        lambda: F.linear(one, torch.ones(1, 3, requires_grad=True)),
+        lambda: F.dropout(one),
+        lambda: frozen(nn.Linear(3, 2))(one).tolist(),
+    ):
+        with pytest.raises(Refused):
+            needs()
+    twice = one * 2
+    assert type(one.add_(1)) is Unloaded
+    for changed in (one, twice):
+        with pytest.raises(Refused):
+            changed.tolist()
+
+
 def assert_alike(one, real):
     assert type(one) is Unloaded
     assert one.shape == real.shape

@@ -164,7 +164,10 @@ def test_a_head_of_which_a_part_fits_is_left_as_a_whole(gone):
 def test_a_fitting_head_is_loaded():
     module = network()
     nn.init.zeros_(module[4].weight)
-    assert load(STATE, module).fresh == ()
+    report = load(STATE, module)
+    assert (report.fresh, report.head) == ((), HEAD)
+    assert "the head, too, came from the file (2): 4.weight; 4.bias" in str(report)
+    assert load(STATE, network(classes=5)).head == ()
     assert torch.equal(module[4].weight, STATE["4.weight"])
 
 
@@ -184,6 +187,60 @@ def test_what_the_module_lacks_is_only_reported():
     content = {**STATE, "decoder.weight": torch.zeros(2), "extra": "text", "4.n": 3}
     report = load(content, network())
     assert report.unexpected == ("decoder.weight", "extra", "4.n")
+
+
+def blocks(depth):
+    """Names as timm gives them: a stem, blocks, a norm, a head."""
+    names = ["stem.weight", *(f"blocks.{i}.{part}" for i in range(depth) for part in "abc"), "norm.weight"]
+    return {name: torch.zeros(2) for name in [*names, "fc.weight"]}
+
+
+@pytest.mark.parametrize("order", [list, sorted], ids=["as built", "as safetensors sorts"])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_deeper_network_of_the_same_names_is_another_model_and_a_little_more_is_not(order, prefix):
+    own = prefixed(prefix, blocks(4))
+    backbone = [name for name in own if "fc" not in name]
+
+    def report(content):
+        content = prefixed(prefix, content)
+        return fit_state({name: content[name] for name in order(content)}, own, (f"{prefix}fc.weight",))[1]
+
+    deeper = report(blocks(6))
+    assert len(deeper.surplus) == 6
+    with pytest.raises(ValueError, match=r"of another model: 6 tensors stand among[\s\S]*in the file only \(6\)"):
+        require_fit(deeper, backbone)
+    require_fit(deeper, backbone, strict=False)
+    require_fit(report(blocks(4) | {"blocks.0.mask": torch.zeros(1), "blocks.1.mask": torch.zeros(1)}), backbone)
+    with pytest.raises(ValueError, match="missing in the file"):
+        require_fit(report(blocks(3)), backbone)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_extras_beside_the_network_are_no_other_model(prefix):
+    copy, own = blocks(4), prefixed(prefix, blocks(4))
+    beside = prefixed("average.", copy) | prefixed("projector.", blocks(2)) | prefixed("zloss.", blocks(2))
+    for content in (beside | copy, copy | beside, dict(sorted((copy | beside).items()))):
+        report = fit_state(prefixed(prefix, content), own)[1]
+        assert len(report.unexpected) == len(beside)
+        assert not report.surplus
+        require_fit(report, own)
+
+
+@pytest.mark.parametrize("stem", [[], ["stem"]])
+def test_the_end_of_a_network_may_stay_away(stem):
+    layers = {f"{part}.weight": torch.zeros(2) for part in [*stem, *(f"net.{i}" for i in range(6))]}
+    own = {name: layers[name] for name in list(layers)[:3]}
+    require_fit(fit_state(layers, own)[1], own)
+
+
+def test_counters_of_another_kind_are_as_good_as_absent():
+    content = {name: value.half() for name, value in STATE.items()}
+    module = network()
+    module[1].num_batches_tracked += 3
+    report = load(content, module)
+    assert set(report.loaded) == STATE.keys() - {"1.num_batches_tracked"}
+    assert (report.missing, report.mismatched, report.unexpected) == ((), (), ())
+    assert int(module[1].num_batches_tracked) == 3
 
 
 def test_a_part_that_the_file_is_not_about_stays_as_it_is():
