@@ -144,9 +144,11 @@ class FreezingTrick(OptimizerTrick):
         """Tell whether all of an optimizer's parameters are frozen."""
         return optimizer in self._resting
 
-    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Fold anew: averages of weights come and go in a way that leaves no trace on the tensors."""
-        if trainer.state.fn == "fit":
+        if batch_idx == 0:
             self._folded.forget()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
