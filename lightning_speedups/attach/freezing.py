@@ -15,7 +15,7 @@ from lightning_speedups.attach.trick import callbacks_of, raw_optimizers
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
 from lightning_speedups.core.folding import FoldedNorms, Pair, conv_norm_pairs
 from lightning_speedups.core.freezing import Frozen
-from lightning_speedups.core.layers import Layer, layers_by_child, layers_by_number, owners, unreserved
+from lightning_speedups.core.layers import Layer, is_norm, layers_by_child, layers_by_number, owners, unreserved
 
 Backbone = str | Callable[[LightningModule], nn.Module | Iterable[nn.Module]] | None
 
@@ -44,7 +44,7 @@ class FreezingTrick(OptimizerTrick):
         self._frozen: dict[str, Frozen] = {}
         self._pairs: list[Pair] | None = None
         self._folded = FoldedNorms([])
-        self._resting: set[int] = set()
+        self._resting: list[torch.optim.Optimizer] = []
 
     def forget(self) -> None:
         """Forget the last run."""
@@ -133,16 +133,23 @@ class FreezingTrick(OptimizerTrick):
                 )
         if self.fold and not self.train_norm and self._frozen:
             self._fold(trainer, pl_module)
-        self._resting = {
-            i
-            for i, optimizer in enumerate(raw_optimizers(trainer))
+        self._resting = [
+            optimizer
+            for optimizer in raw_optimizers(trainer)
             if not any(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"])
-        }
+        ]
         return True
 
-    def rests(self, optimizer: int) -> bool:
+    def rests(self, optimizer: torch.optim.Optimizer) -> bool:
         """Tell whether all of an optimizer's parameters are frozen."""
         return optimizer in self._resting
+
+    def freezes_all(self, pl_module: LightningModule, names: Collection[str]) -> bool:
+        """Tell whether nothing would train if the layers of these names were frozen."""
+        modules = [module for layer in self.layers if layer.name in names for module in layer.modules]
+        resting = (module for module in modules if not (self.train_norm and is_norm(module)))
+        frozen = {id(parameter) for module in resting for parameter in module.parameters(recurse=False)}
+        return frozen.issuperset(id(p) for p in pl_module.parameters() if p.requires_grad)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -182,7 +189,7 @@ class FreezingTrick(OptimizerTrick):
         self._folded.undo()
         for frozen in self._frozen.values():
             frozen.undo()
-        self._frozen, self._pairs, self._resting, self.layers, self.layer_of_group = {}, None, set(), [], {}
+        self._frozen, self._pairs, self._resting, self.layers, self.layer_of_group = {}, None, [], [], {}
 
 
 def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.Parameter]) -> None:

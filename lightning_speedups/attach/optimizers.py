@@ -71,7 +71,7 @@ class OptimizerTrick(Trick):
         """
         return None
 
-    def rests(self, optimizer: int) -> bool:
+    def rests(self, optimizer: Optimizer) -> bool:
         """Tell whether an optimizer has nothing to step, which GradScaler takes for a mistake."""
         return False
 
@@ -195,8 +195,7 @@ class _Driver:
         self, original: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
     ) -> Any:
         raw = getattr(optimizer, "_optimizer", optimizer)
-        places = {id(optimizer): i for i, optimizer in enumerate(raw_optimizers(self.trainer))}
-        if any(trick.rests(places[id(raw)]) for trick in self.tricks):
+        if any(trick.rests(raw) for trick in self.tricks):
             return closure()
         return self.show(partial(original, optimizer, closure), *args, only=raw, **kwargs)
 

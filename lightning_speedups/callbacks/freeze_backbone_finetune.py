@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_speedups.attach.freezing import Backbone, FreezingTrick
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.durations import Duration, Run
-from lightning_speedups.core.layers import Layer, is_norm, rates_by_depth
+from lightning_speedups.core.layers import Layer, rates_by_depth
 from lightning_speedups.core.unfreezing import Names, Stage, check_schedule, gradually, stages
 
 
@@ -161,10 +161,7 @@ class FreezeBackboneFinetune(FreezingTrick):
         """Refuse a stage in which nothing would train."""
         super().on_fit_start(trainer, pl_module)
         for stage in self._stages:
-            modules = [m for layer in self.layers if layer.name not in stage.training for m in layer.modules]
-            resting = (m for m in modules if not (self.train_norm and is_norm(m)))
-            frozen = {id(parameter) for module in resting for parameter in module.parameters(recurse=False)}
-            if frozen.issuperset(id(p) for p in pl_module.parameters() if p.requires_grad):
+            if self.freezes_all(pl_module, {layer.name for layer in self.layers} - stage.training):
                 raise MisconfigurationException(
                     f"{self.name} would freeze every parameter in epoch {stage.epoch}: nothing is left to train. "
                     "`backbone` must not contain the head, or the schedule must thaw it."

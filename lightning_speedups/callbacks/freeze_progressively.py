@@ -138,8 +138,7 @@ class FreezeProgressively(FreezingTrick):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to freeze all that there is, before the time for it comes."""
         super().on_fit_start(trainer, pl_module)
-        freezing = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
-        if freezing.issuperset(id(parameter) for parameter in pl_module.parameters() if parameter.requires_grad):
+        if self.freezes_all(pl_module, [layer.name for layer in self.layers]):
             raise MisconfigurationException(
                 f"{self.name} would freeze every parameter: `backbone` must not contain the head. Name a part of the "
                 "module, or give a lower `share`."
