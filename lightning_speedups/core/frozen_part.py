@@ -83,17 +83,16 @@ def is_untrained(values: Any) -> bool:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Tell whether a module has parameters, of which none trains.
+    """Tell whether nothing in a module trains.
 
     Args:
         module: Which module.
 
     Example:
-        >>> is_frozen(nn.Linear(2, 2).requires_grad_(False)), is_frozen(nn.ReLU())
-        (True, False)
+        >>> is_frozen(nn.Linear(2, 2)), is_frozen(nn.Linear(2, 2).requires_grad_(False)), is_frozen(nn.ReLU())
+        (False, True, True)
     """
-    flags = [parameter.requires_grad for parameter in module.parameters()]
-    return bool(flags) and not any(flags)
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def tensors_in(part: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

@@ -361,6 +361,20 @@ def test_frozen_modules_are_not_even_called():
     assert calls == [False] * 6 + [0, 1] + [False, 0, 1, 2]
 
 
+def test_modules_without_parameters_are_not_called_either():
+    class Pool(nn.AvgPool2d):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += isinstance(x, Unloaded)
+            return super().forward(x)
+
+    module = Frozen(nn.Sequential(pool := Pool(2), nn.Flatten(), nn.Linear(32, 6)))
+    module.backbone[1].register_forward_hook(lambda *_: None)  # somebody listens: what is around it is called
+    fit(module, shuffled(), cache := FeatureCache())
+    assert (pool.calls, cache.hits) == (2, 7)  # once in each epoch
+
+
 class Validates(Callback):
     def __init__(self):
         self.found = []
