@@ -2,7 +2,7 @@
 
 First a network of timm's learns CIFAR-10 (once; the weight file is used again). Then, for each seed, the same network is trained on the new
 images from random weights, with one cycle, flips and small crops, and from those weights: the head alone on cached features; the head and the upper layers,
-which begin at cached features too; head first, then everything; and everything at once. All arms run in turn, interleaved seed by seed, with the same batches. Seconds
+which begin at cached features too; head first, then everything; and everything at once. All arms run in turn, interleaved seed by seed, with the same order of samples. Seconds
 are those of training, with the making of features, without evaluation and without pretraining, which is done once for any number of tasks. The target is the best
 accuracy that the seed's run from scratch had in any epoch. The settings were chosen on training images held out (`--validation 400`). Run nothing beside it.
 
@@ -53,13 +53,17 @@ def upper(args):
     return FreezeBackboneFinetune(None, schedule={0: ["head", *args.upper.split(",")]})
 
 
-# The options of the module, the tricks, and the share of the epochs.
+# The options of the module, the tricks, and the option that says how many epochs.
 ARMS = {
-    "scratch": ({"weights": None}, lambda a: [OneCycleMomentum(a.lr), crops(a.side)], 1.0),
-    "head": ({}, lambda a: [FreezeBackboneFinetune(None, None), FeatureCache(), OneCycleMomentum(a.head_lr)], 1.0),
-    "upper": ({}, lambda a: [upper(a), FeatureCache(), OneCycleMomentum(a.upper_lr)], 0.27),
-    "stages": ({}, lambda a: [FreezeBackboneFinetune(None, 1, 1.0), OneCycleMomentum(a.lr), crops(a.side)], 0.4),
-    "everything": ({}, lambda a: [OneCycleMomentum(a.lr), crops(a.side)], 0.4),
+    "scratch": ({"weights": None}, lambda a: [OneCycleMomentum(a.lr), crops(a.side)], "epochs"),
+    "head": ({}, lambda a: [FreezeBackboneFinetune(None, None), FeatureCache(), OneCycleMomentum(a.head_lr)], "epochs"),
+    "upper": ({}, lambda a: [upper(a), FeatureCache(), OneCycleMomentum(a.upper_lr)], "upper_epochs"),
+    "stages": (
+        {},
+        lambda a: [FreezeBackboneFinetune(None, 1, 1.0), OneCycleMomentum(a.lr), crops(a.side)],
+        "finetuning_epochs",
+    ),
+    "everything": ({}, lambda a: [OneCycleMomentum(a.lr), crops(a.side)], "finetuning_epochs"),
 }
 
 
@@ -156,7 +160,9 @@ def main() -> None:
     parser.add_argument("--pretrain-epochs", type=int, default=25)
     parser.add_argument("--share", type=float, default=1.0, help="of the new training images that are used")
     parser.add_argument("--test-samples", type=int, default=2000)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=15, help="from scratch, and of the head")
+    parser.add_argument("--finetuning-epochs", type=int, default=6)
+    parser.add_argument("--upper-epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -187,13 +193,13 @@ def main() -> None:
         test, train = (tuple(x[part] for x in train) for part in (slice(args.validation), slice(args.validation, None)))
 
     def run(arm, seed):
-        options, tricks, share = ARMS[arm]
+        options, tricks, epochs = ARMS[arm]
         seed_everything(seed, verbose=False)
         options = {"weights": args.weights, "smoothing": args.smoothing, **options}
         module = TransferClassifier(args.model, data.num_classes, **options)
         module = module.to(memory_format=torch.channels_last)
         loader = InMemoryLoader(train, batch_size=args.batch_size, shuffle=True, drop_last=True, seed=seed)
-        clock = fit(module, loader, test, args, tricks(args), max(2, round(share * args.epochs)))
+        clock = fit(module, loader, test, args, tricks(args), getattr(args, epochs))
         return {"arm": arm, "seed": seed, "points": clock.points}
 
     facts = {"machine": machine_facts(), "versions": versions(), "settings": {k: str(v) for k, v in vars(args).items()}}
