@@ -135,7 +135,8 @@ def pretrain(args):
 def draw(rows, path):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for color, arm in zip(("C0", "C1", "C2", "C3", "C4"), ARMS, strict=True):
+    for number, arm in enumerate(ARMS):
+        color = f"C{number}"
         these = [row for row in rows if row["arm"] == arm]
         for i, row in enumerate(these):
             seconds, accuracy = zip(*row["points"], strict=True)
