@@ -15,7 +15,18 @@ STOREYS = ["core", "attach", TRICKS, "models", "recipes", "measure", "cli"]
 LIBRARIES = {"core": {"torch"}, "losses": {"torch"}, "cli": {"rich"}}
 
 
-BASES = ["trick", "optimizers", "batches", "loaders", "wrapping"]  # of attach/, each may be built on those before it
+BASES = [
+    "packages",
+    "stations",
+    "trick",
+    "randomness",
+    "copies",
+    "run_length",
+    "steps",
+    "batches",
+    "loaders",
+    "wrapping",
+]  # of attach/, each may be built on those before it
 
 
 def grip(name):
@@ -77,7 +88,7 @@ def test_imports_go_down_the_house_only(path):
         ("callbacks/x.py", "from lightning_speedups import MixupCallback"),
         ("callbacks/x.py", "def f():\n    from lightning_speedups.measure import compare"),
         ("attach/x.py", "from lightning_speedups.attach.schedules import ScheduleTrick"),
-        ("attach/trick.py", "from lightning_speedups.attach.optimizers import OptimizerTrick"),
+        ("attach/trick.py", "from lightning_speedups.attach.steps import OptimizerTrick"),
         ("cli.py", "import torch"),
     ],
 )

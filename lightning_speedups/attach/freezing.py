@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,14 +11,47 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_speedups.attach.optimizers import OptimizerTrick, Order
-from lightning_speedups.attach.trick import callbacks_of, raw_optimizers
+from lightning_speedups.attach.run_length import raw_optimizers
+from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
+from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
 from lightning_speedups.core.folding import FoldedNorms, Pair, conv_norm_pairs
 from lightning_speedups.core.freezing import Frozen
 from lightning_speedups.core.layers import Layer, is_norm, layers_by_child, layers_by_number, owners, unreserved
 
 Backbone = str | Callable[[LightningModule], nn.Module | Iterable[nn.Module]] | None
+
+
+@dataclass
+class GroupLabels(Steps):
+    """What a checkpoint holds of a trick that freezes.
+
+    Attributes:
+        labels: Names of the parameter groups that the layers are in, by the layers' names.
+    """
+
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Freezing:
+    """What else belongs to a run of a trick that freezes.
+
+    Attributes:
+        layers: The backbone's layers, from its input on.
+        layer_of_group: Those that have a parameter group, by the indices of optimizer and group.
+        frozen: Those that are frozen now, by name.
+        pairs: Convolutions and their norms in the backbone; None before they were looked for.
+        folded: Those that are folded now.
+        resting: Optimizers of which all parameters are frozen.
+    """
+
+    layers: list[Layer] = field(default_factory=list)
+    layer_of_group: dict[tuple[int, int], Layer] = field(default_factory=dict)
+    frozen: dict[str, Frozen] = field(default_factory=dict)
+    pairs: list[Pair] | None = None
+    folded: FoldedNorms = field(default_factory=lambda: FoldedNorms([]))
+    resting: list[torch.optim.Optimizer] = field(default_factory=list)
 
 
 class FreezingTrick(OptimizerTrick):
@@ -32,25 +66,21 @@ class FreezingTrick(OptimizerTrick):
         fold: Compute a frozen convolution and its frozen BatchNorm as one.
     """
 
-    order = Order.FACTOR
+    order = ValueOrder.FACTOR
+    saved_as, run_as = GroupLabels, Freezing
+    saved: GroupLabels
+    run: Freezing
 
     def __init__(self, backbone: Backbone, train_norm: bool = False, fold: bool = True) -> None:
         super().__init__()
         if not (backbone is None or callable(backbone) or (isinstance(backbone, str) and backbone)):
             raise ValueError(f"Expected `backbone` to be an attribute path, a callable or None, but got {backbone!r}.")
         self.backbone, self.train_norm, self.fold = backbone, train_norm, fold
-        self.layers: list[Layer] = []
-        self.layer_of_group: dict[tuple[int, int], Layer] = {}
-        self._frozen: dict[str, Frozen] = {}
-        self._pairs: list[Pair] | None = None
-        self._folded = FoldedNorms([])
-        self._resting: list[torch.optim.Optimizer] = []
 
-    def forget(self) -> None:
-        """Forget the last run."""
-        super().forget()
-        self._labels: dict[str, str] = {}
-        self._labels_before: dict[str, str] | None = None
+    @property
+    def layers(self) -> list[Layer]:
+        """The backbone's layers in the run under way, from its input on."""
+        return self.run.layers
 
     def group_label(self, layer: Layer) -> str:
         """Return the name of the parameter group that a layer is in; layers of one group are always paced alike."""
@@ -66,18 +96,23 @@ class FreezingTrick(OptimizerTrick):
         if stage == "fit":
             require_rewrapping(trainer, self.name)
 
-    def splits_groups(self, pl_module: LightningModule) -> Callable[[Tensor], str | None]:
-        """Find the layers; their parameters get groups of their own."""
-        self.layers = self.find_layers(pl_module)
-        self._labels = labels = {layer.name: self.group_label(layer) for layer in self.layers}
-        if self._labels_before not in (None, labels):  # torch would hand the state of one layer to another
+    def settle_groups(self, pl_module: LightningModule) -> Callable[[Tensor], str | None]:
+        """Settle the layers; their parameters get groups of their own."""
+        self.run.layers = self.find_layers(pl_module)
+        self.settle_courses(pl_module)
+        labels = {layer.name: self.group_label(layer) for layer in self.layers}
+        if self.resumed and self.saved.labels != labels:  # torch would hand the state of one layer to another
             raise MisconfigurationException(
                 f"{self.name} found other parameter groups in the checkpoint than its arguments make now: layers that "
                 "go together then and now are not the same. Resume with the arguments of that run, or load its weights"
                 " alone."
             )
+        self.saved.labels = labels
         label_of = {id(parameter): labels[layer.name] for layer in self.layers for parameter in layer.parameters()}
         return lambda parameter: label_of.get(id(parameter))
+
+    def settle_courses(self, pl_module: LightningModule) -> None:
+        """Settle what the layers do when."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimizers have the layers in groups of their own, and that nobody else freezes them."""
@@ -95,7 +130,7 @@ class FreezingTrick(OptimizerTrick):
             raise MisconfigurationException(
                 f"{self.name}: no parameter of the backbone can be trained at all. Leave the freezing to this callback."
             )
-        self.layer_of_group = {}
+        self.run.layer_of_group = {}
         for i, optimizer in enumerate(raw_optimizers(trainer)):
             for g, group in enumerate(optimizer.param_groups):
                 found = [layer_of.get(id(parameter)) for parameter in group["params"]]
@@ -106,7 +141,7 @@ class FreezingTrick(OptimizerTrick):
                         "optimizer was not made in `configure_optimizers`. Make it there."
                     )
                 if found and found[0] is not None:
-                    self.layer_of_group[i, g] = found[0]
+                    self.run.layer_of_group[i, g] = found[0]
         if lacking:
             raise MisconfigurationException(
                 f"{self.name}: {len(lacking)} of the backbone's trainable parameters are in no optimizer and would "
@@ -116,24 +151,24 @@ class FreezingTrick(OptimizerTrick):
 
     def freeze_only(self, trainer: Trainer, pl_module: LightningModule, names: Collection[str]) -> bool:
         """Freeze the layers of these names, thaw the others, and tell whether that changed anything."""
-        if set(names) == set(self._frozen):
+        if set(names) == set(self.run.frozen):
             return False
-        self._folded.undo()
+        self.run.folded.undo()
         with rewrapped(trainer, pl_module):
             for layer in self.layers:
-                if layer.name in names and layer.name not in self._frozen:
-                    frozen = self._frozen[layer.name] = Frozen(layer.modules, self.train_norm)
+                if layer.name in names and layer.name not in self.run.frozen:
+                    frozen = self.run.frozen[layer.name] = Frozen(layer.modules, self.train_norm)
                     forget_state(raw_optimizers(trainer), frozen.parameters)
-                elif layer.name not in names and layer.name in self._frozen:
-                    self._frozen.pop(layer.name).undo()
+                elif layer.name not in names and layer.name in self.run.frozen:
+                    self.run.frozen.pop(layer.name).undo()
             if not any(parameter.requires_grad for parameter in pl_module.parameters()):
                 raise MisconfigurationException(
                     f"{self.name} froze every parameter: nothing is left to train. `backbone` must not contain the"
                     " head."
                 )
-        if self.fold and not self.train_norm and self._frozen:
+        if self.fold and not self.train_norm and self.run.frozen:
             self._fold(trainer, pl_module)
-        self._resting = [
+        self.run.resting = [
             optimizer
             for optimizer in raw_optimizers(trainer)
             if not any(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"])
@@ -142,7 +177,7 @@ class FreezingTrick(OptimizerTrick):
 
     def rests(self, optimizer: torch.optim.Optimizer) -> bool:
         """Tell whether all of an optimizer's parameters are frozen."""
-        return optimizer in self._resting
+        return optimizer in self.run.resting
 
     def freezes_all(self, pl_module: LightningModule, names: Collection[str]) -> bool:
         """Tell whether nothing would train if the layers of these names were frozen."""
@@ -155,41 +190,33 @@ class FreezingTrick(OptimizerTrick):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Fold anew: averages of weights come and go in a way that leaves no trace on the tensors."""
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         if batch_idx == 0:
-            self._folded.forget()
+            self.run.folded.forget()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fold anew."""
-        self._folded.forget()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return which layers share a parameter group."""
-        return {**super().state_dict(), "labels": dict(self._labels)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Expect the same groups."""
-        super().load_state_dict(state_dict)
-        self._labels_before = dict(state_dict["labels"])
+        super().on_validation_end(trainer, pl_module)
+        self.run.folded.forget()
 
     def _fold(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        frozen = {module for layer in self.layers if layer.name in self._frozen for module in layer.modules}
-        if self._pairs is None:
+        frozen = {module for layer in self.layers if layer.name in self.run.frozen for module in layer.modules}
+        if self.run.pairs is None:
             children = [child for child in pl_module.children() if not frozen.isdisjoint(child.modules())]
-            self._pairs = [pair for child in children for pair in conv_norm_pairs(child, [pl_module, trainer])]
-        self._folded = FoldedNorms(pair for pair in self._pairs if frozen.issuperset(pair))
+            self.run.pairs = [pair for child in children for pair in conv_norm_pairs(child, [pl_module, trainer])]
+        self.run.folded = FoldedNorms(pair for pair in self.run.pairs if frozen.issuperset(pair))
 
     @property
     def frozen_parameters(self) -> int:
         """How many numbers are frozen now."""
-        return sum(parameter.numel() for frozen in self._frozen.values() for parameter in frozen.parameters)
+        return sum(parameter.numel() for frozen in self.run.frozen.values() for parameter in frozen.parameters)
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was handed in."""
-        super().undo(trainer, pl_module)
-        self._folded.undo()
-        for frozen in self._frozen.values():
+        self.run.folded.undo()
+        for frozen in self.run.frozen.values():
             frozen.undo()
-        self._frozen, self._pairs, self._resting, self.layers, self.layer_of_group = {}, None, [], [], {}
+        super().undo(trainer, pl_module)
 
 
 def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.Parameter]) -> None:

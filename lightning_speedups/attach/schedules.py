@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_speedups.attach.optimizers import OptimizerTrick, Order
-from lightning_speedups.attach.trick import callbacks_of, raw_optimizers
-from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.durations import Run
+from lightning_speedups.attach.packages import is_a
+from lightning_speedups.attach.run_length import raw_optimizers
+from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
+from lightning_speedups.attach.trick import callbacks_of
+from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.schedules import Course
 
 Rates = float | list[float]
@@ -80,6 +82,30 @@ def rate_of(rates: Rates, group: int) -> float:
     return rates
 
 
+@dataclass
+class Schedule(Steps):
+    """What a checkpoint holds of a schedule.
+
+    Attributes:
+        courses: How each optimizer's steps go along the curve.
+        groups: How many groups each optimizer had when the schedule began.
+    """
+
+    courses: list[Course] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Leaders:
+    """What else belongs to a run of a schedule.
+
+    Attributes:
+        leading: Rate of each optimizer's first group before the schedule.
+    """
+
+    leading: dict[int, float] = field(default_factory=dict)
+
+
 class ScheduleTrick(OptimizerTrick):
     """A trick that sets a value of the parameter groups as a function of the step and of the run's length.
 
@@ -93,7 +119,11 @@ class ScheduleTrick(OptimizerTrick):
         on_resume: What to do when a resumed run has another length.
     """
 
-    order = Order.ABSOLUTE
+    order = ValueOrder.ABSOLUTE
+    saved_as, run_as = Schedule, Leaders
+    saved: Schedule
+    run: Leaders
+
     ends_before: ClassVar[int] = 0
     """Steps between the curve's end and the end of the run: 1 if the last step stands at the end of the curve."""
     way_without: ClassVar[Mapping[str, str]] = {}
@@ -105,16 +135,8 @@ class ScheduleTrick(OptimizerTrick):
         super().__init__()
         check_number("total_steps", total_steps, 1, whole=True, optional=True)
         check_number("optimizer", optimizer, 0, whole=True, optional=True)
-        if on_resume not in ("stretch", "extend"):
-            raise ValueError(f"Expected `on_resume` to be 'stretch' or 'extend', but got {on_resume!r}.")
+        check_choice("on_resume", on_resume, ("stretch", "extend"))
         self.total_steps, self.optimizer, self.on_resume = total_steps, optimizer, on_resume
-
-    def forget(self) -> None:
-        """Forget the last run."""
-        super().forget()
-        self._courses: list[Course] = []
-        self._first_groups: list[int] = []  # how many groups each optimizer had when the schedule began
-        self._leading_rate: dict[int, float] = {}
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -129,7 +151,7 @@ class ScheduleTrick(OptimizerTrick):
     @property
     def length(self) -> float:
         """Length of the curve, in its own steps: that of the run when it began."""
-        return self._courses[0].length + self.ends_before
+        return self.saved.courses[0].length + self.ends_before
 
     @property
     def state_key(self) -> str:
@@ -142,19 +164,20 @@ class ScheduleTrick(OptimizerTrick):
 
     def position(self, optimizer: int, step: int) -> float:
         """Return where the curve stands at a step of an optimizer, in the curve's own steps."""
-        return self._courses[optimizer].position(step)
+        return self.saved.courses[optimizer].position(step)
 
     def ratio(self, optimizer: int, group: int, values: Mapping[str, Any]) -> float:
         """Return the learning rate of a group that came later over that of the first group; 1 for the others."""
         rate = float(values["lr"])
         if group == 0:
-            self._leading_rate[optimizer] = rate
-        if group < self._first_groups[optimizer] or not self._leading_rate[optimizer]:
+            self.run.leading[optimizer] = rate
+        if group < self.saved.groups[optimizer] or not self.run.leading[optimizer]:
             return 1.0
-        return rate / self._leading_rate[optimizer]
+        return rate / self.run.leading[optimizer]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse another owner of the same values, and optimizers that lack them."""
+        super().on_fit_start(trainer, pl_module)
         optimizers = raw_optimizers(trainer)
         if self.optimizer is not None and self.optimizer >= len(optimizers):
             raise MisconfigurationException(
@@ -187,7 +210,7 @@ class ScheduleTrick(OptimizerTrick):
     def require_rates(self, trainer: Trainer, **arguments: Any) -> None:
         """Refuse lists of rates that do not fit the parameter groups that the optimizers began with."""
         for i, optimizer in enumerate(raw_optimizers(trainer)):
-            count = self._first_groups[i] if i < len(self._first_groups) else len(optimizer.param_groups)
+            count = self.saved.groups[i] if i < len(self.saved.groups) else len(optimizer.param_groups)
             for name, rates in arguments.items():
                 if self.drives(i) and isinstance(rates, (list, tuple)) and len(rates) != count:
                     raise MisconfigurationException(
@@ -201,7 +224,7 @@ class ScheduleTrick(OptimizerTrick):
             if self.optimizer is None or driven in (None, raw_optimizers(trainer)[self.optimizer]):
                 yield f"the scheduler {type(config.scheduler).__name__} from configure_optimizers"
         for callback in callbacks_of(trainer):
-            if isinstance(callback, StochasticWeightAveraging) and "lr" in self.keys:
+            if is_a(callback, "StochasticWeightAveraging") and "lr" in self.keys:
                 yield "the callback StochasticWeightAveraging"
             if isinstance(callback, ScheduleTrick) and callback is not self and self.clashes(callback):
                 yield f"the callback {callback.name}"
@@ -214,11 +237,11 @@ class ScheduleTrick(OptimizerTrick):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the groups that are there from the start, and settle the curve."""
         groups = [len(optimizer.param_groups) for optimizer in raw_optimizers(trainer)]
-        if len(self._first_groups) != len(groups):
-            self._first_groups = groups
+        if len(self.saved.groups) != len(groups):
+            self.saved.groups = groups
         super().on_train_start(trainer, pl_module)
 
-    def plan(self, run: Run) -> None:
+    def plan(self, run: RunFacts) -> None:
         """Settle the length of the curve; what stretched or extended it stands in a warning."""
         if not self.needs_length:
             return
@@ -228,19 +251,19 @@ class ScheduleTrick(OptimizerTrick):
                 f"{self.name} needs the length of the run, and this one's is unknown (an endless loader, no "
                 f"`max_epochs`, or manual optimization, where the steps are the module's own). {self.ways_out}"
             )
-        if not self._first_groups:
-            self._first_groups = [1] * len(run.optimizers)
+        if not self.saved.groups:
+            self.saved.groups = [1] * len(run.optimizers)
         end = total - self.ends_before
-        before = self._courses
+        before = self.saved.courses
         if len(before) != len(run.optimizers):
-            self._courses = [Course(end, end)] * len(run.optimizers)
+            self.saved.courses = [Course(end, end)] * len(run.optimizers)
         elif before[0].total != end:
             if self.on_resume == "extend":
                 steps = zip(before, self.steps_done, strict=True)
-                self._courses = [course.extended(step, end) for course, step in steps]
+                self.saved.courses = [course.extended(step, end) for course, step in steps]
                 how = "the curve goes on from where it stood and ends at the new total"
             else:
-                self._courses = [Course(end, end)] * len(before)
+                self.saved.courses = [Course(end, end)] * len(before)
                 how = "the curve is stretched over the new total"
             rank_zero_warn(
                 f"{self.name}: the checkpoint's run had {before[0].total + self.ends_before} optimizer steps, this one"
@@ -249,11 +272,9 @@ class ScheduleTrick(OptimizerTrick):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counted steps and how they lie on the curve."""
-        courses = [[c.length, c.total, c.since, c.start] for c in self._courses]
-        return {**super().state_dict(), "courses": courses, "groups": list(self._first_groups)}
+        return {**super().state_dict(), "courses": [list(astuple(course)) for course in self.saved.courses]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the same step."""
         super().load_state_dict(state_dict)
-        self._courses = [Course(*course) for course in state_dict["courses"]]
-        self._first_groups = [int(count) for count in state_dict["groups"]]
+        self.saved.courses = [Course(*course) for course in state_dict["courses"]]

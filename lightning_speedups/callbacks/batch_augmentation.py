@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_speedups.attach.batches import Order, SeededBatchTrick
-from lightning_speedups.attach.loaders import LoaderTrick
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick
+from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.augmentation import coins, flip_some, shifted_crops
 from lightning_speedups.core.batch import Place, check_place, path_of, replace_part
 
@@ -74,7 +74,7 @@ class BatchAugmentation(SeededBatchTrick):
         >>> trainer = Trainer(callbacks=[BatchAugmentation(crop=2, flip="alternating")])
     """
 
-    batch_order = Order.AUGMENT
+    batch_order = BatchOrder.AUGMENT
 
     def __init__(
         self,
@@ -89,10 +89,8 @@ class BatchAugmentation(SeededBatchTrick):
         super().__init__(seed)
         check_number("crop", crop, 0, whole=True)
         check_number("ignore_index", ignore_index, whole=True)
-        if padding not in ("reflect", "zeros"):
-            raise ValueError(f"Expected `padding` to be 'reflect' or 'zeros', but got {padding!r}.")
-        if flip not in ("random", "alternating", None):
-            raise ValueError(f"Expected `flip` to be 'random', 'alternating' or None, but got {flip!r}.")
+        check_choice("padding", padding, ("reflect", "zeros"))
+        check_choice("flip", flip, ("random", "alternating"), optional=True)
         if crop == 0 and flip is None:
             raise ValueError("Expected `crop` above 0 or a `flip`, but got crop=0 and flip=None, which change nothing.")
         places = [] if maps is None else list(maps) if isinstance(maps, list) else [maps]
@@ -103,31 +101,9 @@ class BatchAugmentation(SeededBatchTrick):
             raise ValueError(f"Expected `inputs` and `maps` to be different places, but got {inputs!r} and {maps!r}.")
         self.crop, self.padding, self.flip, self.ignore_index = int(crop), padding, flip, int(ignore_index)
         self.inputs, self.maps = inputs, tuple(places)
-        self._samples = _Samples(self)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Join the batch pipeline and, where samples must be known, those who see the loader."""
-        super().setup(trainer, pl_module, stage)
-        if self.flip == "alternating":
-            self._samples.setup(trainer, pl_module, stage)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask for the loader."""
-        super().on_fit_start(trainer, pl_module)
-        if self.flip == "alternating":
-            self._samples.on_fit_start(trainer, pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settle the seed."""
-        super().on_train_start(trainer, pl_module)
-        if self.flip == "alternating":
-            self._samples.on_train_start(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin an epoch of samples."""
-        super().on_train_epoch_start(trainer, pl_module)
-        if self.flip == "alternating":
-            self._samples.on_train_epoch_start(trainer, pl_module)
+        self._loader = LoaderGrip(self, name=f'{self.name}(flip="alternating")')
+        if flip == "alternating":  # which must know the samples
+            self.grips = (self._loader,)
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Move and mirror the images, and their maps alike."""
@@ -146,17 +122,12 @@ class BatchAugmentation(SeededBatchTrick):
             batch = replace_part(batch, place, part)
         return batch
 
-    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the batch pipeline and the loader."""
-        super().undo(trainer, pl_module)
-        self._samples.undo(trainer, pl_module)
-
     def _flipped(self, trainer: Trainer, count: int, generator: torch.Generator) -> Tensor | None:
         """Return which images to mirror, on the CPU."""
         if self.flip != "alternating":
             return None if self.flip is None else torch.rand(count, generator=generator) < 0.5
         try:
-            samples = [operator.index(sample) for sample in self._samples.samples_of_batch(trainer)]
+            samples = [operator.index(sample) for sample in self._loader.samples_of_batch()]
         except TypeError as error:
             raise MisconfigurationException(
                 'BatchAugmentation(flip="alternating") needs a sampler of whole numbers, which tell the samples. Use '
@@ -167,8 +138,7 @@ class BatchAugmentation(SeededBatchTrick):
                 f'BatchAugmentation(flip="alternating") needs one image for each sample, but a batch of {len(samples)} '
                 f'samples has {count} images. Use `flip="random"`, or name the images\' place with `inputs=`.'
             )
-        assert self._run_seed is not None
-        return (coins(self._run_seed, torch.tensor(samples)) + trainer.current_epoch) % 2 == 1
+        return (coins(self.run_seed(trainer), torch.tensor(samples)) + trainer.current_epoch) % 2 == 1
 
     def _images(self, batch: Any) -> Tensor:
         images = self._tensor(batch, self.inputs, "inputs")
@@ -206,20 +176,6 @@ class BatchAugmentation(SeededBatchTrick):
                 "right place."
             )
         return part
-
-
-class _Samples(LoaderTrick):
-    """Knows the samples of each batch, for a trick that must know them in one of its modes only."""
-
-    def __init__(self, owner: BatchAugmentation) -> None:
-        self.owner = owner
-
-    @property
-    def name(self) -> str:
-        return f'{self.owner.name}(flip="alternating")'
-
-    def is_active(self, trainer: Trainer) -> bool:
-        return self.owner.is_active(trainer)
 
 
 def _holds(dtype: torch.dtype, value: int) -> bool:

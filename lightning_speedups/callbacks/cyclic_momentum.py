@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_speedups.attach.schedules import OnResume, Rates, ScheduleTrick, check_rates, entry, rate_of
-from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.durations import Duration, Run
+from lightning_speedups.attach.schedules import Leaders, OnResume, Rates, ScheduleTrick, check_rates, entry, rate_of
+from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.schedules import triangle
 
 Mode = Literal["triangular", "triangular2", "exp_range"]
@@ -33,6 +34,13 @@ def amplitude(mode: Mode, cycle: int, position: float, gamma: float) -> float:
     if mode == "triangular2":
         return 0.5**cycle
     return float(gamma**position) if mode == "exp_range" else 1.0
+
+
+@dataclass
+class StepSizes(Leaders):
+    """What belongs to a run: the lengths of rise and fall, in steps."""
+
+    sizes: tuple[float, float] = (1.0, 1.0)
 
 
 class CyclicMomentum(ScheduleTrick):
@@ -76,6 +84,8 @@ class CyclicMomentum(ScheduleTrick):
         >>> trainer = Trainer(callbacks=[CyclicMomentum(base_lr=0.02, max_lr=0.2, step_size_up="2 epochs")])
     """
 
+    run_as = StepSizes
+    run: StepSizes
     way_without: ClassVar[Mapping[str, str]] = {"momentum": "Use `cycle_momentum=False`."}
 
     def __init__(
@@ -96,8 +106,7 @@ class CyclicMomentum(ScheduleTrick):
         super().__init__(total_steps, optimizer, on_resume)
         check_rates("base_lr", base_lr)
         check_rates("max_lr", max_lr)
-        if mode not in get_args(Mode):
-            raise ValueError(f"Expected `mode` to be one of {', '.join(get_args(Mode))}, but got {mode!r}.")
+        check_choice("mode", mode, get_args(Mode))
         check_number("gamma", gamma, 0, 1, above=True)
         check_number("base_momentum", base_momentum, 0, 1, below=True)
         check_number("max_momentum", max_momentum, 0, 1, below=True)
@@ -108,7 +117,6 @@ class CyclicMomentum(ScheduleTrick):
                 raise ValueError(f"Expected `{name}` to be above 0, but got {size.amount} {size.unit}.")
         self.base_lr, self.max_lr, self.mode, self.gamma = base_lr, max_lr, mode, gamma
         self.base_momentum, self.max_momentum, self.cycle_momentum = base_momentum, max_momentum, cycle_momentum
-        self._sizes = (1.0, 1.0)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -125,7 +133,7 @@ class CyclicMomentum(ScheduleTrick):
         super().on_fit_start(trainer, pl_module)
         self.require_rates(trainer, base_lr=self.base_lr, max_lr=self.max_lr)
 
-    def plan(self, run: Run) -> None:
+    def plan(self, run: RunFacts) -> None:
         """Settle the step sizes."""
         super().plan(run)
         whole = self.length if self.needs_length else None
@@ -140,7 +148,7 @@ class CyclicMomentum(ScheduleTrick):
                 f"CyclicMomentum: step sizes of {self.up.amount:g} {self.up.unit} up and {self.down.amount:g} "
                 f"{self.down.unit} down are less than one optimizer step. Give a longer `step_size_up`."
             )
-        self._sizes = (up, down)
+        self.run.sizes = (up, down)
         if up + down < 2:
             rank_zero_warn(
                 f"CyclicMomentum: a cycle of {up + down:g} optimizer steps is too short to leave `base_lr`. Give a "
@@ -152,7 +160,7 @@ class CyclicMomentum(ScheduleTrick):
         if not self.drives(optimizer):
             return {}
         position = self.position(optimizer, step) if self.needs_length else step
-        height, cycle = triangle(position, *self._sizes)
+        height, cycle = triangle(position, *self.run.sizes)
         height *= amplitude(self.mode, cycle, position, self.gamma)
         base, high = rate_of(self.base_lr, group), rate_of(self.max_lr, group)
         rate = (base + (high - base) * height) * self.ratio(optimizer, group, values)

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from lightning_speedups.attach.batches import BatchTrick, Order, transferred
-from lightning_speedups.attach.loaders import LoaderTrick
-from lightning_speedups.attach.rehearsal import NoRehearsalError, rehearsal
-from lightning_speedups.attach.trick import callbacks_of, may_split_model, random_states, same_randomness
+from lightning_speedups.attach.batches import BatchOrder, BatchTrick, transferred
+from lightning_speedups.attach.copies import NoCopyError, may_split_model
+from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.attach.randomness import random_states, same_randomness
+from lightning_speedups.attach.rehearsal import rehearsal
+from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, replace_part
 from lightning_speedups.core.dataset_sizes import take_batch
@@ -85,7 +87,7 @@ class _Step:
     odd: set[str] = field(default_factory=set)
 
 
-class FeatureCache(LoaderTrick, BatchTrick):
+class FeatureCache(BatchTrick):
     """Computes what the frozen part of a network makes of each sample once, and hands it to the trainable part.
 
     What is frozen is what has ``requires_grad=False``, whoever froze it, and it may change during the run. The features
@@ -135,7 +137,7 @@ class FeatureCache(LoaderTrick, BatchTrick):
         >>> trainer = Trainer(callbacks=[FeatureCache(max_gib=8)])
     """
 
-    batch_order = Order.REPLACE
+    batch_order = BatchOrder.REPLACE
 
     def __init__(self, folder: str | Path | None = None, max_gib: float = 4.0, inputs: Place = 0) -> None:
         super().__init__()
@@ -145,10 +147,11 @@ class FeatureCache(LoaderTrick, BatchTrick):
         check_place("inputs", inputs)
         self.folder, self.max_gib, self.inputs = folder, max_gib, inputs
         self.hits = self.misses = 0
+        self._source = LoaderGrip(self)
+        self.grips = (self._source,)
         self._forget()
 
     def _forget(self) -> None:
-        self._loader: Any = None
         self._temporary: Path | None = None
         self._fingerprint = ""
         self._look_again()
@@ -191,7 +194,11 @@ class FeatureCache(LoaderTrick, BatchTrick):
         if stage != "fit":
             return
         for other in callbacks_of(trainer):
-            if isinstance(other, BatchTrick) and other.batch_order in (Order.AUGMENT, Order.RESIZE, Order.MIX):
+            if isinstance(other, BatchTrick) and other.batch_order in (
+                BatchOrder.AUGMENT,
+                BatchOrder.RESIZE,
+                BatchOrder.MIX,
+            ):
                 raise MisconfigurationException(
                     f"FeatureCache keeps what a frozen network makes of each sample, but {other.name} changes the"
                     " samples from step to step. Use one of them."
@@ -222,10 +229,6 @@ class FeatureCache(LoaderTrick, BatchTrick):
             self._temporary = Path(trainer.strategy.broadcast(made or ""))
             # By whichever process still can; those that Lightning has forked hear of no exception.
             Finalize(None, shutil.rmtree, (self._temporary, True), exitpriority=0)
-
-    def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
-        """Note the loader."""
-        self._loader = loader
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the modules and the data again, and now and then at the features."""
@@ -307,12 +310,7 @@ class FeatureCache(LoaderTrick, BatchTrick):
         )
 
     def _samples(self, trainer: Trainer, inputs: Any) -> Tensor:
-        samples, size = self.samples_of_batch(trainer), len(self._loader.dataset)
-        if any(not isinstance(sample, int) or not 0 <= sample < size for sample in samples):
-            raise MisconfigurationException(
-                "FeatureCache needs a sampler of whole numbers, each the place of a sample in the dataset, but the "
-                "training loader's gives others."
-            )
+        samples = self._source.require_numbers(self._source.samples_of_batch())
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         if not shapes or any(not shape or shape[0] != len(samples) for shape in shapes):
             raise MisconfigurationException(
@@ -324,11 +322,11 @@ class FeatureCache(LoaderTrick, BatchTrick):
 
     def _probe(self, trainer: Trainer) -> str:
         """Return a fingerprint of some samples as they come to the model; refuse random ones."""
-        dataset = self._loader.dataset
+        dataset = self._source.loader.dataset
         with same_randomness(trainer):
             before = random_states(trainer)
             indices = spread(PROBES, len(dataset))
-            one, other = (fingerprint(transferred(trainer, take_batch(self._loader, indices))) for _ in range(2))
+            one, other = (fingerprint(transferred(trainer, take_batch(self._source.loader, indices))) for _ in range(2))
             drew = random_states(trainer) != before
         if drew or one != other:
             found = "are different when they are loaded twice" if one != other else "draw random numbers when loaded"
@@ -463,7 +461,7 @@ class FeatureCache(LoaderTrick, BatchTrick):
         if not step.features:
             self._turn_off("nothing that comes to the trainable modules is frozen, with one row for each sample")
             return False
-        kinds, samples = _kinds(step.features), len(self._loader.dataset)
+        kinds, samples = _kinds(step.features), len(self._source.loader.dataset)
         found = self._print(trainer)
         if self._store is not None and (found, kinds) == (self._fingerprint, self._store.kinds):
             return True
@@ -526,7 +524,7 @@ class FeatureCache(LoaderTrick, BatchTrick):
                 vars(twin)["training_step"] = torch.enable_grad()(twin.training_step)
                 with before({name: twin.get_submodule(name) for name in self._cuts}, partial(self._fill, step)):
                     run(self._without_inputs(batch, step))
-        except NoRehearsalError:
+        except NoCopyError:
             return
         except CannotCacheError:
             raise

@@ -6,17 +6,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_speedups.attach.freezing import Backbone, FreezingTrick
-from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.durations import Duration, Run
+from lightning_speedups.attach.freezing import Backbone, Freezing, FreezingTrick, GroupLabels
+from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.layers import Layer, rates_by_depth
 from lightning_speedups.core.unfreezing import Names, Stage, check_schedule, gradually, stages
+
+
+@dataclass
+class Progress(GroupLabels):
+    """What a checkpoint holds.
+
+    Attributes:
+        stage: The stage under way.
+        due: With ``monitor``, the stage of the next epoch.
+        best: The best value of the metric so far; of one that shall grow, its negative.
+        waited: How many times in a row it has not improved.
+        thawed: The layers that began to train after the start, and the steps of each optimizer at that time.
+    """
+
+    stage: int = 0
+    due: int = 0
+    best: float = math.inf
+    waited: int = 0
+    thawed: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass
+class Stages(Freezing):
+    """What else belongs to a run.
+
+    Attributes:
+        stages: Which layers train when.
+        rate_of: Rate of each layer over the head's.
+        warmup_steps: Length of the ramp of what was thawed.
+        value_before: The metric before the validation under way.
+        validated: Whether the metric comes from validation.
+        awaits_validation: Whether there is a validation to come that may log it.
+    """
+
+    stages: list[Stage] = field(default_factory=list)
+    rate_of: dict[str, float] = field(default_factory=dict)
+    warmup_steps: float = 0.0
+    value_before: Any = None
+    validated: bool = False
+    awaits_validation: bool = False
 
 
 class FreezeBackboneFinetune(FreezingTrick):
@@ -78,6 +119,10 @@ class FreezeBackboneFinetune(FreezingTrick):
         >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune(None, gradual=True, lr_decay=0.65)])
     """
 
+    saved_as, run_as = Progress, Stages
+    saved: Progress
+    run: Stages
+
     def __init__(
         self,
         backbone: Backbone = "backbone",
@@ -107,40 +152,26 @@ class FreezeBackboneFinetune(FreezingTrick):
         check_number("every_n_epochs", every_n_epochs, 1, whole=True)
         check_number("patience", patience, 1, whole=True)
         check_number("min_delta", min_delta, 0)
-        if mode not in ("min", "max"):
-            raise ValueError(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
+        check_choice("mode", mode, ("min", "max"))
         _check_together(schedule, refreeze, gradual, monitor, unfreeze_at_epoch)
         self.unfreeze_at_epoch, self.head_lr_ratio = unfreeze_at_epoch, head_lr_ratio
         self.unfreeze_warmup = Duration.parse("unfreeze_warmup", unfreeze_warmup)
         self.schedule, self.refreeze, self.gradual, self.every_n_epochs = schedule, refreeze, gradual, every_n_epochs
         self.monitor, self.mode, self.patience, self.min_delta = monitor, mode, patience, min_delta
 
-    def forget(self) -> None:
-        """Forget the last run."""
-        super().forget()
-        self._stages: list[Stage] = []
-        self._stage, self._due = 0, 0  # the one under way; with `monitor`, the one of the next epoch
-        self._thawed: dict[str, list[int]] = {}  # layers that began to train after the start: each optimizer's steps
-        self._best, self._waited = math.inf, 0
-        self._value_before: Any = None
-        self._validated = False  # whether the metric comes from validation
-        self._awaits_validation = False
-        self._rate_of: dict[str, float] = {}
-        self._warmup_steps = 0.0
-
-    def find_layers(self, pl_module: LightningModule) -> list[Layer]:
-        """Find the layers, and settle what they do when."""
-        layers = super().find_layers(pl_module)
-        decay, ends = self.rates
+    def settle_courses(self, pl_module: LightningModule) -> None:
+        """Settle the layers' rates, and the stages."""
+        super().settle_courses(pl_module)
+        layers, (decay, ends) = self.layers, self.rates
         names = [layer.name for layer in layers]
-        self._rate_of = dict(zip(names, rates_by_depth(len(layers), decay=decay, ends=ends), strict=True))
+        self.run.rate_of = dict(zip(names, rates_by_depth(len(layers), decay=decay, ends=ends), strict=True))
         thaw: Mapping[int, Names] = {} if self.unfreeze_at_epoch is None else {self.unfreeze_at_epoch: "all"}
         if self.schedule is not None:
             thaw = self.schedule
         elif self.gradual and self.unfreeze_at_epoch is not None:
             thaw = gradually(layers, self.unfreeze_at_epoch, self.every_n_epochs)
         try:
-            self._stages = stages(layers, thaw, self.refreeze or {})
+            self.run.stages = stages(layers, thaw, self.refreeze or {})
         except LookupError as error:
             raise MisconfigurationException(
                 f"{self.name}: the backbone has no layer {error.args[0]!r}. Its layers are {names}; `schedule` and "
@@ -148,26 +179,25 @@ class FreezeBackboneFinetune(FreezingTrick):
             ) from error
         except ValueError as error:
             raise MisconfigurationException(f"{self.name}: {error}. Mend `schedule` and `refreeze`.") from error
-        return layers
 
     def group_label(self, layer: Layer) -> str:
         """Put layers that always do the same into one parameter group."""
         return next(other.name for other in self.layers if self._course(other) == self._course(layer))
 
     def _course(self, layer: Layer) -> tuple[float, list[bool]]:
-        return self._rate_of[layer.name], [layer.name in stage.training for stage in self._stages]
+        return self.run.rate_of[layer.name], [layer.name in stage.training for stage in self.run.stages]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a stage in which nothing would train."""
         super().on_fit_start(trainer, pl_module)
-        for stage in self._stages:
+        for stage in self.run.stages:
             if self.freezes_all(pl_module, {layer.name for layer in self.layers} - stage.training):
                 raise MisconfigurationException(
                     f"{self.name} would freeze every parameter in epoch {stage.epoch}: nothing is left to train. "
                     "`backbone` must not contain the head, or the schedule must thaw it."
                 )
 
-    def plan(self, run: Run) -> None:
+    def plan(self, run: RunFacts) -> None:
         """Settle the ramp."""
         steps = self.unfreeze_warmup.in_steps(run)
         if steps is None:
@@ -175,45 +205,48 @@ class FreezeBackboneFinetune(FreezingTrick):
                 f"{self.name}(unfreeze_warmup=...) needs the length of the run, but this training data has none. Give "
                 "it in optimizer steps."
             )
-        self._warmup_steps = steps
+        self.run.warmup_steps = steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze as the epoch wants it, also in a resumed run."""
         super().on_train_start(trainer, pl_module)
-        self._awaits_validation = trainer.enable_validation
+        self.run.awaits_validation = trainer.enable_validation
         # To thaw as many layers one by one as there is time for is what some want.
-        change = self._stages[-1 if not self.gradual else min(1, len(self._stages) - 1)].epoch
+        change = self.run.stages[-1 if not self.gradual else min(1, len(self.run.stages) - 1)].epoch
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= change:
             rank_zero_warn(
                 f"{self.name} thaws or freezes layers in epoch {change}, but the run ends before, after "
                 f"{trainer.max_epochs} epochs. Let it come earlier, or give None if the backbone shall stay frozen."
             )
-        self._move(trainer, pl_module, self._stage if self.monitor else self._stage_in(trainer.current_epoch))
+        self._move(trainer, pl_module, self.saved.stage if self.monitor else self._stage_in(trainer.current_epoch))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Thaw and freeze what it is time for."""
-        self._move(trainer, pl_module, self._due if self.monitor else self._stage_in(trainer.current_epoch))
+        super().on_train_epoch_start(trainer, pl_module)
+        self._move(trainer, pl_module, self.saved.due if self.monitor else self._stage_in(trainer.current_epoch))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the metric was before."""
-        self._value_before = trainer.callback_metrics.get(self.monitor or "")
+        super().on_validation_start(trainer, pl_module)
+        self.run.value_before = trainer.callback_metrics.get(self.monitor or "")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the metric, if validation has logged it."""
         super().on_validation_end(trainer, pl_module)
         value = trainer.callback_metrics.get(self.monitor or "")
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and value is not self._value_before:
-            self._validated = True
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and value is not self.run.value_before:
+            self.run.validated = True
             self._look(trainer)
-        self._awaits_validation = trainer.sanity_checking
+        self.run.awaits_validation = trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the metric, if validation does not log it."""
-        if self.monitor is None or self._validated:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.monitor is None or self.run.validated:
             return
         if self.monitor in trainer.callback_metrics:
             self._look(trainer)
-        elif not self._awaits_validation:
+        elif not self.run.awaits_validation:
             raise MisconfigurationException(
                 f"{self.name}(monitor={self.monitor!r}): no such metric was logged, only "
                 f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)`, or name one of "
@@ -222,41 +255,26 @@ class FreezeBackboneFinetune(FreezingTrick):
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Pace the layers, and the head while it trains alone."""
-        layer = self.layer_of_group.get((optimizer, group))
+        layer = self.run.layer_of_group.get((optimizer, group))
         if layer is None:
-            alone = bool(self._stages) and not self._stages[self._stage].training
+            alone = bool(self.run.stages) and not self.run.stages[self.saved.stage].training
             return {"lr": values["lr"] * self.head_lr_ratio} if alone and self.head_lr_ratio != 1.0 else {}
-        ratio = self._rate_of[layer.name]
-        since = self._thawed.get(layer.name)
-        if since is not None and step - since[optimizer] < self._warmup_steps:
-            ratio *= (step - since[optimizer] + 1) / math.ceil(self._warmup_steps)
+        ratio = self.run.rate_of[layer.name]
+        since = self.saved.thawed.get(layer.name)
+        if since is not None and step - since[optimizer] < self.run.warmup_steps:
+            ratio *= (step - since[optimizer] + 1) / math.ceil(self.run.warmup_steps)
         return {"lr": values["lr"] * ratio}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return where it stands."""
-        return {
-            **super().state_dict(),
-            **{"stage": self._stage, "due": self._due, "best": self._best, "waited": self._waited},
-            "thawed": {name: list(steps) for name, steps in self._thawed.items()},
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        super().load_state_dict(state_dict)
-        self._stage, self._due = state_dict["stage"], state_dict["due"]
-        self._best, self._waited = state_dict["best"], state_dict["waited"]
-        self._thawed = {name: list(steps) for name, steps in state_dict["thawed"].items()}
-
     def _stage_in(self, epoch: int) -> int:
-        return max(i for i, stage in enumerate(self._stages) if stage.epoch <= epoch)
+        return max(i for i, stage in enumerate(self.run.stages) if stage.epoch <= epoch)
 
     def _move(self, trainer: Trainer, pl_module: LightningModule, stage: int) -> None:
-        self._stage = stage
-        self._due = max(self._due, stage)
-        training = self._stages[self._stage].training
+        self.saved.stage = stage
+        self.saved.due = max(self.saved.due, stage)
+        training = self.run.stages[self.saved.stage].training
         frozen = {layer.name for layer in self.layers} - training
-        since = {name: list(self.steps_done) for name in training - self._stages[0].training}
-        self._thawed = {name: self._thawed.get(name, steps) for name, steps in since.items()}
+        since = {name: list(self.steps_done) for name in training - self.run.stages[0].training}
+        self.saved.thawed = {name: self.saved.thawed.get(name, steps) for name, steps in since.items()}
         if self.freeze_only(trainer, pl_module, frozen):
             self._tell(trainer, training)
 
@@ -268,18 +286,18 @@ class FreezeBackboneFinetune(FreezingTrick):
         )
 
     def _look(self, trainer: Trainer) -> None:
-        next_one = self._due + 1
-        if self.monitor is None or next_one >= len(self._stages) or self._due > self._stage:
+        next_one = self.saved.due + 1
+        if self.monitor is None or next_one >= len(self.run.stages) or self.saved.due > self.saved.stage:
             return
         # Ranks that decide for themselves would part.
         value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
         value = value if self.mode == "min" else -value
-        if value < self._best - self.min_delta:
-            self._best, self._waited = value, 0
+        if value < self.saved.best - self.min_delta:
+            self.saved.best, self.saved.waited = value, 0
         else:
-            self._waited += 1
-        if self._waited >= self.patience and trainer.current_epoch + 1 >= (self.unfreeze_at_epoch or 0):
-            self._due, self._waited = next_one, 0
+            self.saved.waited += 1
+        if self.saved.waited >= self.patience and trainer.current_epoch + 1 >= (self.unfreeze_at_epoch or 0):
+            self.saved.due, self.saved.waited = next_one, 0
 
 
 def _checked_rates(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_speedups.attach.freezing import Backbone, FreezingTrick
+from lightning_speedups.attach.freezing import Backbone, Freezing, FreezingTrick
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.durations import Run
+from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.layers import Layer
 
 
@@ -48,6 +49,21 @@ def annealed(step: int, freeze_at: int) -> float:
         [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
     """
     return 0.5 * (1 + math.cos(math.pi * min(1.0, step / freeze_at)))
+
+
+@dataclass
+class FreezeTimes(Freezing):
+    """What belongs to a run, by the layers' names.
+
+    Attributes:
+        times: When each is frozen, as a fraction of the run.
+        freeze_at: The same in optimizer steps.
+        optimizer_of: Index of the optimizer that has it.
+    """
+
+    times: dict[str, float] = field(default_factory=dict)
+    freeze_at: dict[str, int] = field(default_factory=dict)
+    optimizer_of: dict[str, int] = field(default_factory=dict)
 
 
 class FreezeProgressively(FreezingTrick):
@@ -94,6 +110,9 @@ class FreezeProgressively(FreezingTrick):
         >>> trainer = Trainer(callbacks=[FreezeProgressively(None, power=3, scale_lr=True)])  # FreezeOut's scaled cubic
     """
 
+    run_as = FreezeTimes
+    run: FreezeTimes
+
     def __init__(
         self,
         backbone: Backbone = "backbone",
@@ -120,20 +139,16 @@ class FreezeProgressively(FreezingTrick):
         self.start, self.until, self.share, self.power = start, until, share, power
         self.anneal, self.scale_lr, self.total_steps = anneal, scale_lr, total_steps
 
-    def forget(self) -> None:
-        """Forget the last run."""
-        super().forget()
-        self._times: dict[str, float] = {}  # fractions of the run
-        self._freeze_at: dict[str, int] = {}  # steps
-        self._optimizer_of: dict[str, int] = {}
-
     def find_layers(self, pl_module: LightningModule) -> list[Layer]:
-        """Find the layers that are frozen in the run; the others need no groups of their own."""
+        """Return the layers that are frozen in the run; the others need no groups of their own."""
         layers = super().find_layers(pl_module)
-        layers = layers[: max(1, round(self.share * len(layers)))]
-        times = freeze_times(len(layers), self.start, self.until, self.power)
-        self._times = {layer.name: time for layer, time in zip(layers, times, strict=True)}
-        return layers
+        return layers[: max(1, round(self.share * len(layers)))]
+
+    def settle_courses(self, pl_module: LightningModule) -> None:
+        """Settle when each layer is frozen."""
+        super().settle_courses(pl_module)
+        times = freeze_times(len(self.layers), self.start, self.until, self.power)
+        self.run.times = {layer.name: time for layer, time in zip(self.layers, times, strict=True)}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to freeze all that there is, before the time for it comes."""
@@ -144,7 +159,7 @@ class FreezeProgressively(FreezingTrick):
                 "module, or give a lower `share`."
             )
 
-    def plan(self, run: Run) -> None:
+    def plan(self, run: RunFacts) -> None:
         """Settle the steps."""
         steps = run.steps if self.total_steps is None else self.total_steps
         if steps is None:
@@ -152,9 +167,9 @@ class FreezeProgressively(FreezingTrick):
                 f"{self.name} needs the length of the run, which manual optimization and loaders without a length do "
                 "not tell. Give `total_steps=`, in optimizer steps, or `Trainer(max_steps=...)`."
             )
-        self._freeze_at = {name: max(1, round(time * steps)) for name, time in self._times.items()}
-        self._optimizer_of = {layer.name: optimizer for (optimizer, _), layer in self.layer_of_group.items()}
-        if min(self._freeze_at.values(), default=0) >= steps:
+        self.run.freeze_at = {name: max(1, round(time * steps)) for name, time in self.run.times.items()}
+        self.run.optimizer_of = {layer.name: optimizer for (optimizer, _), layer in self.run.layer_of_group.items()}
+        if min(self.run.freeze_at.values(), default=0) >= steps:
             rank_zero_warn(
                 f"{self.name}(start={self.start:g}) freezes no layer before the end of this run of {steps} optimizer "
                 "steps. Give a lower `start`."
@@ -162,7 +177,8 @@ class FreezeProgressively(FreezingTrick):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Freeze what it is time for; the steps done are the same on all ranks."""
-        due = [name for name, at in self._freeze_at.items() if self._steps_of(name) >= at]
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        due = [name for name, at in self.run.freeze_at.items() if self._steps_of(name) >= at]
         if self.freeze_only(trainer, pl_module, due):
             rank_zero_info(
                 f"{self.name}: after {self._steps_of(due[-1])} optimizer steps {len(due)} of {len(self.layers)} layers "
@@ -171,13 +187,13 @@ class FreezeProgressively(FreezingTrick):
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Bring a layer's rate down to where it is frozen."""
-        layer = self.layer_of_group.get((optimizer, group))
+        layer = self.run.layer_of_group.get((optimizer, group))
         if layer is None:
             return {}
-        freeze_at = self._freeze_at[layer.name]
+        freeze_at = self.run.freeze_at[layer.name]
         factor = annealed(step, freeze_at) if self.anneal else float(step < freeze_at)
-        return {"lr": values["lr"] * (factor / self._times[layer.name] if self.scale_lr else factor)}
+        return {"lr": values["lr"] * (factor / self.run.times[layer.name] if self.scale_lr else factor)}
 
     def _steps_of(self, name: str) -> int:
         """Return the steps done by the layer's optimizer; one that the user froze has none."""
-        return self.steps_done[self._optimizer_of.get(name, 0)]
+        return self.steps_done[self.run.optimizer_of.get(name, 0)]

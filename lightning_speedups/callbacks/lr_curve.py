@@ -5,17 +5,44 @@ slow start and fast decay (arXiv:2012.13628), and the field's other schedules.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_speedups.attach.schedules import OnResume, ScheduleTrick, entry, get_value
+from lightning_speedups.attach.packages import is_a
+from lightning_speedups.attach.schedules import Leaders, OnResume, Schedule, ScheduleTrick, entry, get_value
 from lightning_speedups.attach.trick import callbacks_of
-from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.durations import Duration, Run
+from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.schedules import Shape, anneal_between, join, pick_shape, with_ends
+
+
+@dataclass
+class Cooling(Schedule):
+    """What a checkpoint holds.
+
+    Attributes:
+        cooling: For each optimizer: since which step it cools down, for how many, and from which factor.
+        stop: Whether the run ends with that.
+    """
+
+    cooling: list[tuple[int, int, float]] = field(default_factory=list)
+    stop: bool = False
+
+
+@dataclass
+class Pieces(Leaders):
+    """What else belongs to a run.
+
+    Attributes:
+        pieces: The curve.
+        elapsed: Part of the run's time that is over.
+    """
+
+    pieces: list[tuple[float, Shape]] = field(default_factory=list)
+    elapsed: float = 0.0
 
 
 class LRCurve(ScheduleTrick):
@@ -66,6 +93,9 @@ class LRCurve(ScheduleTrick):
         >>> trainer = Trainer(callbacks=[LRCurve("cosine", warmup="1 epochs"), LRCurve("linear", key="weight_decay")])
     """
 
+    saved_as, run_as = Cooling, Pieces
+    saved: Cooling
+    run: Pieces
     ways_out: ClassVar[str] = (
         "Give `total_steps=`, in optimizer steps, or `Trainer(max_steps=...)`, or `over='time'` with "
         "`Trainer(max_time=...)`."
@@ -92,8 +122,7 @@ class LRCurve(ScheduleTrick):
         check_number("cooldown_factor", cooldown_factor, 0)
         if not isinstance(key, str) or not key or key in ("params", "betas"):
             raise ValueError(f"Expected `key` to be the name of a number in the parameter groups, but got {key!r}.")
-        if over not in ("steps", "time"):
-            raise ValueError(f"Expected `over` to be 'steps' or 'time', but got {over!r}.")
+        check_choice("over", over, ("steps", "time"))
         end = {} if end_factor is None else {"end": end_factor}
         self.shape = pick_shape(shape, {**options, **end} if isinstance(options, dict) else options or end)
         own = (0.05, 0.2) if shape == "trapezoid" else (0, 0)
@@ -111,14 +140,6 @@ class LRCurve(ScheduleTrick):
             )
         self.warmup_factor, self.cooldown_factor = warmup_factor, cooldown_factor
         self.key, self.over = key, over
-
-    def forget(self) -> None:
-        """Forget the last run."""
-        super().forget()
-        self._pieces: list[tuple[float, Shape]] = []
-        self._elapsed = 0.0
-        self._cooling: list[tuple[int, int, float]] = []  # for each optimizer: since which step, how many, from where
-        self._stop = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -149,13 +170,13 @@ class LRCurve(ScheduleTrick):
             MisconfigurationException: If no run is going on.
         """
         check_number("steps", steps, 1, whole=True)
-        if not self._pieces:
+        if not self.run.pieces:
             raise MisconfigurationException("LRCurve.cool_down is for a run that is going on: call it from a hook.")
         here = [self._factor(i, done) for i, done in enumerate(self.steps_done)]
-        self._cooling = [(done, steps, factor) for done, factor in zip(self.steps_done, here, strict=True)]
-        self._stop = stop
+        self.saved.cooling = [(done, steps, factor) for done, factor in zip(self.steps_done, here, strict=True)]
+        self.saved.stop = stop
 
-    def plan(self, run: Run) -> None:
+    def plan(self, run: RunFacts) -> None:
         """Lay the pieces end to end."""
         super().plan(run)
         whole = self.length if self.needs_length else 1.0
@@ -166,25 +187,26 @@ class LRCurve(ScheduleTrick):
                 "none. Give it in optimizer steps or as a fraction of the run."
             )
         if warmup + cooldown > whole * (1 + 1e-9):  # fractions that add up to 1 may pass it by a rounding error
-            if not self._resumed:
+            if not self.resumed:
                 raise MisconfigurationException(
                     f"LRCurve: a warm-up of {warmup:g} and a cooldown of {cooldown:g} optimizer steps do not fit in a "
                     f"run of {whole:g}. Give shorter ones, or fractions of the run."
                 )
             # A resumed run that is too short for both: they share it.
             warmup, cooldown = (part * whole / (warmup + cooldown) for part in (warmup, cooldown))
-        self._pieces = with_ends(self.shape, whole, warmup, self.warmup_factor, cooldown, self.cooldown_factor)
+        self.run.pieces = with_ends(self.shape, whole, warmup, self.warmup_factor, cooldown, self.cooldown_factor)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the curve, and find the clock that it may go by."""
         super().on_train_start(trainer, pl_module)
-        if self._stop and self._has_cooled:  # resumed from a checkpoint of the last step
+        if self.saved.stop and self._has_cooled:  # resumed from a checkpoint of the last step
             trainer.should_stop = True
         if self.over == "time":
             self._look_at_the_clock(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the time, where the curve goes by it."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.over == "time":
             self._look_at_the_clock(trainer)
 
@@ -192,48 +214,35 @@ class LRCurve(ScheduleTrick):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End the run when a cooldown is over that should."""
-        if self._stop and self._has_cooled:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.saved.stop and self._has_cooled:
             trainer.should_stop = True
 
     @property
     def _has_cooled(self) -> bool:
-        cooling = enumerate(zip(self.steps_done, self._cooling, strict=True))
+        cooling = enumerate(zip(self.steps_done, self.saved.cooling, strict=True))
         # An optimizer that has not stepped at all is not waited for.
         ends = [done >= since + steps for i, (done, (since, steps, _)) in cooling if self.drives(i) and done]
         return bool(ends) and all(ends)
 
     def _look_at_the_clock(self, trainer: Trainer) -> None:
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None:
-                gone = callback.time_elapsed()
+        for timer in callbacks_of(trainer):
+            left = timer.time_remaining() if is_a(timer, "Timer") else None  # type: ignore[attr-defined]
+            if left is not None:
+                gone = timer.time_elapsed()  # type: ignore[attr-defined]
                 elapsed = min(1.0, gone / max(gone + left, 1e-9))
-                self._elapsed = trainer.strategy.broadcast(elapsed) if trainer.world_size > 1 else elapsed
+                self.run.elapsed = trainer.strategy.broadcast(elapsed) if trainer.world_size > 1 else elapsed
                 return
         raise MisconfigurationException("LRCurve(over='time') needs the length of the run: `Trainer(max_time=...)`.")
 
     def _factor(self, optimizer: int, step: int) -> float:
-        if self._cooling:
-            since, steps, begin = self._cooling[optimizer]
+        if self.saved.cooling:
+            since, steps, begin = self.saved.cooling[optimizer]
             return anneal_between(begin, self.cooldown_factor, min(1.0, (step - since) / steps), "linear")
-        return join(self.position(optimizer, step) if self.over == "steps" else self._elapsed, self._pieces)
+        return join(self.position(optimizer, step) if self.over == "steps" else self.run.elapsed, self.run.pieces)
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Multiply the optimizer's own value."""
         if not self.drives(optimizer):
             return {}
         return entry(values, self.key, get_value(values, self.key) * self._factor(optimizer, step))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where it stands."""
-        return {**super().state_dict(), "cooling": [list(part) for part in self._cooling], "stop": self._stop}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the same step."""
-        super().load_state_dict(state_dict)
-        self._cooling = [(int(since), int(steps), float(begin)) for since, steps, begin in state_dict["cooling"]]
-        self._stop = bool(state_dict["stop"])
-
-    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the driver."""
-        super().undo(trainer, pl_module)
-        self._pieces = []  # closures, which do not pickle

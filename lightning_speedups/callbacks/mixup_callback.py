@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -9,12 +11,27 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_speedups.attach.batches import Order, SeededBatchTrick, batch_number
-from lightning_speedups.attach.trick import total_batches
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick, batch_number
+from lightning_speedups.attach.run_length import run_length
+from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import Place, check_place, get_part, path_of, replace_part
 from lightning_speedups.core.labels import MixedLabels, Reads, mix_targets, soft_targets
 from lightning_speedups.core.mixing import NO_BOX, Mixture, draw_mixture, mix_values
+
+
+@dataclass
+class Mixing:
+    """What belongs to a run.
+
+    Attributes:
+        mixed_batches: How many batches are mixed, from the first one on.
+        checked: Whether something has read the mixture.
+        unread: What tells whether something reads it, in the steps before.
+    """
+
+    mixed_batches: float = math.inf
+    checked: bool = False
+    unread: Reads | None = None
 
 
 class MixupCallback(SeededBatchTrick):
@@ -69,7 +86,9 @@ class MixupCallback(SeededBatchTrick):
         >>> trainer = Trainer(callbacks=[MixupCallback(alpha=0.2, stop_after=0.8)])
     """
 
-    batch_order = Order.MIX
+    batch_order = BatchOrder.MIX
+    run_as = Mixing
+    run: Mixing
 
     def __init__(
         self,
@@ -94,8 +113,7 @@ class MixupCallback(SeededBatchTrick):
         check_number("prob", prob, 0, 1)
         check_number("switch_prob", switch_prob, 0, 1)
         check_number("stop_after", stop_after, 0, 1)
-        if targets not in ("labels", "soft"):
-            raise ValueError(f"Expected `targets` to be 'labels' or 'soft', but got {targets!r}.")
+        check_choice("targets", targets, ("labels", "soft"))
         check_number("num_classes", num_classes, 1, whole=True, optional=True)
         places: list[Place] = [*inputs] if isinstance(inputs, list) else [inputs]
         if not places:
@@ -112,36 +130,31 @@ class MixupCallback(SeededBatchTrick):
         self.stop_after, self.inputs, self.labels, self.logs = stop_after, inputs, labels, bool(log)
         self.last: Mixture | None = None
         self._places = places
-        self._unread: Reads | None = None
-        self._checked = False
-        self._mixed_batches = float("inf")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the batch pipeline."""
         super().setup(trainer, pl_module, stage)
-        self._checked, self._unread = False, None
         if stage == "fit":
             self.last = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the last mixed step."""
         super().on_train_start(trainer, pl_module)
-        self._mixed_batches = float("inf")
         if self.stop_after < 1.0:
-            batches = total_batches(trainer)
+            batches = run_length(trainer).batches
             if batches is None:
                 raise MisconfigurationException(
                     f"MixupCallback(stop_after={self.stop_after}) is a fraction of the run, but this run has no known"
                     " length. Give the Trainer `max_steps`, or leave `stop_after` at 1.0."
                 )
-            self._mixed_batches = self.stop_after * batches
+            self.run.mixed_batches = self.stop_after * batches
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Mix inputs and labels."""
-        mixes = batch_number(trainer) < self._mixed_batches
+        mixes = batch_number(trainer) < self.run.mixed_batches
         batch, self.last = self.mix(batch, self.generator(trainer) if mixes else None)
-        if not self._checked and isinstance(labels := get_part(batch, self.labels), MixedLabels):
-            self._unread = labels.reads
+        if not self.run.checked and isinstance(labels := get_part(batch, self.labels), MixedLabels):
+            self.run.unread = labels.reads
         return batch
 
     def mix(self, batch: Any, generator: torch.Generator | None) -> tuple[Any, Mixture]:
@@ -191,6 +204,7 @@ class MixupCallback(SeededBatchTrick):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log what was mixed."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.logs and self.last is not None:
             kept, boxes = self.last.lam, self.last.boxes
             cut = sum(box != NO_BOX for box in boxes) / len(boxes) if boxes else 0.0
@@ -201,19 +215,20 @@ class MixupCallback(SeededBatchTrick):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop a run whose loss does not see the mixture."""
-        if self._unread is None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.run.unread is None:
             return
-        if self._unread.count == 0 and pl_module.automatic_optimization and not outputs:
-            self._unread = None  # training_step skipped the batch: the next one will tell
+        if self.run.unread.count == 0 and pl_module.automatic_optimization and not outputs:
+            self.run.unread = None  # training_step skipped the batch: the next one will tell
             return
-        if self._unread.count == 0:
+        if self.run.unread.count == 0:
             raise MisconfigurationException(
                 f"MixupCallback mixed the inputs, but nothing in {type(pl_module).__name__}.training_step read the"
                 " mixed labels: its loss used the dominant labels only, which is the wrong target. Use F.cross_entropy,"
                 " F.nll_loss, F.one_hot or LabelSmoothingLoss on the labels as they come, or"
                 ' MixupCallback(targets="soft", num_classes=...) with a loss that takes class probabilities.'
             )
-        self._checked, self._unread = True, None
+        self.run.checked, self.run.unread = True, None
 
     def _hands_over_soft(self, labels: Tensor) -> bool:
         return self.targets == "soft" and not labels.is_floating_point()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -10,12 +11,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_speedups.attach.range_test import run_range_test
-from lightning_speedups.attach.schedules import OnResume, Rates, ScheduleTrick, check_rates, entry, rate_of
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.attach.schedules import OnResume, Rates, Schedule, ScheduleTrick, check_rates, entry, rate_of
+from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.range_test import Sweep
 from lightning_speedups.core.schedules import Anneal, one_cycle
 
 curve = lru_cache(maxsize=8)(one_cycle)  # parameter groups ask for the same point
+
+
+@dataclass
+class FoundPeak(Schedule):
+    """What a checkpoint holds: where the cycle stands, and the peak that a range test found."""
+
+    found_lr: float | None = None
 
 
 class OneCycleMomentum(ScheduleTrick):
@@ -61,6 +69,8 @@ class OneCycleMomentum(ScheduleTrick):
         >>> trainer = Trainer(callbacks=[OneCycleMomentum(max_lr=0.4)], max_epochs=10)
     """
 
+    saved_as = FoundPeak
+    saved: FoundPeak
     ends_before: ClassVar[int] = 1
     way_without: ClassVar[Mapping[str, str]] = {"momentum": "Use `cycle_momentum=False`."}
 
@@ -84,8 +94,7 @@ class OneCycleMomentum(ScheduleTrick):
         if max_lr != "auto":
             check_rates("max_lr", max_lr)
         check_number("pct_start", pct_start, 0, 0.5 if three_phase else 1, above=True, below=not three_phase)
-        if anneal not in ("cos", "linear"):
-            raise ValueError(f"Expected `anneal` to be 'cos' or 'linear', but got {anneal!r}.")
+        check_choice("anneal", anneal, ("cos", "linear"))
         check_number("div_factor", div_factor, 0, above=True)
         check_number("final_div_factor", final_div_factor, 0, above=True)
         check_number("base_momentum", base_momentum, 0, 1, below=True)
@@ -107,10 +116,10 @@ class OneCycleMomentum(ScheduleTrick):
             "three_phase": three_phase,
         }
 
-    def forget(self) -> None:
-        """Forget the last run."""
-        super().forget()
-        self.found_lr: float | None = None
+    @property
+    def found_lr(self) -> float | None:
+        """The peak that the range test found, for ``max_lr="auto"``; None before it."""
+        return self.saved.found_lr
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -125,28 +134,19 @@ class OneCycleMomentum(ScheduleTrick):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the peak, if that was asked for, and settle the length of the cycle."""
         super().on_train_start(trainer, pl_module)
-        if self.max_lr == "auto" and self.found_lr is None:
+        if self.max_lr == "auto" and self.saved.found_lr is None:
             points = run_range_test(trainer, pl_module, trainer.train_dataloader, **self.sweep.run_arguments())
-            _, self.found_lr = self.sweep.read(*points)
-            rank_zero_info(f"{self.name}: the range test suggests max_lr={self.found_lr:.3g}.")
+            _, self.saved.found_lr = self.sweep.read(*points)
+            rank_zero_info(f"{self.name}: the range test suggests max_lr={self.saved.found_lr:.3g}.")
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Set rate and momentum."""
         if not self.drives(optimizer):
             return {}
         ratio = self.ratio(optimizer, group, values)
-        rates = self.found_lr if self.max_lr == "auto" else self.max_lr
+        rates = self.saved.found_lr if self.max_lr == "auto" else self.max_lr
         assert rates is not None
         lr, momentum = curve(
             self.position(optimizer, step), self.length, max_lr=rate_of(rates, group) * ratio, **self.shape
         )
         return {"lr": lr, **(entry(values, "momentum", momentum) if self.cycle_momentum else {})}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where it stands, and the peak that it found."""
-        return {**super().state_dict(), "found_lr": self.found_lr}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the same step."""
-        super().load_state_dict(state_dict)
-        self.found_lr = state_dict["found_lr"]

@@ -14,32 +14,25 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_speedups.attach.batches import BatchTrick, batch_number, rest_of_pipeline
-from lightning_speedups.attach.batches import Order as BatchOrder
+from lightning_speedups.attach.batches import BatchOrder, BatchTrick, batch_number, rest_of_pipeline
+from lightning_speedups.attach.copies import NoCopyError
 from lightning_speedups.attach.image_sizes import ask_for_sizes, full_batches, shared
-from lightning_speedups.attach.loaders import LoaderTrick
-from lightning_speedups.attach.optimizers import OptimizerTrick, Order
+from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.regularization import Regularization
 from lightning_speedups.attach.rehearsal import (
-    NoRehearsalError,
     Statistics,
     fresh_statistics,
     norms_of,
     rehearsal,
     swap_statistics,
 )
-from lightning_speedups.attach.trick import (
-    batches_in_epoch,
-    loader_batch_size,
-    same_randomness,
-    total_batches,
-    total_steps,
-)
+from lightning_speedups.attach.run_length import batches_in_epoch, loader_batch_size, raw_optimizers, run_length
+from lightning_speedups.attach.steps import Driver, ValueOrder
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, path_of, replace_part
 from lightning_speedups.core.batch_scaling import Rule, scaling_factor
 from lightning_speedups.core.dataset_sizes import Settings, UnknownSizeError, take_batch
-from lightning_speedups.core.durations import Run
 from lightning_speedups.core.resizing import (
     Growth,
     Size,
@@ -53,7 +46,7 @@ from lightning_speedups.core.resizing import (
 SAMPLES_TO_REFRESH = 32  # of each batch, where images must be loaded once more for it
 
 
-class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
+class ProgressiveResizing(BatchTrick):
     """Trains on small images first and lets them grow to their full size, which takes a fraction of the time.
 
     The side is ``start`` of the full one until ``grow_from`` of the run, grows linearly, and is full from ``full_from``
@@ -124,7 +117,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
     """
 
     batch_order = BatchOrder.RESIZE
-    order = Order.FACTOR
+    order = ValueOrder.FACTOR
 
     def __init__(
         self,
@@ -163,11 +156,12 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
         self.fill_batch, self.rule, self.in_loader = bool(fill_batch), rule, in_loader
         self.inputs, self.maps = _places("inputs", inputs), () if maps is None else _places("maps", maps)
         self.refresh_batches, self.probe = int(refresh_batches), bool(probe)
-        self.takes_any_loader = not fill_batch
+        self._maker = _Sizes(self, any_loader=not fill_batch)
+        self.grips = (self._maker,)
 
-    def forget(self) -> None:
-        """Forget the last run."""
-        super().forget()
+    def begin(self) -> None:
+        """Begin a run."""
+        super().begin()
         self._loader: Any = None
         self._settings: Settings | None = None  # while the loader makes the images small
         self._fixed: Size | None = None  # the full size, where small images may come from the loader
@@ -178,7 +172,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
         self._optimizers: tuple[str, ...] = ()
         self._factors: list[float] = []
         self._regularization: Regularization | None = None
-        self._recent: deque[Any] = deque(maxlen=getattr(self, "refresh_batches", 0) or 1)
+        self._recent: deque[Any] = deque(maxlen=1)
         self._statistics = Statistics()
         self._probed, self._said = False, set[str]()
 
@@ -199,7 +193,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
         """Let the loader make the images as small as the epoch allows."""
         if loader is not self._loader:
             self._fixed = None
-        if loader is not self._loader or (self._settings is not None and self.own_batcher(trainer) is None):
+        if loader is not self._loader or (self._settings is not None and self._maker.batcher is None):
             self._give_back()
             self._loader = loader
             if self.fill_batch or self.in_loader:
@@ -209,7 +203,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
             self._settings.set_size(self.growth.size(self._end_of_epoch(trainer, epoch), self._settings.full))
 
     def _meet(self, trainer: Trainer, loader: Any) -> None:
-        if self.own_batcher(trainer) is not None:
+        if self._maker.batcher is not None:
             self._settle(trainer)
         if self.fill_batch:
             self._sampled = _size(self._images(take_batch(loader, [0]), self.inputs[0], "inputs"))
@@ -217,7 +211,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
             return
         try:
             places, smallest = (*self.inputs, *self.maps), lambda full: self.growth.sizes(full)[0]
-            self._settings = ask_for_sizes(self, trainer, loader, places, smallest, self._evaluated)
+            self._settings = ask_for_sizes(self._maker, trainer, loader, places, smallest, self._evaluated)
             self._fixed = self._settings.full
         except UnknownSizeError as error:
             self._resize_on_device_only(str(error))
@@ -253,7 +247,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
     def _settle(self, trainer: Trainer) -> None:
         """Settle the length of the run."""
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else 0
-        total = total_batches(trainer)
+        total = run_length(trainer).batches
         if self.by == "epoch" and not self.fill_batch and total is not None and batches_in_epoch(trainer, 0):
             epochs = 0
             while total > 0:  # `max_steps` may end the run before `max_epochs`
@@ -295,7 +289,8 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
         """Settle the length of the run and the regularisation."""
         self._settle(trainer)
         super().on_train_start(trainer, pl_module)
-        steps = total_steps(trainer)
+        self._optimizers = tuple(type(optimizer).__name__ for optimizer in raw_optimizers(trainer))
+        steps = run_length(trainer).steps
         if self.fill_batch and steps is not None and 0 <= trainer.max_steps <= steps:
             rank_zero_warn(
                 "ProgressiveResizing(fill_batch=True) counts in epochs: `max_steps` may end the run before the images "
@@ -310,9 +305,19 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
                 )
         self._prepare(trainer, self._progress(trainer))
 
-    def plan(self, run: Run) -> None:
-        """Note the optimizers."""
-        self._optimizers = run.optimizers
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the batch pipeline, and the driver where the rate changes."""
+        super().setup(trainer, pl_module, stage)
+        self._recent = deque(maxlen=self.refresh_batches or 1)
+        if stage == "fit" and self.fill_batch:
+            Driver.of(trainer).join(self)
+
+    def settle_groups(self, pl_module: LightningModule) -> None:
+        """No groups of their own."""
+
+    def rests(self, optimizer: torch.optim.Optimizer) -> bool:
+        """No optimizer rests."""
+        return False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the loader, the learning rate and the regularisation."""
@@ -345,7 +350,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
         if size == full:
             self._recent.clear()
         elif self.refresh_batches:
-            samples = self._settings and self.samples_of_batch(trainer)[:SAMPLES_TO_REFRESH]
+            samples = self._settings and self._maker.samples_of_batch()[:SAMPLES_TO_REFRESH]
             self._recent.append(batch if samples is None else samples)
         return self._resized(batch, size, progress)
 
@@ -390,7 +395,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
                 wrong, error = next((one for one in tried if one[1] is not None), (full, None))
                 if error is None or failure(full) is not None:  # then the first step will say what is wrong
                     return
-        except NoRehearsalError as reason:
+        except NoCopyError as reason:
             self._say(f"ProgressiveResizing does not try the model on small images: {reason}.", rank_zero_info)
             return
         raise MisconfigurationException(
@@ -400,9 +405,9 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
             "sizes that it takes, with `start=`, `stages=` or a `multiple=` of its patch size or total stride."
         ) from error
 
-    def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Multiply the rate as the batch is larger."""
-        if not self.fill_batch or "lr" not in values or self._factors[optimizer] == 1:
+        if "lr" not in values or not self._factors or self._factors[optimizer] == 1:
             return {}
         return {"lr": values["lr"] * self._factors[optimizer]}
 
@@ -444,6 +449,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put everything back."""
         super().undo(trainer, pl_module)
+        Driver.of(trainer).leave(self)
         self._give_back()
         self._loader = None
         if self._regularization is not None:
@@ -480,6 +486,19 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
         if message not in self._said:
             self._said.add(message)
             speak(message)
+
+
+class _Sizes(LoaderGrip):
+    trick: ProgressiveResizing
+
+    def see_evaluation_loader(self, trainer: Trainer, loader: Any) -> None:
+        self.trick.see_evaluation_loader(trainer, loader)
+
+    def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
+        self.trick.change_loader(trainer, loader, epoch)
+
+    def batch_size_in_epoch(self, epoch: int, batch_size: int) -> int:
+        return self.trick.batch_size_in_epoch(epoch, batch_size)
 
 
 def _places(name: str, places: Any) -> tuple[Place, ...]:

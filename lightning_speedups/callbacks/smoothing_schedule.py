@@ -5,6 +5,7 @@ converge faster than smoothing to the end.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_speedups.attach.batches import batch_number
-from lightning_speedups.attach.trick import Trick, callbacks_of, total_batches
+from lightning_speedups.attach.run_length import run_length
+from lightning_speedups.attach.trick import Trick, callbacks_of
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.schedules import Shape, pick_shape
 from lightning_speedups.core.smoothing import Smoothing
@@ -35,6 +37,23 @@ def factor_at(progress: float, shape: Shape, start: float, stop: float) -> float
     if progress >= stop:
         return shape(1.0)
     return shape((progress - start) / (stop - start) if progress > start else 0.0)
+
+
+@dataclass
+class Driven:
+    """What belongs to a run.
+
+    Attributes:
+        losses: The losses that it drives.
+        batches: Training batches of the whole run.
+        factor: What ε is multiplied by now.
+        strength: The same on the device; None for 1.
+    """
+
+    losses: list[Smoothing] = field(default_factory=list)
+    batches: int = 0
+    factor: float = 1.0
+    strength: Tensor | None = None
 
 
 class SmoothingSchedule(Trick):
@@ -74,6 +93,9 @@ class SmoothingSchedule(Trick):
         >>> trainer = Trainer(callbacks=[SmoothingSchedule("cosine", start=0.5)])
     """
 
+    run_as = Driven
+    run: Driven
+
     def __init__(
         self,
         shape: str | Callable[[float], float] = "linear",
@@ -98,16 +120,10 @@ class SmoothingSchedule(Trick):
             )
         self.start, self.stop = start, stop
         self._highest = max(factors)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._losses: list[Smoothing] = []
-        self._batches = 0
-        self._factor = 1.0
-        self._strength: Tensor | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the losses, and refuse what cannot work."""
+        super().on_fit_start(trainer, pl_module)
         others = [one for one in callbacks_of(trainer) if isinstance(one, SmoothingSchedule) and one is not self]
         if others:
             raise MisconfigurationException(
@@ -128,41 +144,43 @@ class SmoothingSchedule(Trick):
                     f"SmoothingSchedule would take {type(loss).__name__}(smoothing={loss.highest:g}) up to "
                     f"{loss.highest * self._highest:g}, but ε must stay below 1. Give a lower `end_factor` or ε."
                 )
-        self._losses = losses
+        self.run.losses = losses
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the length of the run."""
-        batches = total_batches(trainer)
+        super().on_train_start(trainer, pl_module)
+        batches = run_length(trainer).batches
         if batches is None:
             raise MisconfigurationException(
                 "SmoothingSchedule needs the length of the run, and this one's is unknown (an endless loader, or no "
                 "`max_epochs`). Give `Trainer(max_steps=...)`."
             )
-        self._batches = batches
+        self.run.batches = batches
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Give the losses the factor of this batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         done = batch_number(trainer) - 1  # it counts this one already
-        factor = factor_at(min(1.0, done / self._batches), self.shape, self.start, self.stop)
-        if factor != self._factor:
+        factor = factor_at(min(1.0, done / self.run.batches), self.shape, self.start, self.stop)
+        if factor != self.run.factor:
             # A new tensor, as the old one may be saved for a backward pass; filled on the device: no copy to wait for.
             strength = torch.full((), factor, dtype=torch.float32, device=pl_module.device)
-            self._strength = None if factor == 1 else strength
-            self._factor = factor
-        self._set(self._strength)
+            self.run.strength = None if factor == 1 else strength
+            self.run.factor = factor
+        self._set(self.run.strength)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Give the losses their own ε back."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._set(None)
 
     def _set(self, strength: Tensor | None) -> None:
-        for loss in self._losses:
+        for loss in self.run.losses:
             loss.strength = strength
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the losses their own ε back, and forget them."""
-        super().undo(trainer, pl_module)
         self._set(None)
-        self._forget()
+        super().undo(trainer, pl_module)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_speedups.attach.optimizers import OptimizerTrick, Order
-from lightning_speedups.attach.trick import facts
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.attach.run_length import facts
+from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
+from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import count_samples
-from lightning_speedups.core.durations import Duration, Run
+from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.schedules import anneal_between
 
 Mode = Literal["min", "max"]
@@ -51,6 +51,40 @@ def is_reached(value: float, target: float, mode: Mode) -> bool:
     return value >= target if mode == "max" else value <= target
 
 
+@dataclass
+class Way(Steps):
+    """What a checkpoint holds of the way to the target.
+
+    Attributes:
+        reached: What it took, as a dict; None as long as it is not reached.
+        samples: Training samples so far; None if they cannot be counted.
+        seconds: Those of the runs before this one.
+        last: For each optimizer: since which step it decays, and for how many.
+        rates: Indices of optimizer and group, and where its rate stood then.
+    """
+
+    reached: dict[str, Any] | None = None
+    samples: int | None = 0
+    seconds: float = 0.0
+    last: list[list[int]] = field(default_factory=list)
+    rates: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Watch:
+    """What else belongs to a run.
+
+    Attributes:
+        clock: When training began; NaN while there is none.
+        validates: Whether a validation is still to come that may log the metric.
+        ended_an_epoch: Whether an epoch has ended.
+    """
+
+    clock: float = math.nan
+    validates: bool = False
+    ended_an_epoch: bool = False
+
+
 class StopAtTarget(OptimizerTrick):
     """Ends the run when a metric reaches its target, and reports seconds, steps and samples that it took.
 
@@ -83,7 +117,10 @@ class StopAtTarget(OptimizerTrick):
         >>> trainer = Trainer(callbacks=[StopAtTarget("val_accuracy", 0.94, mode="max", finish="anneal")])
     """
 
-    order = Order.FINAL
+    order = ValueOrder.FINAL
+    saved_as, run_as = Way, Watch
+    saved: Way
+    run: Watch
 
     def __init__(
         self,
@@ -97,24 +134,17 @@ class StopAtTarget(OptimizerTrick):
         if not isinstance(monitor, str) or not monitor:
             raise ValueError(f"Expected `monitor` to be the name of a metric, but got {monitor!r}.")
         check_number("target", target)
-        if mode not in ("min", "max"):
-            raise ValueError(f"Expected `mode` to be 'min' or 'max', but got {mode!r}.")
-        if finish not in ("now", "anneal"):
-            raise ValueError(f"Expected `finish` to be 'now' or 'anneal', but got {finish!r}.")
+        check_choice("mode", mode, get_args(Mode))
+        check_choice("finish", finish, ("now", "anneal"))
         self.anneal = Duration.parse("anneal", anneal)
         if not self.anneal.amount:
             raise ValueError(f"Expected `anneal` to be above 0, but got {anneal!r}. Use `finish='now'`.")
         self.monitor, self.target, self.mode, self.finish = monitor, target, mode, finish
 
-    def forget(self) -> None:
-        """Forget the last run."""
-        super().forget()
-        self.reached: Reached | None = None
-        self._samples: int | None = 0
-        self._seconds, self._clock = 0.0, math.nan
-        self._last: list[tuple[int, int]] = []  # for each optimizer: since which step, for how many
-        self._rates: dict[tuple[int, int], float] = {}  # where each group's rate stood then
-        self._validates, self._ended_an_epoch = False, False
+    @property
+    def reached(self) -> Reached | None:
+        """What the target took; None as long as it is not reached."""
+        return None if self.saved.reached is None else Reached(**self.saved.reached)
 
     @property
     def state_key(self) -> str:
@@ -124,11 +154,11 @@ class StopAtTarget(OptimizerTrick):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
-        self._clock = time.monotonic()
-        self._validates = trainer.enable_validation
+        self.run.clock = time.monotonic()
+        self.run.validates = trainer.enable_validation
         self._stop_if_done(trainer)
 
-    def plan(self, run: Run) -> None:
+    def plan(self, run: RunFacts) -> None:
         """Refuse a decay whose length nobody knows."""
         if self.finish == "anneal" and self.anneal.in_steps(run, 1) is None:
             raise MisconfigurationException(
@@ -138,55 +168,64 @@ class StopAtTarget(OptimizerTrick):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at what was logged after this callback's turn at the last epoch's end."""
-        if self._ended_an_epoch:
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.run.ended_an_epoch:
             self._look(trainer, pl_module, trainer.current_epoch)
             if self._misses(trainer):
                 raise MisconfigurationException(self._missing(trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the samples."""
-        if self._samples is not None and self.reached is None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.saved.samples is not None and self.saved.reached is None:
             count = count_samples(batch)
-            self._samples = None if count is None else self._samples + count * trainer.world_size
+            self.saved.samples = None if count is None else self.saved.samples + count * trainer.world_size
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Decay the rate to 0 from where it stood when the target was reached."""
-        if not self._last:
+        if not self.saved.last:
             return {}
-        since, steps = self._last[optimizer]
+        since, steps = self.saved.last[optimizer]
         if not steps:  # a Trainer that must go on, as for its `min_epochs`
             return {}
-        begin = self._rates.setdefault((optimizer, group), float(values["lr"]))
+        begin = next((rate for *place, rate in self.saved.rates if place == [optimizer, group]), None)
+        if begin is None:
+            begin = float(values["lr"])
+            self.saved.rates.append([optimizer, group, begin])
         return {"lr": anneal_between(begin, 0.0, min(1.0, (step - since) / steps), "linear")}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End the run after the decay."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._stop_if_done(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the metric."""
+        super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._look(trainer, pl_module, trainer.current_epoch + 1)
             self._stop_if_done(trainer)
-            self._validates = False  # what validation logs is there from now on
+            self.run.validates = False  # what validation logs is there from now on
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the metric."""
+        super().on_train_epoch_end(trainer, pl_module)
         self._look(trainer, pl_module, trainer.current_epoch + 1)
         self._stop_if_done(trainer)
-        self._ended_an_epoch = True
+        self.run.ended_an_epoch = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once more, at what the last epoch's end logged."""
-        if self._ended_an_epoch:
+        super().on_train_end(trainer, pl_module)
+        if self.run.ended_an_epoch:
             self._look(trainer, pl_module, trainer.current_epoch)
             if self._misses(trainer):
                 rank_zero_warn(self._missing(trainer))
 
     def _misses(self, trainer: Trainer) -> bool:
-        return self.reached is None and self.monitor not in trainer.callback_metrics and not self._validates
+        return self.saved.reached is None and self.monitor not in trainer.callback_metrics and not self.run.validates
 
     def _missing(self, trainer: Trainer) -> str:
         return (
@@ -195,61 +234,47 @@ class StopAtTarget(OptimizerTrick):
         )
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, epochs: int) -> None:
-        if self.reached is not None:
+        if self.saved.reached is not None:
             return
         value = float(trainer.callback_metrics.get(self.monitor, math.nan))
         # One rank's word is enough: a metric that is not synchronised differs between them, or is known to one alone.
         if not trainer.strategy.reduce_boolean_decision(is_reached(value, self.target, self.mode), all=False):
             return
         seconds, steps = self._seconds_now(), max(self.steps_done, default=trainer.global_step)
-        self.reached = Reached(value, epochs, steps, self._samples, seconds)
-        samples = "an unknown number of" if self._samples is None else self._samples
+        reached = Reached(value, epochs, steps, self.saved.samples, seconds)
+        self.saved.reached = asdict(reached)
+        samples = "an unknown number of" if reached.samples is None else reached.samples
         rank_zero_info(
             f"StopAtTarget: {self.monitor} = {value:g} (target {self.target:g}) after {seconds:.1f} s, {steps} "
             f"optimizer steps, {samples} samples."
         )
-        report = {f"target/{name}": number for name, number in asdict(self.reached).items() if number is not None}
+        report = {f"target/{name}": number for name, number in self.saved.reached.items() if number is not None}
         for logger in trainer.loggers:
             logger.log_metrics(report, step=trainer.global_step)
         run = facts(trainer, pl_module)
         left = math.inf if run.steps is None else run.steps - trainer.global_step
-        self._last = [(done, self._decay(done, run, left)) for done in self.steps_done]
+        self.saved.last = [[done, self._decay(done, run, left)] for done in self.steps_done]
 
-    def _decay(self, done: int, run: Run, left: float) -> int:
+    def _decay(self, done: int, run: RunFacts, left: float) -> int:
         if self.finish == "now" or not done:  # an optimizer that does not step is not waited for
             return 0
         steps = max(1, round(self.anneal.in_steps(run, done) or 1))
         return int(min(steps, max(0, left)))
 
     def _stop_if_done(self, trainer: Trainer) -> None:
-        if self.reached and all(
-            done >= since + steps for done, (since, steps) in zip(self.steps_done, self._last, strict=True)
+        if self.saved.reached and all(
+            done >= since + steps for done, (since, steps) in zip(self.steps_done, self.saved.last, strict=True)
         ):
             trainer.should_stop = True
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the driver, and stop the clock."""
+        self.saved.seconds = self._seconds_now()
         super().undo(trainer, pl_module)
-        self._seconds, self._clock = self._seconds_now(), math.nan
 
     def _seconds_now(self) -> float:
-        return self._seconds + (0.0 if math.isnan(self._clock) else time.monotonic() - self._clock)
+        return self.saved.seconds + (0.0 if math.isnan(self.run.clock) else time.monotonic() - self.run.clock)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was counted, and how far the decay is."""
-        return {
-            **super().state_dict(),
-            "reached": self.reached and asdict(self.reached),
-            "samples": self._samples,
-            "seconds": self._seconds_now(),
-            "last": [list(part) for part in self._last],
-            "rates": [[*place, rate] for place, rate in self._rates.items()],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        super().load_state_dict(state_dict)
-        self.reached = Reached(**state_dict["reached"]) if state_dict["reached"] else None
-        self._samples, self._seconds = state_dict["samples"], state_dict["seconds"]
-        self._last = [(int(since), int(steps)) for since, steps in state_dict["last"]]
-        self._rates = {(int(i), int(g)): float(rate) for i, g, rate in state_dict["rates"]}
+        return {**super().state_dict(), "seconds": self._seconds_now()}

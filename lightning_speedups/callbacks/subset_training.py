@@ -5,6 +5,7 @@ without a bias, Selective Backprop (Jiang et al., arXiv:1910.00762) prefers thos
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,10 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from lightning_speedups.attach.batches import Order, SeededBatchTrick
-from lightning_speedups.attach.loaders import LoaderTrick
-from lightning_speedups.attach.losses import LossTrick
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.attach.batches import BatchOrder, Seed, SeededBatchTrick
+from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.attach.sample_losses import LossGrip
+from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.randomness import generator_for
 from lightning_speedups.core.subsets import Subset, draw_hard, draw_unbiased, draw_uniform
 
@@ -52,7 +53,51 @@ def update(losses: Tensor, total: Tensor, count: Tensor) -> Tensor:
     return torch.where((count > 0) & total.isfinite(), total / count, losses)
 
 
-class SubsetTraining(LoaderTrick, LossTrick, SeededBatchTrick):
+def _none() -> Tensor:
+    return torch.empty(0)
+
+
+@dataclass
+class Known(Seed):
+    """What a checkpoint holds.
+
+    Attributes:
+        losses: Each sample's loss in the last epoch that has shown it, ``(N,)``; NaN where unknown.
+        total: Sum of the losses that the epoch under way has shown, ``(N,)``.
+        count: How many these were, ``(N,)``.
+        epoch: The epoch under way.
+        left_out: Samples that it leaves out in this process.
+        samples_saved: Samples left out in the epochs that have ended, in all processes.
+    """
+
+    losses: Tensor = field(default_factory=_none)
+    total: Tensor = field(default_factory=_none)
+    count: Tensor = field(default_factory=_none)
+    epoch: int = 0
+    left_out: int = 0
+    samples_saved: int = 0
+
+
+@dataclass
+class Epoch:
+    """What else belongs to a run.
+
+    Attributes:
+        full_from: The epoch from which on all have all samples.
+        new: Indices, and their losses where the step computed them.
+        indices: Of the batch under way.
+        weights: What each sample counts, in the epoch ``shortened``; None for 1.
+        shortened: The last epoch that left something out.
+    """
+
+    full_from: float = math.inf
+    new: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    weights: Tensor | None = None
+    shortened: int = -1
+
+
+class SubsetTraining(SeededBatchTrick):
     """Trains on a part of the samples in most epochs, chosen by the loss that each had when it was last seen.
 
     The first epoch, and those from ``stop_at`` on, have all samples; the others have exactly ``round(keep·N)``, in the
@@ -110,7 +155,10 @@ class SubsetTraining(LoaderTrick, LossTrick, SeededBatchTrick):
         >>> trainer = Trainer(max_epochs=40, callbacks=[SubsetTraining(keep=0.7)])
     """
 
-    batch_order = Order.LOOK
+    batch_order = BatchOrder.LOOK
+    saved_as, run_as = Known, Epoch
+    saved: Known
+    run: Epoch
 
     def __init__(
         self,
@@ -124,27 +172,19 @@ class SubsetTraining(LoaderTrick, LossTrick, SeededBatchTrick):
     ) -> None:
         super().__init__(seed)
         check_number("keep", keep, 0, 1, above=True)
-        if method not in get_args(Method):
-            raise ValueError(f"Expected `method` to be one of {', '.join(get_args(Method))}, but got {method!r}.")
+        check_choice("method", method, get_args(Method))
         check_number("stop_at", stop_at, 0, 1)
         check_number("max_drop", max_drop, 0, 1, above=True, below=True)
         check_number("beta", beta, 0)
         self.keep, self.method, self.stop_at, self.max_drop, self.beta = keep, method, stop_at, max_drop, beta
         self.logs_facts = log
-        self.kept, self.samples_saved = 1.0, 0
-        self._full_from, self._epoch = math.inf, 0
-        self._forget(0)
-
-    def _forget(self, samples: int) -> None:
-        self._losses = torch.full((samples,), math.nan)
-        self._total, self._count = torch.zeros(samples), torch.zeros(samples)
-        self._new: list[tuple[Tensor, Tensor]] = []  # indices, and their losses where the step computed them
-        self._indices = torch.empty(0, dtype=torch.long)
-        self._weights: Tensor | None = None
-        self._shortened, self._left_out = -1, 0
+        self.kept = 1.0
+        self.loader = _Selects(self)
+        self.grips = (self.loader, LossGrip(self))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join loader, batch pipeline and training step; settle which epochs are shortened."""
+        goes_on = self.saved if stage == "fit" and trainer.current_epoch > 0 else None
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -154,50 +194,54 @@ class SubsetTraining(LoaderTrick, LossTrick, SeededBatchTrick):
                 f"SubsetTraining(stop_at={self.stop_at}) is a fraction of the run's epochs, but this Trainer has no "
                 "`max_epochs`. Give it one, or use `stop_at=1.0`."
             )
-        self._full_from = full_again(self.stop_at, epochs)
-        self._epoch = trainer.current_epoch
-        if trainer.current_epoch == 0:  # otherwise the same Trainer goes on, with what is known
-            self.kept, self.samples_saved = 1.0, 0
-            self._forget(0)
+        self.run.full_from, self.kept = full_again(self.stop_at, epochs), 1.0
+        if goes_on is not None:  # the same Trainer goes on, with what is known
+            self.saved = goes_on
+            self.saved.epoch = trainer.current_epoch
 
     @property
     def mean_loss(self) -> float | None:
         """Mean of the samples' last known losses."""
-        mean = float(self._losses.nanmean())
+        mean = float(self.saved.losses.nanmean())
         return None if math.isnan(mean) else mean
+
+    @property
+    def samples_saved(self) -> int:
+        """Samples left out in the epochs that have ended, in all processes."""
+        return self.saved.samples_saved
 
     def samples_in_epoch(self, epoch: int, samples: int) -> int:
         """Return how many samples an epoch has, of all that this process has in an epoch."""
-        if epoch == 0 or epoch >= self._full_from:
+        if epoch == 0 or epoch >= self.run.full_from:
             return samples
         return min(samples, max(1, round(self.keep * samples)))
 
     def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
         """Make room for the losses of the loader's dataset."""
-        if self._run_seed is None:  # workers may ask for the samples before `on_train_start`
-            self._run_seed = trainer.strategy.broadcast(torch.initial_seed())
-        samples, known = len(loader.dataset), len(self._losses)
+        self.run_seed(trainer)  # on all ranks at once; workers may ask for the samples before `on_train_start`
+        samples, known = len(loader.dataset), len(self.saved.losses)
         if samples != known:
             if known:
                 rank_zero_warn(
                     f"SubsetTraining knows the losses of {known} samples, but the training data has {samples} now. It "
                     "takes them all for new ones."
                 )
-            self._forget(samples)
-        if epoch > self._epoch:  # resumed behind the last batch of an epoch, whose end no hook saw
+            self.saved.losses = torch.full((samples,), math.nan)
+            self.saved.total, self.saved.count = torch.zeros(samples), torch.zeros(samples)
+            self.run.new, self.run.weights, self.saved.left_out = [], None, 0
+        if epoch > self.saved.epoch:  # resumed behind the last batch of an epoch, whose end no hook saw
             self._close_epoch(trainer)
 
     def select(self, trainer: Trainer, epoch: int, order: list[int]) -> list[int]:
         """Choose the epoch's samples."""
-        assert self._run_seed is not None
         kept = self.samples_in_epoch(epoch, len(order))
-        self._check(order)
-        generator = generator_for(self._run_seed, trainer.global_rank, epoch, self.batch_order)
-        places, weights = self._draw(self._losses[order], kept, generator)
-        self._shortened, self.kept, self._left_out = epoch, kept / len(order), len(order) - kept
+        self.loader.require_numbers(order)
+        generator = generator_for(self.run_seed(trainer), trainer.global_rank, epoch, self.batch_order)
+        places, weights = self._draw(self.saved.losses[order], kept, generator)
+        self.run.shortened, self.kept, self.saved.left_out = epoch, kept / len(order), len(order) - kept
         if self.method == "infobatch":
-            self._weights = torch.ones(len(self._losses))
-            self._weights[order] = weights
+            self.run.weights = torch.ones(len(self.saved.losses))
+            self.run.weights[order] = weights
         return [order[place] for place in places.tolist()]
 
     def _draw(self, losses: Tensor, kept: int, generator: torch.Generator) -> Subset:
@@ -209,43 +253,36 @@ class SubsetTraining(LoaderTrick, LossTrick, SeededBatchTrick):
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Note which samples these are."""
-        samples = self.samples_of_batch(trainer)
-        self._check(samples)
-        self._indices = torch.tensor(samples, dtype=torch.long)
+        samples = self.loader.require_numbers(self.loader.samples_of_batch())
+        self.run.indices = torch.tensor(samples, dtype=torch.long)
         return batch
-
-    def _check(self, samples: list[int]) -> None:
-        if any(not isinstance(sample, int) or not 0 <= sample < len(self._losses) for sample in samples):
-            raise MisconfigurationException(
-                "SubsetTraining needs a sampler of whole numbers, each the place of a sample in the dataset, but the "
-                "training loader's gives others."
-            )
 
     def samples_in_step(self, trainer: Trainer) -> int:
         """Return how many samples the batch has."""
-        return len(self._indices)
+        return len(self.run.indices)
 
     def weights_in_step(self, trainer: Trainer) -> Tensor | None:
         """Return what each sample of the batch counts."""
-        if self._weights is None or self._shortened != trainer.current_epoch:
+        if self.run.weights is None or self.run.shortened != trainer.current_epoch:
             return None
-        return self._weights[self._indices].to(trainer.strategy.root_device, non_blocking=True)
+        return self.run.weights[self.run.indices].to(trainer.strategy.root_device, non_blocking=True)
 
     def take_losses(self, trainer: Trainer, losses: Tensor) -> None:
         """Note the batch's losses; they stay on their device for a while, so that no step waits for them."""
-        self._new.append((self._indices, losses))
-        if len(self._new) == 500:
+        self.run.new.append((self.run.indices, losses))
+        if len(self.run.new) == 500:
             self._gather()
 
     def _gather(self) -> None:
-        if self._new:
-            indices, losses = (torch.cat(parts).cpu() for parts in zip(*self._new, strict=True))
-            self._total.index_add_(0, indices, losses)
-            self._count.index_add_(0, indices, torch.ones(len(indices)))
-            self._new = []
+        if self.run.new:
+            indices, losses = (torch.cat(parts).cpu() for parts in zip(*self.run.new, strict=True))
+            self.saved.total.index_add_(0, indices, losses)
+            self.saved.count.index_add_(0, indices, torch.ones(len(indices)))
+            self.run.new = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exchange what the processes have seen."""
+        super().on_train_epoch_end(trainer, pl_module)
         kept = self.kept
         self._close_epoch(trainer)
         if self.logs_facts:
@@ -253,30 +290,28 @@ class SubsetTraining(LoaderTrick, LossTrick, SeededBatchTrick):
             pl_module.log_dict({f"subset_{name}": fact for name, fact in facts.items() if fact is not None})
 
     def _close_epoch(self, trainer: Trainer) -> None:
-        self._losses = update(self._losses, *self._of_all_processes(trainer))
-        self._total, self._count = torch.zeros_like(self._losses), torch.zeros_like(self._losses)
-        self.samples_saved += int(_sum(trainer, torch.tensor(self._left_out)))
-        self._left_out, self._epoch, self.kept = 0, self._epoch + 1, 1.0
+        self.saved.losses = update(self.saved.losses, *self._of_all_processes(trainer))
+        self.saved.total, self.saved.count = torch.zeros_like(self.saved.losses), torch.zeros_like(self.saved.losses)
+        self.saved.samples_saved += int(_sum(trainer, torch.tensor(self.saved.left_out)))
+        self.saved.left_out, self.saved.epoch, self.kept = 0, self.saved.epoch + 1, 1.0
 
     def _of_all_processes(self, trainer: Trainer) -> tuple[Tensor, Tensor]:
         self._gather()
-        return _sum(trainer, self._total), _sum(trainer, self._count)
+        return _sum(trainer, self.saved.total), _sum(trainer, self.saved.count)
+
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what was seen: checkpoints may still be made."""
+        self._gather()
+        super().undo(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses as they stood when the epoch began, which fix its samples, and what it has shown since."""
         self._gather()
-        return {
-            **super().state_dict(),
-            "losses": self._losses,
-            "total": self._total.clone(),
-            "count": self._count.clone(),
-            "epoch": self._epoch,
-            "left_out": self._left_out,
-            "samples_saved": self.samples_saved,
-        }
+        return super().state_dict()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save what all processes have seen."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if trainer.world_size > 1:
             state = checkpoint["callbacks"][self.state_key]
             state["total"], state["count"] = self._of_all_processes(trainer)
@@ -284,13 +319,24 @@ class SubsetTraining(LoaderTrick, LossTrick, SeededBatchTrick):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the interrupted run stood."""
         super().load_state_dict(state_dict)
-        self._forget(0)
-        self._losses, self._total, self._count = (state_dict[name].clone() for name in ("losses", "total", "count"))
         if getattr(rank_zero_only, "rank", 0) > 0:  # the first process stands for all that had seen them
-            self._total.zero_()
-            self._count.zero_()
-        self._epoch, self._left_out = state_dict["epoch"], state_dict["left_out"]
-        self.samples_saved = state_dict["samples_saved"]
+            self.saved.total.zero_()
+            self.saved.count.zero_()
+
+
+class _Selects(LoaderGrip):
+    """Hands out the samples that the trick chooses."""
+
+    trick: SubsetTraining
+
+    def samples_in_epoch(self, epoch: int, samples: int) -> int:
+        return self.trick.samples_in_epoch(epoch, samples)
+
+    def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
+        self.trick.change_loader(trainer, loader, epoch)
+
+    def select(self, trainer: Trainer, epoch: int, order: list[int]) -> list[int]:
+        return self.trick.select(trainer, epoch, order)
 
 
 def _sum(trainer: Trainer, values: Tensor) -> Tensor:

@@ -5,18 +5,32 @@ arXiv:2205.10287).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_speedups.attach.optimizers import OptimizerTrick, Order
-from lightning_speedups.attach.trick import facts
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.attach.run_length import facts
+from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder
+from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch_scaling import Rule, scaling_factor
-from lightning_speedups.core.durations import Run
+from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.schedules import ramp
+
+
+@dataclass
+class Ramp:
+    """What belongs to a run.
+
+    Attributes:
+        steps: Length of the ramp.
+        full: The factor of each optimizer after it.
+    """
+
+    steps: int = 0
+    full: list[float] = field(default_factory=list)
 
 
 class WarmupLRScaler(OptimizerTrick):
@@ -52,7 +66,9 @@ class WarmupLRScaler(OptimizerTrick):
         >>> trainer = Trainer(callbacks=[WarmupLRScaler(base_batch_size=256)])
     """
 
-    order = Order.FACTOR
+    order = ValueOrder.FACTOR
+    run_as = Ramp
+    run: Ramp
 
     def __init__(
         self,
@@ -65,8 +81,7 @@ class WarmupLRScaler(OptimizerTrick):
     ) -> None:
         super().__init__()
         check_number("base_batch_size", base_batch_size, 1, whole=True, optional=True)
-        if rule not in ("auto", "linear", "sqrt"):
-            raise ValueError(f"Expected `rule` to be 'auto', 'linear' or 'sqrt', but got {rule!r}.")
+        check_choice("rule", rule, get_args(Rule))
         check_number("warmup_epochs", warmup_epochs, 0)
         check_number("warmup_steps", warmup_steps, 0, whole=True, optional=True)
         check_number("start_factor", start_factor, 0, above=True, optional=True)
@@ -74,10 +89,8 @@ class WarmupLRScaler(OptimizerTrick):
         self.base_batch_size, self.rule = base_batch_size, rule
         self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
         self.start_factor, self.scale = start_factor, scale
-        self._steps = 0
-        self._full: list[float] = []
 
-    def plan(self, run: Run) -> None:
+    def plan(self, run: RunFacts) -> None:
         """Settle the factors and the length of the ramp."""
         steps = self.warmup_steps if self.warmup_steps is not None else run.steps_in_epochs(self.warmup_epochs)
         if steps is None:
@@ -85,9 +98,9 @@ class WarmupLRScaler(OptimizerTrick):
                 f"WarmupLRScaler(warmup_epochs={self.warmup_epochs}) needs the length of an epoch, but this training "
                 "data has none. Give `warmup_steps` instead."
             )
-        self._steps = steps
+        self.run.steps = steps
         if self.scale is not None or self.base_batch_size is None:
-            self._full = [self.scale or 1.0] * len(run.optimizers)
+            self.run.full = [self.scale or 1.0] * len(run.optimizers)
             return
         if run.batch_size is None:
             raise MisconfigurationException(
@@ -96,29 +109,32 @@ class WarmupLRScaler(OptimizerTrick):
                 " batch size over the base batch size."
             )
         ratio = run.batch_size / self.base_batch_size
-        self._full = [scaling_factor(ratio, self.rule, name) for name in run.optimizers]
+        self.run.full = [scaling_factor(ratio, self.rule, name) for name in run.optimizers]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what comes."""
         super().on_train_start(trainer, pl_module)
-        run, scaled = facts(trainer, pl_module), self.base_batch_size and not self.scale
+        run, steps, scaled = facts(trainer, pl_module), self.run.steps, self.base_batch_size and not self.scale
         size = f" (effective batch {run.batch_size}, base {self.base_batch_size})" if scaled else ""
-        factors = ", ".join(f"× {self._start(full):g} → × {full:g}" for full in self._full)
-        rank_zero_info(f"WarmupLRScaler: learning rate {factors}{size} over the first {self._steps} optimizer steps.")
-        if run.steps is not None and self._steps > run.steps:
+        factors = ", ".join(f"× {self._start(full):g} → × {full:g}" for full in self.run.full)
+        rank_zero_info(
+            f"WarmupLRScaler: learning rate {factors}{size} over the first {self.run.steps} optimizer steps."
+        )
+        if run.steps is not None and steps > run.steps:
             rank_zero_warn(
-                f"WarmupLRScaler: the ramp takes {self._steps} optimizer steps, but the run has {run.steps} and never "
+                f"WarmupLRScaler: the ramp takes {steps} optimizer steps, but the run has {run.steps} and never "
                 "reaches the full rate. Give a shorter `warmup_epochs` or `warmup_steps`."
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow an accumulation that changes between epochs."""
+        super().on_train_epoch_start(trainer, pl_module)
         self.plan(facts(trainer, pl_module))
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Multiply the rate."""
-        full = self._full[optimizer]
-        return {"lr": values["lr"] * ramp(step, self._steps, self._start(full), full)}
+        full = self.run.full[optimizer]
+        return {"lr": values["lr"] * ramp(step, self.run.steps, self._start(full), full)}
 
     def _start(self, full: float) -> float:
         if self.start_factor is not None:

@@ -12,10 +12,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_speedups.attach.optimizers import OptimizerTrick, Order
 from lightning_speedups.attach.schedules import ScheduleTrick, get_value
+from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.durations import Run
+from lightning_speedups.core.durations import RunFacts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def schedule_values(
 
     for trick in tricks:
         try:
-            trick.plan(Run(trainer_length, steps_in_epochs, batch_size, tuple(names)))
+            trick.plan(RunFacts(trainer_length, steps_in_epochs, batch_size, tuple(names)))
         except MisconfigurationException as error:
             raise ValueError(f"{error} (In a plot, `steps_per_epoch=` and `batch_size=` say more.)") from error
 
@@ -101,7 +101,7 @@ def _twins(callbacks: Sequence[Callback]) -> list[OptimizerTrick]:
                 )
         if getattr(trick, "over", None) == "time":
             twin.over = "steps"  # as if all steps took the same time
-        twin.forget()
+        twin.begin()
         twins.append(twin)
     schedules = [twin for twin in twins if isinstance(twin, ScheduleTrick)]
     for one, other in itertools.combinations(schedules, 2):
@@ -137,7 +137,7 @@ def _values_at(
             values: dict[str, Any] = {}
             unscaled = None
             for trick in tricks:
-                if trick.order > Order.ABSOLUTE and unscaled is None:
+                if trick.order > ValueOrder.ABSOLUTE and unscaled is None:
                     unscaled = float(values.get("lr", group["lr"]))
                 values |= trick.group_values(i, g, step, ChainMap(values, dict(group)))
             now = {**group, **values}

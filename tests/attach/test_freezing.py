@@ -26,7 +26,7 @@ class Turns(FreezingTrick):
             self.changed.append(self.freeze_only(trainer, pl_module, self.table[trainer.global_step]))
 
     def group_values(self, optimizer, group, step, values):
-        layer = self.layer_of_group.get((optimizer, group))
+        layer = self.run.layer_of_group.get((optimizer, group))
         return {} if layer is None else {"lr": values["lr"] / 2}
 
 

@@ -351,7 +351,7 @@ def test_the_rate_monitor_shows_the_true_values():
         ({"step_size_up": 1.5}, "`step_size_up` to be a whole number of optimizer steps, a float in"),
         ({"step_size_down": 0.0}, "`step_size_down` to be above 0, but got 0.0 fraction"),
         ({"step_size_down": "two"}, "`step_size_down`"),
-        ({"mode": "square"}, "`mode` to be one of triangular, triangular2, exp_range, but got 'square'"),
+        ({"mode": "square"}, "`mode` to be 'triangular', 'triangular2' or 'exp_range', but got 'square'"),
         ({"gamma": 0.0}, r"`gamma` to be a number in \(0, 1\], but got 0.0"),
         ({"gamma": 1.1}, "`gamma`"),
         ({"base_momentum": 1.0}, r"`base_momentum` to be a number in \[0, 1\), but got 1.0"),

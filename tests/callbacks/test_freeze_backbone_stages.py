@@ -501,7 +501,7 @@ def test_timms_own_layers_by_name(name, options, schedule, counts):
 
     class Looks(Callback):
         def on_train_batch_start(self, *_):
-            labels.append(len(callback.layers) - len(callback._frozen))
+            labels.append(len(callback.layers) - len(callback.run.frozen))
 
     trainer(callbacks=[callback, Looks()]).fit(module, loader(8))
     assert labels == counts

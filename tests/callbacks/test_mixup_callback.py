@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_speedups import LabelSmoothingLoss, MixupCallback
-from lightning_speedups.attach.batches import Order
+from lightning_speedups.attach.batches import BatchOrder
 from lightning_speedups.core.mixing import Mixture, draw_mixture, mix_values
 from lightning_speedups.core.randomness import generator_for
 from small import CLASSES, Batches, Classifier, ReplayLoader, fit_interrupted, images, loader, resume, trainer
@@ -28,7 +28,7 @@ def EXAMPLE():
 
 def redrawn(inputs, number, *, seed=3, rank=0, alpha=0.2, cutmix_alpha=0.0, **options):
     """What the callback must have drawn for a batch: its number, rank and seed fix it."""
-    generator = generator_for(seed, rank, number, Order.MIX)
+    generator = generator_for(seed, rank, number, BatchOrder.MIX)
     return draw_mixture(inputs.shape, generator, alpha=alpha, cutmix_alpha=cutmix_alpha, **options)
 
 
@@ -353,7 +353,7 @@ def test_mixing_without_a_trainer_is_what_a_fit_does():
     module, batch = Classifier(), (x, y)
     trainer(callbacks=[MixupCallback(seed=3, **options)], max_epochs=1).fit(module, Batches(batch))
     callback = MixupCallback(**options)
-    (inputs, labels), mixture = callback.mix(batch, generator_for(3, 0, 0, Order.MIX))
+    (inputs, labels), mixture = callback.mix(batch, generator_for(3, 0, 0, BatchOrder.MIX))
     assert torch.equal(inputs, module.seen[0][0])
     assert torch.equal(F.one_hot(labels, CLASSES), F.one_hot(module.seen[0][1], CLASSES))
     assert mixture.method == "both"
@@ -541,8 +541,8 @@ def test_type_and_memory_format_of_the_inputs_are_kept(method, dtype):
 @pytest.mark.parametrize(
     ("options", "data", "told"),
     [
-        ({"labels": "y"}, images(8), r"labels='y'\): no part 'y' in a batch of type"),
-        ({"inputs": 0, "labels": 2}, images(8), r"labels=2\): no part 2"),
+        ({"labels": "y"}, images(8), r"labels='y'\) found no part 'y' in a batch of type"),
+        ({"inputs": 0, "labels": 2}, images(8), r"labels=2\) found no part 2"),
         ({"labels": 0, "inputs": 1}, (torch.tensor(3), images(8)[0]), "labels=0"),
         ({}, (images(8)[0], torch.ones(8, CLASSES) > 0), "found bool labels"),
         ({}, (images(8)[0], ["a"] * 8), "but found list"),
@@ -557,7 +557,7 @@ def test_type_and_memory_format_of_the_inputs_are_kept(method, dtype):
         (
             {"labels": (1, "y")},
             images(8),
-            r"labels=\(1, 'y'\)\): no part 'y' in the batch's part \(1,\) of type Tensor",
+            r"labels=\(1, 'y'\)\) found no part 'y' in the batch's part \(1,\) of type Tensor",
         ),
         (
             {"inputs": [0, (1, 0)], "labels": 2},

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomS
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_speedups import LabelSmoothingLoss, MixupCallback, OneCycleMomentum, SubsetTraining
-from lightning_speedups.attach.batches import Order
+from lightning_speedups.attach.batches import BatchOrder
 from lightning_speedups.core.randomness import generator_for
 from lightning_speedups.core.subsets import draw_hard, draw_unbiased, draw_uniform
 from small import (
@@ -95,7 +95,7 @@ def test_each_epoch_has_the_samples_drawn_from_the_last_losses_in_the_samplers_o
     for epoch in range(6):
         order = order_of(epoch)
         if epoch not in (0, 5):  # 0.875 of 6 is 5.25
-            places, _ = DRAWS[method](losses[order], 22, generator_for(3, 0, epoch, Order.LOOK))
+            places, _ = DRAWS[method](losses[order], 22, generator_for(3, 0, epoch, BatchOrder.LOOK))
             order = [order[place] for place in places.tolist()]
         numbers, own = module.of_epoch(epoch)
         assert numbers == order
@@ -111,7 +111,7 @@ def test_infobatch_weighs_the_low_ones_in_each_step():
     numbers, own = module.of_epoch(0)
     first[numbers] = own
     order = order_of(1)
-    drawn = draw_unbiased(first[order], 22, generator_for(3, 0, 1, Order.LOOK), 0.75).weights
+    drawn = draw_unbiased(first[order], 22, generator_for(3, 0, 1, BatchOrder.LOOK), 0.75).weights
     count = torch.ones(32)
     count[order] = drawn
     steps = [i for i, epoch in enumerate(module.epochs) if epoch == 1]
@@ -237,7 +237,7 @@ def test_a_plain_loader_that_begins_anew_in_the_middle_of_an_epoch_keeps_its_los
     module = Numbered()
     fit_interrupted(module, replay(), 2, [SubsetTraining(keep=0.7, seed=3)], max_epochs=2)
     rest, noted = Numbered(), []
-    subset.take_losses = lambda trainer, losses: noted.append((subset._indices.tolist(), losses))
+    subset.take_losses = lambda trainer, losses: noted.append((subset.run.indices.tolist(), losses))
     with pytest.warns(UserWarning, match="ended before the epoch ended"):
         resume(rest, replay(), [subset], max_epochs=2)
     assert [numbers for numbers, _ in noted] == rest.numbers
@@ -392,7 +392,7 @@ def test_reloaded_data_of_the_same_size_keep_their_losses():
     [
         ({"keep": 0.0}, r"`keep` to be a number in \(0, 1\], but got 0.0"),
         ({"keep": 1.1}, "`keep`"),
-        ({"method": "best"}, "`method` to be one of infobatch, random, loss, but got 'best'"),
+        ({"method": "best"}, "`method` to be 'infobatch', 'random' or 'loss', but got 'best'"),
         ({"stop_at": 1.5}, r"`stop_at` to be a number in \[0, 1\]"),
         ({"max_drop": 1.0}, r"`max_drop` to be a number in \(0, 1\)"),
         ({"max_drop": 0}, "`max_drop`"),

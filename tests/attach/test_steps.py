@@ -22,7 +22,7 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
-from lightning_speedups.attach.optimizers import OptimizerTrick, Order, split_groups
+from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder, split_groups
 from small import trainer
 
 BASE = 0.5
@@ -34,7 +34,7 @@ def factor(step):
 
 
 class Times(OptimizerTrick):
-    order = Order.FACTOR
+    order = ValueOrder.FACTOR
 
     def __init__(self, factor=factor, state_key="Times"):
         super().__init__()
@@ -51,7 +51,7 @@ class Times(OptimizerTrick):
 class Exactly(OptimizerTrick):
     """Sets the rate and the momentum, whatever stood there."""
 
-    order = Order.ABSOLUTE
+    order = ValueOrder.ABSOLUTE
 
     def group_values(self, optimizer, group, step, values):
         return {"lr": 10.0 + step + 100 * optimizer, "momentum": 0.5}
@@ -829,7 +829,7 @@ def test_validating_testing_and_predicting_patch_nothing():
 class Splits(Times):
     """Half the rate for everything in `second`."""
 
-    def splits_groups(self, pl_module):
+    def settle_groups(self, pl_module):
         own = {id(p) for p in pl_module.second.parameters()}
         return lambda parameter: "second" if id(parameter) in own else None
 
@@ -913,7 +913,7 @@ def test_a_scheduler_from_configure_optimizers_sees_the_split_groups(kind):
 
 def test_two_tricks_split_into_all_combinations():
     class SplitsBiases(Splits):
-        def splits_groups(self, pl_module):
+        def settle_groups(self, pl_module):
             return lambda parameter: "biases" if parameter.ndim == 1 else None
 
     module = TwoLayers(lambda m: SGD(m.parameters(), lr=0.1))

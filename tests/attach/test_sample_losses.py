@@ -8,15 +8,17 @@ from patches import patched
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_speedups.attach.losses import LossTrick
+from lightning_speedups.attach.sample_losses import LossGrip
+from lightning_speedups.attach.trick import Trick
 from lightning_speedups.core.sample_losses import mean_over_samples
 from small import Classifier, loader, trainer
 
 
-class Reader(LossTrick):
+class Reader(Trick):
     def __init__(self, weights=None, samples=8):
         super().__init__()
         self.weights, self.samples, self.losses = weights, samples, []
+        self.grips = (LossGrip(self),)
 
     def samples_in_step(self, trainer):
         return self.samples

@@ -10,26 +10,73 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_speedups.attach.trick import Trick, callbacks_of, facts, patch, raw_optimizers, unpatch
-from lightning_speedups.core.durations import Run
+from lightning_speedups.attach.packages import is_a
+from lightning_speedups.attach.run_length import facts, raw_optimizers
+from lightning_speedups.attach.stations import Station
+from lightning_speedups.attach.trick import Trick, callbacks_of
+from lightning_speedups.core.durations import RunFacts
+
+Shown = tuple[dict[str, Any], str, Any, Any]
+"""A parameter group, a key in it, the value before, and the one that was put there."""
 
 
-class Order(IntEnum):
+class ValueOrder(IntEnum):
     """Which values come first: absolute ones, then the factors on them, then what ends a run whatever they say."""
 
     ABSOLUTE = 10
     FACTOR = 20
     FINAL = 30
+
+
+class SetsValues(Protocol):
+    """Who sets values of parameter groups (``lr``, ``momentum``, …) for the time of each step: a trick, or a part of
+    one.
+    """
+
+    @property
+    def order(self) -> ValueOrder:
+        """Which values come first."""
+
+    def is_active(self, trainer: Trainer) -> bool:
+        """Tell whether the Trainer runs it."""
+
+    def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what to set on a parameter group for the next step.
+
+        Args:
+            optimizer: The optimizer's index.
+            group: The parameter group's index in it.
+            values: The group as schedulers and those before left it.
+        """
+
+    def rests(self, optimizer: Optimizer) -> bool:
+        """Tell whether an optimizer has nothing to step, which GradScaler takes for a mistake."""
+
+    def settle_groups(self, pl_module: LightningModule) -> Callable[[Tensor], str | None] | None:
+        """Settle, before ``configure_optimizers``, which parameters need a group of their own; return what names that
+        of a parameter, or gives None. None for no need at all.
+        """
+
+
+@dataclass
+class Steps:
+    """What a checkpoint holds of a trick that goes by steps.
+
+    Attributes:
+        steps_done: Steps that each optimizer has really done.
+    """
+
+    steps_done: list[int] = field(default_factory=list)
 
 
 class OptimizerTrick(Trick):
@@ -39,17 +86,18 @@ class OptimizerTrick(Trick):
     optimizer, over resumes.
     """
 
-    order: Order
+    saved_as = Steps
+    saved: Steps
+    order: ValueOrder
 
     def __init__(self) -> None:
         super().__init__()
         self._handles: list[Any] = []
-        self.forget()
 
-    def forget(self) -> None:
-        """Forget the last run."""
-        self.steps_done: list[int] = []
-        self._resumed = False
+    @property
+    def steps_done(self) -> list[int]:
+        """Steps that each optimizer has really done."""
+        return self.saved.steps_done
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return what to set on a parameter group for the next step.
@@ -62,73 +110,65 @@ class OptimizerTrick(Trick):
         """
         raise NotImplementedError
 
-    def plan(self, run: Run) -> None:
-        """Settle what depends on the run's length or batch size, before the first step."""
-
-    def splits_groups(self, pl_module: LightningModule) -> Callable[[Tensor], str | None] | None:
-        """Return what names the group of its own that a parameter needs, or gives None; asked before
-        ``configure_optimizers``. None for no need at all.
-        """
-        return None
+    def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what to set for the next step; nothing before training has begun."""
+        done = self.saved.steps_done
+        return self.group_values(optimizer, group, done[optimizer], values) if optimizer < len(done) else {}
 
     def rests(self, optimizer: Optimizer) -> bool:
-        """Tell whether an optimizer has nothing to step, which GradScaler takes for a mistake."""
+        """Tell whether an optimizer has nothing to step."""
         return False
+
+    def settle_groups(self, pl_module: LightningModule) -> Callable[[Tensor], str | None] | None:
+        """Settle which parameters need a group of their own: none."""
+        return None
+
+    def plan(self, run: RunFacts) -> None:
+        """Settle what depends on the run's length or batch size, before the first step."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the driver that stands before each step."""
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        self.forget()
-        driver = _driver(trainer) or _Driver(trainer)
-        if self not in driver.tricks:
-            driver.tricks = sorted([*driver.tricks, self], key=lambda trick: trick.order)
+        if stage == "fit":
+            Driver.of(trainer).join(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count, and settle the plan."""
+        super().on_train_start(trainer, pl_module)
         optimizers = raw_optimizers(trainer)
-        if not self._resumed or len(self.steps_done) != len(optimizers):
+        if not self.resumed or len(self.steps_done) != len(optimizers):
             # A checkpoint made without this trick: Lightning's own count, which takes all optimizers together.
-            self.steps_done = [trainer.global_step // max(len(optimizers), 1)] * len(optimizers)
+            self.saved.steps_done = [trainer.global_step // max(len(optimizers), 1)] * len(optimizers)
         self.plan(facts(trainer, pl_module))
         for i, optimizer in enumerate(optimizers):
             self._handles.append(optimizer.register_step_post_hook(partial(self._count, trainer, i)))
-        if driver := _driver(trainer):
-            driver.watch()
+        Driver.of(trainer).watch()
 
     def _count(self, trainer: Trainer, i: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Fused optimizers are called by GradScaler also when they must skip; they carry the verdict while they are.
-        skipped = getattr(optimizer, "found_inf", None)
-        if self.is_active(trainer) and not (skipped is not None and bool(skipped)):
-            self.steps_done[i] += 1
+        if self.is_active(trainer) and has_stepped(optimizer):
+            self.saved.steps_done[i] += 1
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the values off and leave the driver; the last one removes it."""
+        """Take the values off and leave the driver."""
         super().undo(trainer, pl_module)
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        driver = _driver(trainer)
-        if driver and self in driver.tricks:
-            driver.hide()
-            driver.tricks.remove(self)
-            if not driver.tricks:
-                driver.remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counted steps."""
-        return {"steps_done": list(self.steps_done)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.steps_done = [int(steps) for steps in state_dict["steps_done"]]
-        self._resumed = True
+        Driver.of(trainer).leave(self)
 
 
-class _Driver:
-    """Stands in for a few methods of one Trainer: where optimizers are made and step, where rates are read for the
-    user, and where they are saved.
+def has_stepped(optimizer: Optimizer) -> bool:
+    """Tell in a hook after ``optimizer.step`` whether it did anything.
+
+    Fused optimizers are called by GradScaler also when they must skip; they carry the verdict while they are.
+    """
+    skipped = getattr(optimizer, "found_inf", None)
+    return not (skipped is not None and bool(skipped))
+
+
+class Driver:
+    """Stands where optimizers of one Trainer are made and step, where rates are read for the user, and where they are
+    saved.
 
     The values are on while one of these runs and no longer: whoever builds on the groups in a hook (``group["lr"] *=
     0.5``) builds on the base values.
@@ -136,29 +176,45 @@ class _Driver:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.tricks: list[OptimizerTrick] = []
-        self.shown: list[tuple[dict[str, Any], str, Any, Any]] = []  # group, key, value before, value set
-        self.originals: list[tuple[Any, str, Any]] = []
+        self.members: list[SetsValues] = []
+        self.stations: list[Station] = []
+        self.shown: list[Shown] = []
         self.handles: list[Any] = []
         self.bare = False  # whether a step that did not come through Lightning shows them
-        monitors = [callback for callback in callbacks_of(trainer) if isinstance(callback, LearningRateMonitor)]
-        stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
-            (trainer.strategy, "setup_optimizers", self.make),
-            (trainer.strategy, "training_step", self.read),
-            (trainer.strategy, "optimizer_step", self.step),
-            (trainer.strategy, "optimizer_state", self.save),
-            *((monitor, "_extract_stats", self.show) for monitor in monitors),
-        ]
-        for owner, name, stand_in in stand_ins:
-            original = getattr(owner, name)
-            self.originals.append((owner, name, original))
-            patch(owner, name, _StandIn(self, partial(stand_in, original)))
 
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        for owner, name, original in self.originals:
-            unpatch(owner, name, original)
+    @staticmethod
+    def of(trainer: Trainer) -> Driver:
+        """Return the Trainer's driver, or a new one, whose first member will let it take its place."""
+        return Station.of(trainer.strategy, "optimizer_step").find(Driver) or Driver(trainer)
+
+    def join(self, member: SetsValues) -> None:
+        """Take a member in, once."""
+        if not self.members:
+            strategy = self.trainer.strategy
+            places: list[tuple[Any, str, Callable[..., Any]]] = [
+                (strategy, "setup_optimizers", self.make),
+                (strategy, "training_step", self.read),
+                (strategy, "optimizer_step", self.step),
+                (strategy, "optimizer_state", self.save),
+            ]
+            monitors = [callback for callback in callbacks_of(self.trainer) if is_a(callback, "LearningRateMonitor")]
+            for owner, method, act in [*places, *((monitor, "_extract_stats", self.show) for monitor in monitors)]:
+                self.stations.append(Station.of(owner, method))
+                self.stations[-1].join(self, act)
+        if member not in self.members:
+            self.members = sorted([*self.members, member], key=lambda one: one.order)
+
+    def leave(self, member: SetsValues) -> None:
+        """Take the values off and let a member go; with the last one the driver goes."""
+        if member not in self.members:
+            return
+        self.hide()
+        self.members.remove(member)
+        if not self.members:
+            for handle in self.handles:
+                handle.remove()
+            for station in self.stations:
+                station.leave(self)
 
     def watch(self) -> None:
         """Notice steps that do not come through Lightning (``self.optimizers(use_pl_optimizer=False)``)."""
@@ -168,22 +224,25 @@ class _Driver:
                 self.handles.append(optimizer.register_step_post_hook(self.after_bare_step))
 
     def before_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Show the values, unless they are shown already."""
         if not self.shown:
             self.bare = True
             self.put_on(optimizer)
 
     def after_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Take them off again."""
         if self.bare:
             self.bare = False
             self.hide()
 
     def make(self, original: Callable[..., Any], trainer: Trainer) -> None:
+        """Make the optimizers, with the parameter groups that members need."""
         with ExitStack() as splits:
             splitting = []
-            for trick in self.tricks:
-                if label_of := trick.splits_groups(trainer.lightning_module):
+            for member in self.members:
+                if label_of := member.settle_groups(trainer.lightning_module):
                     splits.enter_context(split_groups(label_of))
-                    splitting.append(trick.name)
+                    splitting.append(type(member).__name__)
             try:
                 original(trainer)
             except Exception as error:
@@ -194,12 +253,14 @@ class _Driver:
     def step(
         self, original: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
     ) -> Any:
+        """Step with the values on the groups."""
         raw = getattr(optimizer, "_optimizer", optimizer)
-        if any(trick.rests(raw) for trick in self.tricks):
+        if any(member.rests(raw) for member in self.members):
             return closure()
         return self.show(partial(original, optimizer, closure), *args, only=raw, **kwargs)
 
     def read(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let the training step read the values."""
         # In manual optimization training_step steps the schedulers too: there only the step sees the values.
         if self.shown or not self.trainer.lightning_module.automatic_optimization:
             return original(*args, **kwargs)
@@ -216,6 +277,7 @@ class _Driver:
             self.hide()
 
     def save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let a checkpoint have the groups' own values."""
         taken = self.hide()
         try:
             return original(*args, **kwargs)
@@ -225,22 +287,20 @@ class _Driver:
 
     def put_on(self, only: Optimizer | None) -> None:
         """Put the tricks' values on the groups; this runs at every step, and is written to be quick."""
-        callbacks = callbacks_of(self.trainer)
-        tricks = [trick for trick in self.tricks if trick in callbacks]
+        members = [member for member in self.members if member.is_active(self.trainer)]
         for i, wrapper in enumerate(self.trainer.strategy.optimizers):
             optimizer: Optimizer = getattr(wrapper, "_optimizer", wrapper)
             if only is not None and optimizer is not only:
                 continue
             for g, group in enumerate(optimizer.param_groups):
                 values: dict[str, Any] = {}
-                for trick in tricks:
-                    if len(trick.steps_done) > i:  # else it has not started yet
-                        now = ChainMap(values, group) if values else group
-                        values |= trick.group_values(i, g, trick.steps_done[i], now)
+                for member in members:
+                    values |= member.values_now(i, g, ChainMap(values, group) if values else group)
                 for key, value in values.items():
                     self.put(group, key, value)
 
     def put(self, group: dict[str, Any], key: str, value: Any) -> None:
+        """Put a value on a group."""
         before = group[key]
         if isinstance(before, Tensor):
             self.shown.append((group, key, before.clone(), value))
@@ -249,7 +309,7 @@ class _Driver:
             self.shown.append((group, key, before, value))
             group[key] = value
 
-    def hide(self) -> list[tuple[dict[str, Any], str, Any, Any]]:
+    def hide(self) -> list[Shown]:
         """Give the groups their own values back, except where someone else has written; return what was taken off."""
         shown, self.shown = self.shown, []
         taken = []
@@ -266,21 +326,6 @@ class _Driver:
                 continue
             taken.append(entry)
         return taken
-
-
-class _StandIn:
-    """A patched method that can be recognised as ours."""
-
-    def __init__(self, driver: _Driver, function: Callable[..., Any]) -> None:
-        self.driver, self.function = driver, function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-def _driver(trainer: Trainer) -> _Driver | None:
-    stand_in = trainer.strategy.__dict__.get("optimizer_step")
-    return stand_in.driver if isinstance(stand_in, _StandIn) else None
 
 
 @contextmanager
