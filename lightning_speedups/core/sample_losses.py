@@ -104,7 +104,8 @@ class SampleLosses(TorchFunctionMode):
     def _take(self, losses: Tensor) -> bool:
         if losses.ndim == 0 or len(losses) != self.samples:
             return False
-        own = losses.float().flatten(1).mean(1) if losses.ndim > 1 else losses.float()
+        losses = losses.detach().float()  # a loss with reduction="none" comes with its graph
+        own = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
         self.losses = own if self.losses is None else self.losses + own
         return True
 

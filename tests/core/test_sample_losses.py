@@ -296,3 +296,11 @@ def test_the_weighted_mean_is_unbiased_through_the_mode():
     sigma = sums.std(0) / math.sqrt(1500)
     assert ((sums.mean(0) - full).abs() < 4 * sigma).all()
     assert (((sums.mean(0) - full) / sigma).square().mean()) < 2
+
+
+def test_losses_that_come_one_by_one_leave_their_graph_behind():
+    scores, labels = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 1])
+    with SampleLosses(2) as seen:
+        F.cross_entropy(scores, labels, reduction="none").mean().backward()
+    assert seen.losses is not None
+    assert not seen.losses.requires_grad
