@@ -7,11 +7,11 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.attach.loaders import LoaderGrip, take_batch
 from lightning_speedups.attach.packages import is_overridden
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.core.batch import Place, get_part
-from lightning_speedups.core.dataset_sizes import Settings, UnknownSizeError, find_settings, take_batch
+from lightning_speedups.core.dataset_sizes import Settings, UnknownSizeError, find_settings
 from lightning_speedups.core.resizing import Size
 
 

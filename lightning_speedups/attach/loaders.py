@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -347,3 +347,22 @@ def find_batcher(loader: Any) -> BatchSampler | None:
     if not isinstance(batcher, BatchSampler) or not own or not isinstance(batcher.sampler, Sized):
         return None
     return batcher
+
+
+def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:
+    """Return a batch of a map-style dataset, in this process.
+
+    Args:
+        loader: The loader that collates it.
+        indices: Which samples.
+
+    Example:
+        >>> take_batch(DataLoader(range(8), batch_size=4), [2, 5])
+        tensor([2, 5])
+    """
+    dataset: Any = loader.dataset
+    if loader.batch_sampler is None:  # the dataset is given whole batches of indices
+        return loader.collate_fn(dataset[list(indices)])
+    many = getattr(dataset, "__getitems__", None)
+    samples = many(list(indices)) if many else [dataset[index] for index in indices]
+    return loader.collate_fn(samples)

@@ -24,13 +24,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick, transferred
 from lightning_speedups.attach.copies import NoCopyError, may_split_model
-from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.attach.loaders import LoaderGrip, take_batch
 from lightning_speedups.attach.randomness import random_states, same_randomness
 from lightning_speedups.attach.rehearsal import rehearsal
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, replace_part
-from lightning_speedups.core.dataset_sizes import take_batch
 from lightning_speedups.core.feature_store import FeatureStore, Kind, bytes_needed, fingerprint, spread
 from lightning_speedups.core.frozen_part import (
     after,

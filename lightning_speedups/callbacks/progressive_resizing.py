@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick, batch_number, rest_of_pipeline
 from lightning_speedups.attach.copies import NoCopyError
 from lightning_speedups.attach.image_sizes import ask_for_sizes, full_batches, shared
-from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.attach.loaders import LoaderGrip, take_batch
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.regularization import Regularization
 from lightning_speedups.attach.rehearsal import (
@@ -32,7 +32,7 @@ from lightning_speedups.attach.steps import Driver, ValueOrder
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, path_of, replace_part
 from lightning_speedups.core.batch_scaling import Rule, scaling_factor
-from lightning_speedups.core.dataset_sizes import Settings, UnknownSizeError, take_batch
+from lightning_speedups.core.dataset_sizes import Settings, UnknownSizeError
 from lightning_speedups.core.resizing import (
     Growth,
     Size,

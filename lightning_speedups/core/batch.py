@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -107,6 +107,30 @@ def _count(part: Any, around: set[int]) -> int | None:
         parts = (part if isinstance(part, Mapping) else getattr(part, "__dict__", {})).values()
     inside = around | {id(part)}
     return next((count for inner in parts if (count := _count(inner, inside)) is not None), None)
+
+
+def tensors_in(part: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield all tensors in something, nested as they may be, in objects' attributes too.
+
+    Args:
+        part: Where to look.
+        seen: Of what it is not to look into: the ids.
+
+    Example:
+        >>> class Batch: ...
+        >>> batch = Batch()
+        >>> batch.images, batch.more = Tensor([1, 1]), {"labels": [Tensor([0]), "none"], "batch": batch}
+        >>> list(tensors_in([batch]))
+        [tensor([1., 1.]), tensor([0.])]
+    """
+    seen = set() if seen is None else seen
+    if isinstance(part, Tensor):
+        yield part
+    elif id(part) not in seen:
+        seen.add(id(part))
+        several = part if isinstance(part, Mapping) else getattr(part, "__dict__", {})
+        for inner in part if isinstance(part, (list, tuple)) else [*several.values()]:
+            yield from tensors_in(inner, seen)
 
 
 def replace_part(batch: Any, place: Place, value: Any) -> Any:

@@ -301,22 +301,3 @@ def _is_full(cell: Any) -> bool:
         return cell.cell_contents is not cell
     except ValueError:
         return False
-
-
-def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:
-    """Return a batch of a map-style dataset, in this process.
-
-    Args:
-        loader: The loader that collates it.
-        indices: Which samples.
-
-    Example:
-        >>> take_batch(DataLoader(range(8), batch_size=4), [2, 5])
-        tensor([2, 5])
-    """
-    dataset: Any = loader.dataset
-    if loader.batch_sampler is None:  # the dataset is given whole batches of indices
-        return loader.collate_fn(dataset[list(indices)])
-    many = getattr(dataset, "__getitems__", None)
-    samples = many(list(indices)) if many else [dataset[index] for index in indices]
-    return loader.collate_fn(samples)

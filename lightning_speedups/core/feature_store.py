@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from lightning_speedups.core.frozen_part import tensors_in
+from lightning_speedups.core.batch import tensors_in
 
 _ALIGNMENT = 64  # bytes; any type may begin at a multiple
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_speedups.core.batch import tensors_in
+
 
 def find_cuts(module: nn.Module) -> dict[str, nn.Module]:
     """Return the largest modules of which every parameter trains, by name; lists of modules, which nobody calls, count
@@ -93,30 +95,6 @@ def is_frozen(module: nn.Module) -> bool:
         (False, True, True)
     """
     return not any(parameter.requires_grad for parameter in module.parameters())
-
-
-def tensors_in(part: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield all tensors in something, nested as they may be, in objects' attributes too.
-
-    Args:
-        part: Where to look.
-        seen: Of what it is not to look into: the ids.
-
-    Example:
-        >>> class Batch: ...
-        >>> batch = Batch()
-        >>> batch.images, batch.more = torch.ones(2), {"labels": [torch.zeros(1), "none"], "batch": batch}
-        >>> list(tensors_in([batch]))
-        [tensor([1., 1.]), tensor([0.])]
-    """
-    seen = set() if seen is None else seen
-    if isinstance(part, Tensor):
-        yield part
-    elif id(part) not in seen:
-        seen.add(id(part))
-        several = part if isinstance(part, Mapping) else getattr(part, "__dict__", {})
-        for inner in part if isinstance(part, (list, tuple)) else [*several.values()]:
-            yield from tensors_in(inner, seen)
 
 
 def memories(values: Any) -> set[int]:
