@@ -24,7 +24,6 @@ from small import Classifier, ReplayLoader, assert_same_weights, fit_interrupted
 
 TESTS, PACKAGE = Path(__file__).parent, Path(lightning_speedups.__file__).parent
 README, CHANGELOG = (TESTS.parent / name for name in ("README.md", "CHANGELOG.md"))
-ROOMS = ("callbacks", "mixins", "strategies", "losses", "data", "defaults")
 
 
 def source(trick):
@@ -34,7 +33,7 @@ def source(trick):
 TRICKS = {
     name: trick
     for name in lightning_speedups.__all__
-    if source(trick := getattr(lightning_speedups, name)).with_suffix("").parts[0] in ROOMS
+    if source(trick := getattr(lightning_speedups, name)).parts[0] == "tricks"
 }
 
 
@@ -65,13 +64,10 @@ every_trick = pytest.mark.parametrize("name", TRICKS)
 
 def test_there_are_tricks_and_none_is_left_out():
     files = {source(trick) for trick in TRICKS.values()}
-    found = {
-        path.relative_to(PACKAGE)
-        for room in ROOMS
-        for path in (PACKAGE / room).glob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert {path for path in files if len(path.parts) > 1} == found
+    found = {path.relative_to(PACKAGE) for path in (PACKAGE / "tricks").rglob("*.py")}
+    others = {path for path in found if path.name in ("__init__.py", "base.py")}
+    parts = {path for path in found - others if path.parent.name in {file.stem for file in files}}  # of a larger trick
+    assert files == found - others - (parts - files)
     assert len(TRICKS) >= 6
 
 

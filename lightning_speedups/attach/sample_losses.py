@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Grip
-from lightning_speedups.core.sample_losses import SampleLosses
+from lightning_speedups.tensors.sample_losses import SampleLosses
 
 
 class ReadsLosses(Protocol):

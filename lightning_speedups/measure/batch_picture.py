@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, get_part
-from lightning_speedups.core.labels import MixedLabels
 from lightning_speedups.core.mixing import NO_BOX, Mixture
+from lightning_speedups.tensors.labels import MixedLabels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,10 +12,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_speedups.attach.schedules import ScheduleTrick, get_value
 from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.durations import RunFacts
+from lightning_speedups.tricks.rates.base import ScheduleTrick, get_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

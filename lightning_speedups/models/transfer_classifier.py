@@ -18,9 +18,9 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.weights import shortened
-from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss
 from lightning_speedups.models.weight_files import load_weights
+from lightning_speedups.modules.weights import shortened
+from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
 
 Optimizer = Literal["adamw", "sgd"]
 OWN_OPTIONS = {"pretrained", "checkpoint_path", "num_classes", "in_chans", "drop_rate"}

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_speedups.core.weights import (
+from lightning_speedups.modules.weights import (
     WeightReport,
     find_prefixes,
     find_state,

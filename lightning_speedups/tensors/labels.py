@@ -1,0 +1,312 @@
+"""Class labels that stay labels for everything but the loss, which reads them as a mixture of two classes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+from torch.utils._pytree import tree_map_only
+
+from lightning_speedups.core.mixing import Mixture, blended_share, boxes_in, complementary, mix_values, paste
+
+
+class Reads:
+    """Counts how often a loss has read a mixture; shared by all labels made from one batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class MixedLabels(Tensor):
+    """Integer labels in which each sample belongs to two classes by shares.
+
+    They *are* the dominant labels: they index, compare and go into metrics as a plain integer tensor. Only
+    ``F.cross_entropy``, ``F.nll_loss``, ``F.one_hot`` (and so ``nn.CrossEntropyLoss``, ``nn.NLLLoss`` and this
+    package's losses) read the mixture. Selecting, joining, reshaping, casting to another integer type and moving keep
+    it; writing into it is refused, as it would change one label of two; any other operation gives plain tensors.
+
+    Make them with [mix][lightning_speedups.tensors.labels.MixedLabels.mix].
+    """
+
+    _labels: Tensor
+    _other: Tensor
+    _share: Tensor
+    _reads: Reads
+
+    @staticmethod
+    def mix(first: Tensor, second: Tensor, lam: Tensor, reads: Reads | None = None) -> MixedLabels:
+        """Mix two sets of labels: ``λ·one_hot(first) + (1 − λ)·one_hot(second)``.
+
+        Args:
+            first: Integer labels, ``(N, ...)``.
+            second: Labels of the partners, same shape, type and device.
+            lam: Share of ``first``, in [0, 1], broadcastable to ``first`` from the left: ``(N,)`` or ``(1,)``.
+            reads: Where reads are counted; its own when None.
+
+        Example:
+            >>> labels = MixedLabels.mix(torch.tensor([0, 2]), torch.tensor([2, 0]), torch.tensor([0.75]))
+            >>> labels.tolist(), F.one_hot(labels, 3).tolist()
+            ([0, 2], [[0.75, 0.0, 0.25], [0.25, 0.0, 0.75]])
+        """
+        lam = complementary(lam).view(-1, *[1] * (first.ndim - 1))
+        leads = lam >= 0.5
+        share = torch.maximum(lam, 1 - lam).expand(first.shape).contiguous()  # as the labels are, so that `view` works
+        return _wrap(torch.where(leads, first, second), torch.where(leads, second, first), share, reads or Reads())
+
+    @property
+    def reads(self) -> Reads:
+        """Where reads are counted."""
+        return self._reads
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return plain tensors: the dominant labels, the others, and the share of the dominant; no loss has read them.
+
+        Example:
+            >>> labels = MixedLabels.mix(torch.tensor([0]), torch.tensor([2]), torch.tensor([0.25]))
+            >>> [part.tolist() for part in labels.parts()]
+            [[2], [0], [0.75]]
+        """
+        return self._labels, self._other, self._share
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Send losses to the mixture, shape operations to all its parts, and everything else to the plain labels."""
+        kwargs = kwargs or {}
+        if func in _READS_MIXTURE:
+            return _READS_MIXTURE[func](*args, **kwargs)
+        if func.__name__ in _WRITES and args and isinstance(args[0], MixedLabels):
+            raise ValueError(
+                f"`{func.__name__}` would change mixed labels in place, but only the dominant one of each two. Change"
+                ' them in the dataset or the transfer hooks, or use MixupCallback(targets="soft", num_classes=...).'
+            )
+        if func in _KEEPS_MIXTURE and (mixed := _all_mixed(args, kwargs)) is not None:
+            labels, other = (func(*_parts(args, part), **_parts(kwargs, part)) for part in ("_labels", "_other"))
+            if func in _CASTS:
+                share = mixed._share.to(labels.device) if isinstance(labels, Tensor) else None
+            else:
+                share = func(*_parts(args, "_share"), **_parts(kwargs, "_share"))
+            return _wrap_all(labels, other, share, mixed)
+        return func(*_parts(args, "_labels"), **_parts(kwargs, "_labels"))
+
+
+def mix_targets(targets: Tensor, mixture: Mixture) -> Tensor:
+    """Mix targets as their samples were mixed.
+
+    Integers become mixed labels, floating-point targets are blended. What has three dimensions or more is a map
+    ``(N, ..., H, W)``: where CutMix pasted a box into the sample it is pasted into the map, at the map's own size.
+
+    Args:
+        targets: ``(N, ...)``.
+        mixture: What was done to the samples.
+
+    Returns:
+        A new tensor; plain integers where nothing was blended; the targets themselves where nothing was mixed.
+
+    Example:
+        >>> mixture = Mixture("mixup", torch.tensor([0.75]), torch.tensor([1, 0]))
+        >>> F.one_hot(mix_targets(torch.tensor([0, 1]), mixture)).tolist()
+        [[0.75, 0.25], [0.25, 0.75]]
+    """
+    if mixture.lam is None or mixture.partner is None:
+        return targets
+    is_map = targets.ndim >= 3
+    if targets.is_floating_point():
+        return mix_values(targets, mixture, cut=is_map)
+    lam, own = mixture.lam, targets
+    if is_map and mixture.boxes:
+        own = paste(targets, targets, mixture.partner, boxes_in(mixture, targets.shape))
+        if mixture.method == "cutmix":
+            return own
+        lam = blended_share(mixture)
+    return MixedLabels.mix(own, targets[mixture.partner], lam)
+
+
+def soft_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Turn labels, plain or mixed, into class probabilities.
+
+    Args:
+        labels: Integer labels, ``(N, ...)``.
+        num_classes: C.
+        ignore_index: This label carries no probability.
+
+    Returns:
+        Probabilities, float32, ``(N, C, ...)``, and their sum over the classes, ``(N, ...)``: 1 where nothing is
+        ignored, the share of the other label where one of two is, 0 where both are.
+
+    Example:
+        >>> soft_targets(torch.tensor([1, -100]), 2)
+        (tensor([[0., 1.],
+                [0., 0.]]), tensor([1., 0.]))
+    """
+    size = (len(labels), num_classes, *labels.shape[1:])
+    if not isinstance(labels, MixedLabels):
+        classes, ignored = _classes(labels, ignore_index)
+        mass = (~ignored).float()
+        return mass.new_zeros(size).scatter_(1, classes.unsqueeze(1), mass.unsqueeze(1)), mass
+    labels._reads.count += 1
+    classes, ignored = _classes(labels._labels, ignore_index)
+    others, other_ignored = _classes(labels._other, ignore_index)
+    share = labels._share.masked_fill(ignored, 0.0)
+    share_other = (1 - labels._share).masked_fill(other_ignored, 0.0)
+    soft = share.new_zeros(size).scatter_(1, others.unsqueeze(1), share_other.unsqueeze(1))
+    # The dominant class is written last: it may be the other one as well.
+    own = torch.where(classes == others, share + share_other, share)
+    return soft.scatter_(1, classes.unsqueeze(1), own.unsqueeze(1)), share + share_other
+
+
+def smooth_targets(targets: Tensor, mass: Tensor, smoothing: float | Tensor) -> Tensor:
+    """Move the share ε of each target's probability from where it is to all classes evenly.
+
+    With one ε for each class, what class c has gives ε_c of itself: ``t' = Σ_c t_c ((1 − ε_c) e_c + ε_c / C)``.
+
+    Args:
+        targets: Class probabilities, ``(N, C, ...)``.
+        mass: Their sums over the classes, ``(N, ...)``: what is ignored gets nothing.
+        smoothing: ε in [0, 1), a number or a tensor without dimensions; or one for each class, ``(C,)``.
+
+    Example:
+        >>> smooth_targets(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0]), 0.2)
+        tensor([[0.9000, 0.1000],
+                [0.0000, 0.0000]])
+    """
+    if isinstance(smoothing, Tensor) and smoothing.ndim:
+        smoothing = smoothing.view(-1, *[1] * (targets.ndim - 2))
+        return targets * (1 - smoothing) + (targets * smoothing).sum(1, keepdim=True) / targets.shape[1]
+    return targets * (1 - smoothing) + mass.unsqueeze(1) * (smoothing / targets.shape[1])
+
+
+def _classes(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return indices, 0 for what is ignored, and what that is."""
+    labels = labels.long()  # a byte never equals -100, or does so for the wrong reason
+    ignored = labels == ignore_index
+    return labels.masked_fill(ignored, 0), ignored
+
+
+def _wrap(labels: Tensor, other: Tensor, share: Tensor, reads: Reads) -> MixedLabels:
+    mixed = labels.as_subclass(MixedLabels)
+    # The plain tensors beside it: torch.compile cannot strip a subclass, but it can read an attribute.
+    mixed._labels, mixed._other, mixed._share, mixed._reads = labels, other, share, reads
+    return mixed
+
+
+def _wrap_all(labels: Any, other: Any, share: Any, mixed: MixedLabels) -> Any:
+    """Wrap one result, or each of several; what is no whole-number tensor any more is handed out as it is."""
+    if isinstance(labels, (tuple, list)):
+        return type(labels)(_wrap_all(*parts, mixed) for parts in zip(labels, other, share, strict=True))
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        return labels
+    return _wrap(labels, other, share, mixed._reads)
+
+
+def _all_mixed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> MixedLabels | None:
+    """Return the mixed labels that an operation works on (``input``, or all of a list), or None if there is another."""
+    operand = args[0] if args else kwargs.get("input", kwargs.get("tensors"))
+    operands = list(operand) if isinstance(operand, (tuple, list)) else [operand]
+    return operands[0] if operands and all(isinstance(one, MixedLabels) for one in operands) else None
+
+
+def _parts(values: Any, part: str) -> Any:
+    return tree_map_only(MixedLabels, lambda mixed: getattr(mixed, part), values)
+
+
+def _batched(input: Tensor, target: MixedLabels) -> tuple[Tensor, Tensor]:
+    """Give a single sample, (C,) with a scalar label, a batch dimension."""
+    return (input.unsqueeze(0), target.unsqueeze(0)) if input.ndim == 1 else (input, target)
+
+
+def _mixed_cross_entropy(
+    input: Tensor,
+    target: MixedLabels,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Compute F.cross_entropy with the mixture as soft target; the mean is over the targets that are not ignored."""
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    single = input.ndim == 1
+    input, labels = _batched(input, target)
+    soft, mass = soft_targets(labels, input.shape[1], ignore_index)
+    if label_smoothing > 0.0:  # here, not in torch, which would smooth ignored samples as well
+        soft = smooth_targets(soft, mass, label_smoothing)
+    loss = F.cross_entropy(input, soft, weight=weight, reduction="sum" if reduction == "mean" else reduction)
+    if reduction == "mean":
+        return loss / mass.sum()
+    return loss.squeeze(0) if single else loss
+
+
+def _mixed_nll_loss(
+    input: Tensor,
+    target: MixedLabels,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Compute F.nll_loss of log-probabilities; equal to the cross-entropy of the scores they came from."""
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    single = input.ndim == 1
+    input, labels = _batched(input, target)
+    soft, mass = soft_targets(labels, input.shape[1], ignore_index)
+    if weight is not None:
+        soft = soft * weight.view(-1, *[1] * (input.ndim - 2))
+    loss = -(input * soft)
+    if reduction == "none":
+        return loss.sum(1).squeeze(0) if single else loss.sum(1)
+    return loss.sum() / mass.sum() if reduction == "mean" else loss.sum()
+
+
+def _mixed_one_hot(input: MixedLabels, num_classes: int = -1) -> Tensor:
+    """Compute F.one_hot as float shares, ``(N, ..., C)``."""
+    # torchmetrics makes its targets one-hot to count hits: there the dominant label is meant.
+    if not torch.compiler.is_compiling() and _caller().startswith("torchmetrics"):
+        return F.one_hot(input._labels, num_classes)
+    if num_classes == -1:
+        num_classes = int(torch.maximum(input._labels.max(), input._other.max())) + 1
+    if input.ndim == 0:
+        return soft_targets(input.unsqueeze(0), num_classes)[0].squeeze(0)
+    return soft_targets(input, num_classes)[0].movedim(1, -1)
+
+
+def _caller() -> str:
+    """Return the name of the module that called the function which came here through ``__torch_function__``."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # one for each mode
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", ""))
+
+
+_READS_MIXTURE: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.cross_entropy: _mixed_cross_entropy,
+    F.nll_loss: _mixed_nll_loss,
+    F.one_hot: _mixed_one_hot,
+}
+_CASTS = {Tensor.to, Tensor.long, Tensor.int, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as}
+_KEEPS_MIXTURE = _CASTS | {
+    Tensor.__getitem__, torch.cat, torch.stack,
+    *(getattr(owner, name) for owner in (Tensor, torch) for name in (
+        "reshape", "flatten", "ravel", "squeeze", "unsqueeze", "clone", "permute", "transpose", "flip", "roll",
+        "index_select", "repeat_interleave", "chunk", "split", "unbind", "detach",
+    )),
+    *(getattr(Tensor, name) for name in ("view", "contiguous", "repeat", "expand")),
+}  # fmt: skip
+_WRITES = {name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {"__setitem__"}
+_WRITES |= {
+    name for name in dir(Tensor) if name.startswith("__i") and name not in ("__int__", "__invert__", "__init__")
+}
