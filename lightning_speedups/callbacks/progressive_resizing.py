@@ -38,7 +38,7 @@ from lightning_speedups.attach.trick import (
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, path_of, replace_part
 from lightning_speedups.core.batch_scaling import Rule, scaling_factor
-from lightning_speedups.core.dataset_sizes import Settings, UnknownSizeError, take_batch
+from lightning_speedups.core.dataset_sizes import SizeSettings, UnknownSizeError, take_batch
 from lightning_speedups.core.durations import Run
 from lightning_speedups.core.resizing import (
     Growth,
@@ -169,7 +169,7 @@ class ProgressiveResizing(BatchTrick, LoaderTrick, OptimizerTrick):
         """Forget the last run."""
         super().forget()
         self._loader: Any = None
-        self._settings: Settings | None = None  # while the loader makes the images small
+        self._settings: SizeSettings | None = None  # while the loader makes the images small
         self._fixed: Size | None = None  # the full size, where small images may come from the loader
         self._sampled: Size | None = None  # the same, where batches are filled
         self._full: Size | None = None  # of the last batch
