@@ -11,7 +11,7 @@ from lightning_speedups.attach.loaders import LoaderGrip, take_batch
 from lightning_speedups.attach.packages import is_overridden
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.core.batch import Place, get_part
-from lightning_speedups.core.dataset_sizes import Settings, UnknownSizeError, find_settings
+from lightning_speedups.core.dataset_sizes import SizeSettings, UnknownSizeError, find_settings
 from lightning_speedups.core.resizing import Size
 
 
@@ -22,7 +22,7 @@ def ask_for_sizes(
     places: Iterable[Place],
     smallest: Callable[[Size], Size],
     evaluated: Iterable[Any],
-) -> Settings:
+) -> SizeSettings:
     """Return what sets the size of a loader's images, tried on a sample.
 
     Args:
@@ -72,7 +72,7 @@ def shared(kind: str) -> str:
 
 
 def full_batches(
-    trainer: Trainer, loader: Any, settings: Settings, size: Size, batches: Sequence[Sequence[Any]]
+    trainer: Trainer, loader: Any, settings: SizeSettings, size: Size, batches: Sequence[Sequence[Any]]
 ) -> list[Any]:
     """Load samples once more at full size, as batches on the device.
 

@@ -6,7 +6,7 @@ Which layers a model has is known by timm (its group matcher), or read from its 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -84,15 +84,9 @@ def layers_by_child(root: nn.Module, without: Collection[nn.Module] = ()) -> lis
         ['0.0', '0.3']
     """
     held = owners(root, without)
-    grouped: dict[str, list[str]] = {}
-    left = dict(held)
-    for path in _children(root, held):
-        names = [name for name in held if name.startswith(f"{path}.")]
-        goes_on = grouped and all(is_norm(held[name]) for name in names)
-        grouped.setdefault(list(grouped)[-1] if goes_on else path, []).extend(names)
-        left = {name: module for name, module in left.items() if name not in names}
-    grouped.setdefault(next(iter(grouped), "stem"), []).extend(left)
-    return _layers(held, grouped)
+    paths = list(_children(root, held)) or ["stem"]
+    number_of = {name: next((i for i, path in enumerate(paths) if name.startswith(f"{path}.")), 0) for name in held}
+    return _layers(held, {paths[number]: names for number, names in _grouped(held, number_of).items()})
 
 
 def _children(root: nn.Module, held: Mapping[str, nn.Module], path: str = "") -> Iterator[str]:
@@ -101,7 +95,7 @@ def _children(root: nn.Module, held: Mapping[str, nn.Module], path: str = "") ->
     for name, child in root.get_submodule(path).named_children():
         inner = f"{path}.{name}".lstrip(".")
         its_own = {name for name in within if name.startswith(f"{inner}.")}
-        most = sum(map(_size(held), its_own)) > 0.8 * sum(map(_size(held), held))
+        most = _size(held, its_own) > 0.8 * _size(held, held)
         goes_in_order = isinstance(child, (nn.Sequential, nn.ModuleList)) and most
         if any(True for _ in child.children()) and its_own and (its_own == within or goes_in_order):
             yield from _children(root, held, inner)
@@ -109,8 +103,8 @@ def _children(root: nn.Module, held: Mapping[str, nn.Module], path: str = "") ->
             yield inner
 
 
-def _size(held: Mapping[str, nn.Module]) -> Callable[[str], int]:
-    return lambda name: getattr(held[name], name.rpartition(".")[2]).numel()
+def _size(held: Mapping[str, nn.Module], names: Iterable[str]) -> int:
+    return sum(getattr(held[name], name.rpartition(".")[2]).numel() for name in names)
 
 
 def layers_by_number(root: nn.Module, number_of: Mapping[str, int], without: Collection[nn.Module] = ()) -> list[Layer]:
@@ -129,29 +123,34 @@ def layers_by_number(root: nn.Module, number_of: Mapping[str, int], without: Col
         ['stem', 'c']
     """
     held = owners(root, without)
-    numbered: dict[int, list[str]] = defaultdict(list)
-    number = min(number_of.values(), default=0)
+    numbers, number = {}, min(number_of.values(), default=0)
     for name in held:
-        number = number_of.get(name, number)
+        numbers[name] = number = number_of.get(name, number)
+    groups = list(_grouped(held, numbers).values())
+    return _layers(held, {_name_of(groups, i, held): group for i, group in enumerate(groups)})
+
+
+def _grouped(held: Mapping[str, nn.Module], number_of: Mapping[str, int]) -> dict[int, list[str]]:
+    """Gather tensors by number, from the lowest on; norms alone go with what stands before them."""
+    numbered: dict[int, list[str]] = defaultdict(list)
+    for name, number in number_of.items():
         numbered[number].append(name)
-    groups: list[list[str]] = []
-    for number in sorted(numbered):
-        if groups and all(is_norm(held[name]) for name in numbered[number]):
-            groups[-1] += numbered[number]
-        else:
-            groups.append(numbered[number])
-    return _layers(held, {_name_of(groups, i, _size(held)): group for i, group in enumerate(groups)})
+    grouped: dict[int, list[str]] = {}
+    for number, names in sorted(numbered.items()):
+        goes_on = grouped and all(is_norm(held[name]) for name in names)
+        grouped.setdefault(max(grouped) if goes_on else number, []).extend(names)
+    return grouped
 
 
-def _name_of(groups: Sequence[Sequence[str]], i: int, size: Callable[[str], int]) -> str:
+def _name_of(groups: Sequence[Sequence[str]], i: int, held: Mapping[str, nn.Module]) -> str:
     """Return the shortest path that no other layer shares and that most of this one is under."""
     elsewhere = {name for j, group in enumerate(groups) if j != i for name in group}
-    most = sum(map(size, groups[i])) * (1 if i == 0 else 0.5)
+    most = _size(held, groups[i]) * (1 if i == 0 else 0.5)
     paths = {name.rpartition(".")[0] for name in groups[i]}
     candidates = {".".join(path.split(".")[:end]) for path in paths if path for end in range(1, path.count(".") + 2)}
     for path in sorted(candidates, key=lambda path: (path.count("."), path)):
         under = [name for name in groups[i] if name.startswith(f"{path}.")]
-        if sum(map(size, under)) >= most and not any(name.startswith(f"{path}.") for name in elsewhere):
+        if _size(held, under) >= most and not any(name.startswith(f"{path}.") for name in elsewhere):
             return path
     return "stem" if i == 0 else f"layer {i}"
 

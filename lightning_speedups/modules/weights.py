@@ -197,55 +197,47 @@ def fit_state(
           left as they were (the head, or another part) (2): 1.weight; 1.bias
     """
     state = {plain_name(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    order = list(state)
-    names = {plain_name(name): name for name, value in own.items() if isinstance(value, Tensor)}
-    theirs, mine = find_prefixes(state, {plain: own[name] for plain, name in names.items()})
-    fitting: dict[str, Tensor] = {}
-    fresh: set[str] = set()
-    missing: list[str] = []
-    mismatched: list[tuple[str, str, str]] = []
-    for plain, name in names.items():
-        found = state.pop(theirs + plain[len(mine) :], None) if plain.startswith(mine) else None
-        if found is not None and name.endswith(COUNTER) and found.is_floating_point():
-            found = None  # rounded, in a file of half precision
-        if found is None:
-            if not plain.startswith(mine) or name in head:
-                fresh.add(name)
-            elif not name.endswith(COUNTER):
-                missing.append(name)
-        elif found.shape != own[name].shape or found.is_floating_point() != own[name].is_floating_point():
-            mismatched.append((name, _described(found), _described(own[name])))
-        else:
-            fitting[name] = found
-    if fresh.intersection(head) or any(name in head for name, _, _ in mismatched):
-        fresh.update(head)
-        fitting = {name: tensor for name, tensor in fitting.items() if name not in head}
+    own = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
+    head = own.keys() & head
+    theirs, mine = find_prefixes(state, {plain_name(name): tensor for name, tensor in own.items()})
+    places = {name: theirs + plain_name(name)[len(mine) :] for name in own if plain_name(name).startswith(mine)}
+    given = {name: state[place] for name, place in places.items() if place in state and _is_kept(name, state[place])}
+    alike = {name: tensor for name, tensor in given.items() if _is_alike(tensor, own[name])}
+    head_fits = head <= alike.keys()
+    fitting = {name: tensor for name, tensor in alike.items() if head_fits or name not in head}
+    unused = state.keys() - places.values()
     return fitting, WeightReport(
         source,
         loaded=tuple(fitting),
-        fresh=tuple(name for name in own if name in fresh),
-        missing=tuple(missing),
-        unexpected=tuple(
-            name for name, value in content.items() if plain_name(name) in state or not isinstance(value, Tensor)
-        ),
-        mismatched=tuple(mismatched),
+        fresh=tuple(name for name in own if name not in places or (name in head and not head_fits)),
+        missing=tuple(name for name in places if name not in given and not (name in head or name.endswith(COUNTER))),
+        unexpected=tuple(name for name in content if plain_name(name) in unused or plain_name(name) not in state),
+        mismatched=tuple((name, _described(given[name]), _described(own[name])) for name in given if name not in alike),
         file_prefix=theirs,
         module_prefix=mine,
         head=tuple(name for name in fitting if name in head),
-        surplus=tuple(_surplus(order, state)),
+        surplus=tuple(_surplus(list(state), unused)),
     )
+
+
+def _is_kept(name: str, tensor: Tensor) -> bool:
+    """Tell whether a tensor of a file still has its values: counters in a file of half precision are rounded."""
+    return not (name.endswith(COUNTER) and tensor.is_floating_point())
+
+
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.is_floating_point() == other.is_floating_point()
 
 
 def _surplus(names: Sequence[str], unused: Collection[str]) -> Iterable[str]:
     """The unused names within the parts that are used; not after the last used one: a head, or a longer end."""
     used = [name for name in names if name not in unused]
     if not used:
-        return
-    shared = [cut for cut in _cuts(used[0]) if all(name.startswith(used[0][:cut]) for name in used)][-1]
-    parts = {used[0][:shared] + name[shared:].partition(".")[0] + "." for name in used}
-    for name in names[: names.index(used[-1])]:
-        if name in unused and name.startswith(tuple(parts)) and not name.endswith(COUNTER):
-            yield name
+        return ()
+    shared = max(cut for cut in _cuts(used[0]) if all(name.startswith(used[0][:cut]) for name in used))
+    parts = tuple({used[0][:shared] + name[shared:].partition(".")[0] + "." for name in used})
+    inner = names[: names.index(used[-1])]
+    return (name for name in inner if name in unused and name.startswith(parts) and not name.endswith(COUNTER))
 
 
 def _described(tensor: Tensor) -> str:

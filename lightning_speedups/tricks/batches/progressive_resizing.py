@@ -32,7 +32,7 @@ from lightning_speedups.attach.steps import Driver, ValueOrder
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, path_of, replace_part
 from lightning_speedups.core.batch_scaling import Rule, scaling_factor
-from lightning_speedups.core.dataset_sizes import Settings, UnknownSizeError
+from lightning_speedups.core.dataset_sizes import SizeSettings, UnknownSizeError
 from lightning_speedups.core.resizing import (
     Growth,
     Size,
@@ -163,7 +163,7 @@ class ProgressiveResizing(BatchTrick):
         """Begin a run."""
         super().begin()
         self._loader: Any = None
-        self._settings: Settings | None = None  # while the loader makes the images small
+        self._settings: SizeSettings | None = None  # while the loader makes the images small
         self._fixed: Size | None = None  # the full size, where small images may come from the loader
         self._sampled: Size | None = None  # the same, where batches are filled
         self._full: Size | None = None  # of the last batch

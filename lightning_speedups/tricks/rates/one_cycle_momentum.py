@@ -11,12 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_speedups.attach.range_test import run_range_test
-from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.range_test import Sweep
-from lightning_speedups.core.schedules import Anneal, one_cycle
+from lightning_speedups.core.schedules import Anneal, OneCycle
 from lightning_speedups.tricks.rates.base import OnResume, Rates, Schedule, ScheduleTrick, check_rates, entry, rate_of
 
-curve = lru_cache(maxsize=8)(one_cycle)  # parameter groups ask for the same point
+curve = lru_cache(maxsize=8)(OneCycle.at)  # parameter groups ask for the same point
 
 
 @dataclass
@@ -93,12 +92,7 @@ class OneCycleMomentum(ScheduleTrick):
         super().__init__(total_steps, optimizer, on_resume)
         if max_lr != "auto":
             check_rates("max_lr", max_lr)
-        check_number("pct_start", pct_start, 0, 0.5 if three_phase else 1, above=True, below=not three_phase)
-        check_choice("anneal", anneal, ("cos", "linear"))
-        check_number("div_factor", div_factor, 0, above=True)
-        check_number("final_div_factor", final_div_factor, 0, above=True)
-        check_number("base_momentum", base_momentum, 0, 1, below=True)
-        check_number("max_momentum", max_momentum, 0, 1, below=True)
+        self.cycle = OneCycle(pct_start, anneal, div_factor, final_div_factor, base_momentum, max_momentum, three_phase)
         self.max_lr, self.cycle_momentum = max_lr, cycle_momentum
         try:
             self.sweep = Sweep(**(range_test or {}))
@@ -106,15 +100,6 @@ class OneCycleMomentum(ScheduleTrick):
             raise ValueError(
                 f"Expected `range_test` to hold arguments of LRRangeTest, but got {range_test}: {error}"
             ) from error
-        self.shape: dict[str, Any] = {
-            "pct_start": pct_start,
-            "anneal": anneal,
-            "div_factor": div_factor,
-            "final_div_factor": final_div_factor,
-            "base_momentum": base_momentum,
-            "max_momentum": max_momentum,
-            "three_phase": three_phase,
-        }
 
     @property
     def found_lr(self) -> float | None:
@@ -146,7 +131,5 @@ class OneCycleMomentum(ScheduleTrick):
         ratio = self.ratio(optimizer, group, values)
         rates = self.saved.found_lr if self.max_lr == "auto" else self.max_lr
         assert rates is not None
-        lr, momentum = curve(
-            self.position(optimizer, step), self.length, max_lr=rate_of(rates, group) * ratio, **self.shape
-        )
+        lr, momentum = curve(self.cycle, self.position(optimizer, step), self.length, rate_of(rates, group) * ratio)
         return {"lr": lr, **(entry(values, "momentum", momentum) if self.cycle_momentum else {})}

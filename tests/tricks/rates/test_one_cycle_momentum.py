@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_speedups import LRRangeTest, OneCycleMomentum
-from lightning_speedups.core.schedules import one_cycle
+from lightning_speedups.core.schedules import OneCycle
 from small import (
     Classifier,
     Joins,
@@ -280,7 +280,7 @@ def test_extended_it_goes_on_from_where_it_stood_and_ends_at_the_new_total(epoch
     with pytest.warns(UserWarning, match=f"had 12 optimizer steps, this one has {total}; the curve goes on from where"):
         resume(module, ReplayLoader(), [OneCycleMomentum(0.4, on_resume="extend")], max_epochs=epochs)
     positions = [5 + t * (11 - 5) / (total - 1 - 5) for t in range(total - 5)]
-    np.testing.assert_allclose(read(module), [one_cycle(p, 12, max_lr=0.4) for p in positions], rtol=1e-9)
+    np.testing.assert_allclose(read(module), [OneCycle().at(p, 12, max_lr=0.4) for p in positions], rtol=1e-9)
     assert read(module)[0] == pytest.approx(oracle(12)[5])
     assert read(module)[-1] == pytest.approx(oracle(12)[-1])
 
@@ -298,7 +298,7 @@ def test_a_group_that_appears_later_keeps_its_ratio_and_gets_the_momentum(max_lr
 def test_a_run_of_one_step_stands_at_the_end_of_the_cycle():
     module = Classifier()
     trainer(callbacks=[OneCycleMomentum(0.4)], max_steps=1).fit(module, loader())
-    np.testing.assert_allclose(read(module), [one_cycle(0, 1, max_lr=0.4)], rtol=1e-9)
+    np.testing.assert_allclose(read(module), [OneCycle().at(0, 1, max_lr=0.4)], rtol=1e-9)
 
 
 def test_it_pickles_with_its_count():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from two_processes import Notes, Regressor, two
 
 from lightning_speedups import LRCurve, OneCycleMomentum, StopAtTarget, WarmupLRScaler
-from lightning_speedups.core.schedules import one_cycle
+from lightning_speedups.core.schedules import OneCycle
 from lightning_speedups.tricks.rates.stop_at_target import is_reached
 from small import (
     Classifier,
@@ -251,10 +251,10 @@ def test_the_decay_begins_where_any_schedule_stands():
     module, stop = Learns(), at(8, finish="anneal", anneal=3)
     tricks = [stop, OneCycleMomentum(0.4), WarmupLRScaler(scale=2.0, warmup_steps=10)]
     fit(module, tricks)
-    own = [one_cycle(t, 24, max_lr=0.4)[0] * (1 + min(t, 10) / 10) for t in range(9)]
+    own = [OneCycle().at(t, 24, max_lr=0.4)[0] * (1 + min(t, 10) / 10) for t in range(9)]
     np.testing.assert_allclose(rates(module), own[:8] + [own[8] * part for part in fall(3)])
     np.testing.assert_allclose(
-        [step[0]["momentum"] for step in module.values], [one_cycle(t, 24)[1] for t in range(11)]
+        [step[0]["momentum"] for step in module.values], [OneCycle().at(t, 24, 1.0)[1] for t in range(11)]
     )
 
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from lightning_speedups import OneCycleMomentum, WarmupLRScaler
-from lightning_speedups.core.schedules import one_cycle
+from lightning_speedups.core.schedules import OneCycle
 from lightning_speedups.tricks.rates.warmup_lr_scaler import scaling_factor
 from small import (
     Classifier,
@@ -88,7 +88,7 @@ def test_on_top_of_reduce_lr_on_plateau():
 def test_on_top_of_one_cycle():
     module = Classifier()
     trainer(callbacks=[WarmupLRScaler(scale=6.0, warmup_steps=7), OneCycleMomentum(0.4)]).fit(module, loader())
-    own = np.array([one_cycle(t, 12, max_lr=0.4)[0] for t in range(12)])
+    own = np.array([OneCycle().at(t, 12, max_lr=0.4)[0] for t in range(12)])
     np.testing.assert_allclose(rates(module), own * factors(12, 7, 1.0, 6.0), rtol=1e-9)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_speedups import FreezeBackboneFinetune, OneCycleMomentum, WarmupLRScaler
-from lightning_speedups.core.schedules import one_cycle
+from lightning_speedups.core.schedules import OneCycle
 from lightning_speedups.tricks.transfer.base import find_layers
 from small import (
     CLASSES,
@@ -137,7 +137,7 @@ def test_the_ratio_stays_on_top_of_schedulers_and_of_the_other_tricks():
         WarmupLRScaler(scale=2.0, warmup_steps=0),
     ]
     trainer(callbacks=tricks).fit(module, loader())
-    head = np.array([2 * one_cycle(t, 12, max_lr=0.4)[0] for t in range(12)])
+    head = np.array([2 * OneCycle().at(t, 12, max_lr=0.4)[0] for t in range(12)])
     np.testing.assert_allclose(
         [[group["lr"] for group in step] for step in module.values], np.stack([head, head / 4], 1)
     )

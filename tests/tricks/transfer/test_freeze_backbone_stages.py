@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_speedups import FreezeBackboneFinetune, OneCycleMomentum, WarmupLRScaler
-from lightning_speedups.core.schedules import one_cycle
+from lightning_speedups.core.schedules import OneCycle
 from small import (
     CLASSES,
     Classifier,
@@ -202,7 +202,7 @@ def test_one_cycle_and_warm_up_go_on_beside_it_and_the_monitor_sees_every_group(
         LearningRateMonitor("step"),
     ]
     trainer(callbacks=tricks, logger=logger, log_every_n_steps=1).fit(module, loader())
-    curve = np.array([2 * one_cycle(t, 12, max_lr=0.4)[0] for t in range(12)])
+    curve = np.array([2 * OneCycle().at(t, 12, max_lr=0.4)[0] for t in range(12)])
     found = rates(module)
     np.testing.assert_allclose(found["head"], curve)
     for i, layer in enumerate(LAYERS):

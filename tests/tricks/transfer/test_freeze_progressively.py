@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_speedups import FreezeBackboneFinetune, FreezeProgressively, OneCycleMomentum, WarmupLRScaler
-from lightning_speedups.core.schedules import one_cycle
+from lightning_speedups.core.schedules import OneCycle
 from lightning_speedups.tricks.transfer.freeze_progressively import annealed, freeze_times
 from small import (
     CLASSES,
@@ -200,7 +200,7 @@ def test_the_factor_stays_on_top_of_schedulers_and_of_the_other_tricks():
     np.testing.assert_allclose(rates(module), 0.2 * 0.9 ** np.arange(12)[:, None] * factors, atol=1e-15)
     module = Deep()
     fit(module, FreezeProgressively(start=0.25), OneCycleMomentum(0.4), WarmupLRScaler(scale=2.0, warmup_steps=3))
-    head = np.array([(1 + min(step, 3) / 3) * one_cycle(step, 12, max_lr=0.4)[0] for step in range(12)])
+    head = np.array([(1 + min(step, 3) / 3) * OneCycle().at(step, 12, max_lr=0.4)[0] for step in range(12)])
     np.testing.assert_allclose(rates(module), head[:, None] * factors, atol=1e-15)
 
 
