@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from lightning_speedups.core.mixing import Mixture, blended_share, boxes_in, complementary, mix_values, paste
 
@@ -91,13 +92,10 @@ class MixedLabels(Tensor):
                 ' them in the dataset or the transfer hooks, or use MixupCallback(targets="soft", num_classes=...).'
             )
         if func in _KEEPS_MIXTURE and (mixed := _all_mixed(args, kwargs)) is not None:
-            labels, other = (func(*_parts(args, part), **_parts(kwargs, part)) for part in ("_labels", "_other"))
-            if func in _CASTS:
-                share = mixed._share.to(labels.device) if isinstance(labels, Tensor) else None
-            else:
-                share = func(*_parts(args, "_share"), **_parts(kwargs, "_share"))
-            return _wrap_all(labels, other, share, mixed)
-        return func(*_parts(args, "_labels"), **_parts(kwargs, "_labels"))
+            labels, other = (_on_part(part, func, args, kwargs) for part in ("_labels", "_other"))
+            share = mixed._share if func in _CASTS else _on_part("_share", func, args, kwargs)
+            return tree_map(partial(_wrap_result, mixed._reads), labels, other, share)
+        return _on_part("_labels", func, args, kwargs)
 
 
 def mix_targets(targets: Tensor, mixture: Mixture) -> Tensor:
@@ -186,6 +184,25 @@ def smooth_targets(targets: Tensor, mass: Tensor, smoothing: float | Tensor) -> 
     return targets * (1 - smoothing) + mass.unsqueeze(1) * (smoothing / targets.shape[1])
 
 
+def label_weights(labels: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Return how much each plain label counts in a mean: its class's weight, or nothing where it is ignored.
+
+    Args:
+        labels: Integer labels, ``(N, ...)``.
+        weight: Class weights, ``(C,)``, or None for ones.
+        ignore_index: This label does not count.
+
+    Returns:
+        ``(N, ...)``; whether it counts at all without class weights.
+
+    Example:
+        >>> label_weights(torch.tensor([1, -100]), torch.tensor([0.5, 2.0]), -100)
+        tensor([2., 0.])
+    """
+    classes, ignored = _classes(labels, ignore_index)
+    return ~ignored if weight is None else weight[classes].masked_fill(ignored, 0.0)
+
+
 def _classes(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return indices, 0 for what is ignored, and what that is."""
     labels = labels.long()  # a byte never equals -100, or does so for the wrong reason
@@ -200,13 +217,11 @@ def _wrap(labels: Tensor, other: Tensor, share: Tensor, reads: Reads) -> MixedLa
     return mixed
 
 
-def _wrap_all(labels: Any, other: Any, share: Any, mixed: MixedLabels) -> Any:
-    """Wrap one result, or each of several; what is no whole-number tensor any more is handed out as it is."""
-    if isinstance(labels, (tuple, list)):
-        return type(labels)(_wrap_all(*parts, mixed) for parts in zip(labels, other, share, strict=True))
+def _wrap_result(reads: Reads, labels: Any, other: Any, share: Any) -> Any:
+    """Wrap what came of the three parts; what is no whole-number tensor any more is handed out as it is."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         return labels
-    return _wrap(labels, other, share, mixed._reads)
+    return _wrap(labels, other, share.to(labels.device), reads)
 
 
 def _all_mixed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> MixedLabels | None:
@@ -216,18 +231,16 @@ def _all_mixed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> MixedLabels | 
     return operands[0] if operands and all(isinstance(one, MixedLabels) for one in operands) else None
 
 
-def _parts(values: Any, part: str) -> Any:
-    return tree_map_only(MixedLabels, lambda mixed: getattr(mixed, part), values)
+def _on_part(part: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call with one plain part in the place of all mixed labels."""
+    args, kwargs = tree_map_only(MixedLabels, lambda mixed: getattr(mixed, part), (args, kwargs))
+    return func(*args, **kwargs)
 
 
-def _batched(input: Tensor, target: MixedLabels) -> tuple[Tensor, Tensor]:
-    """Give a single sample, (C,) with a scalar label, a batch dimension."""
-    return (input.unsqueeze(0), target.unsqueeze(0)) if input.ndim == 1 else (input, target)
-
-
-def _mixed_cross_entropy(
+def _mixed_loss(
+    loss: Callable[..., Tensor],
     input: Tensor,
-    target: MixedLabels,
+    target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
@@ -235,41 +248,27 @@ def _mixed_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Compute F.cross_entropy with the mixture as soft target; the mean is over the targets that are not ignored."""
+    """Compute a loss with the mixture as soft target; the mean is over the targets that are not ignored."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     single = input.ndim == 1
-    input, labels = _batched(input, target)
-    soft, mass = soft_targets(labels, input.shape[1], ignore_index)
+    if single:
+        input, target = input.unsqueeze(0), target.unsqueeze(0)
+    soft, mass = soft_targets(target, input.shape[1], ignore_index)
     if label_smoothing > 0.0:  # here, not in torch, which would smooth ignored samples as well
         soft = smooth_targets(soft, mass, label_smoothing)
-    loss = F.cross_entropy(input, soft, weight=weight, reduction="sum" if reduction == "mean" else reduction)
+    result = loss(input, soft, weight, reduction="sum" if reduction == "mean" else reduction)
     if reduction == "mean":
-        return loss / mass.sum()
-    return loss.squeeze(0) if single else loss
+        return result / mass.sum()
+    return result.squeeze(0) if single else result
 
 
-def _mixed_nll_loss(
-    input: Tensor,
-    target: MixedLabels,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """Compute F.nll_loss of log-probabilities; equal to the cross-entropy of the scores they came from."""
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    single = input.ndim == 1
-    input, labels = _batched(input, target)
-    soft, mass = soft_targets(labels, input.shape[1], ignore_index)
+def _soft_nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Compute F.nll_loss of log-probabilities and soft targets; the cross-entropy of the scores behind them."""
     if weight is not None:
-        soft = soft * weight.view(-1, *[1] * (input.ndim - 2))
-    loss = -(input * soft)
-    if reduction == "none":
-        return loss.sum(1).squeeze(0) if single else loss.sum(1)
-    return loss.sum() / mass.sum() if reduction == "mean" else loss.sum()
+        target = target * weight.view(-1, *[1] * (input.ndim - 2))
+    loss = -(input * target)
+    return loss.sum(1) if reduction == "none" else loss.sum()
 
 
 def _mixed_one_hot(input: MixedLabels, num_classes: int = -1) -> Tensor:
@@ -293,8 +292,8 @@ def _caller() -> str:
 
 
 _READS_MIXTURE: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.cross_entropy: _mixed_cross_entropy,
-    F.nll_loss: _mixed_nll_loss,
+    F.cross_entropy: partial(_mixed_loss, F.cross_entropy),
+    F.nll_loss: partial(_mixed_loss, _soft_nll_loss),
     F.one_hot: _mixed_one_hot,
 }
 _CASTS = {Tensor.to, Tensor.long, Tensor.int, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as}

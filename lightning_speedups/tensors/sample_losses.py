@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
-from lightning_speedups.tensors.labels import MixedLabels, soft_targets
+from lightning_speedups.tensors.labels import MixedLabels, label_weights, soft_targets
 
 
 def mean_over_samples(losses: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ class SampleLosses(TorchFunctionMode):
     def _loss(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func is F.l1_loss and (weight := _weight_of_l1_loss()) is not None:
             kwargs = {**kwargs, "weight": weight}
-        call = _bind(func, args, kwargs)
-        reduction = call.pop("reduction", "mean")
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        call = _bind(func, args, kwargs)
+        reduction = call.pop("reduction", "mean")
         if self.weights is None:
             result = func(*args, **kwargs)
             if result.requires_grad:
@@ -97,9 +97,7 @@ class SampleLosses(TorchFunctionMode):
         if not losses.requires_grad or not self._take(losses.detach()):
             return func(*args, **kwargs)
         weighted = losses * self.weights.to(losses.dtype).view(-1, *[1] * (losses.ndim - 1))
-        if reduction == "none":
-            return weighted
-        return weighted.sum() if reduction == "sum" else weighted.sum() / _normaliser(func, call, reduction, losses)
+        return weighted if reduction == "none" else weighted.sum() / _normaliser(func, call, reduction, losses)
 
     def _take(self, losses: Tensor) -> bool:
         if losses.ndim == 0 or len(losses) != self.samples:
@@ -120,7 +118,7 @@ def _bind(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def _weight_of_l1_loss() -> Tensor | None:
-    """Return the ``weight`` that torch's ``l1_loss`` was given: in 2.15 it forgets to hand it on to a mode."""
+    """Return the ``weight`` that torch's ``l1_loss`` was given, which since 2.14 it does not hand on to a mode."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not F.l1_loss.__code__:
         frame = frame.f_back
@@ -128,31 +126,24 @@ def _weight_of_l1_loss() -> Tensor | None:
 
 
 def _one_by_one(func: Callable[..., Any], call: dict[str, Any]) -> Tensor:
-    if func is mean_over_samples:
-        losses: Tensor = call["losses"]
-        return losses
-    return func(**call, reduction="none")  # type: ignore[no-any-return]
+    losses: Tensor = call["losses"] if func is mean_over_samples else func(**call, reduction="none")
+    return losses
 
 
 def _normaliser(func: Callable[..., Any], call: dict[str, Any], reduction: str, losses: Tensor) -> Tensor | float:
-    """Return what a call's mean divides the sum of its losses by."""
-    weight, target = call.get("weight"), call.get("target")
-    if reduction == "batchmean":
-        return len(losses)
-    if func in (F.cross_entropy, F.nll_loss):
-        assert target is not None
-        ignored = call.get("ignore_index", -100)
-        if isinstance(target, MixedLabels):
-            mass = soft_targets(target, call["input"].shape[1], ignored)[1]
-            return mass.sum()
-        if not target.is_floating_point():
-            kept = target != ignored
-            counted: Tensor = kept if weight is None else weight[torch.where(kept, target, 0).long()] * kept
-            return counted.sum()
-        return losses.numel()
-    if weight is not None and func in (F.mse_loss, F.l1_loss, F.huber_loss):
+    """Return what a call divides the sum of its losses by."""
+    weight: Any = call.get("weight")
+    target: Any = call.get("target")
+    ignored = call.get("ignore_index", -100)
+    if reduction == "sum":
+        return 1
+    if func in (F.cross_entropy, F.nll_loss) and isinstance(target, MixedLabels):
+        return soft_targets(target, call["input"].shape[1], ignored)[1].sum()
+    if func in (F.cross_entropy, F.nll_loss) and not target.is_floating_point():
+        return label_weights(target, weight, ignored).sum()
+    if func in (F.mse_loss, F.l1_loss, F.huber_loss) and weight is not None:
         return weight.sum()  # type: ignore[no-any-return]
-    return losses.numel()
+    return len(losses) if reduction == "batchmean" else losses.numel()
 
 
 _LOSSES: dict[Callable[..., Any], inspect.Signature] = {

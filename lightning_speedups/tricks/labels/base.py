@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.arguments import check_choice, check_number
+
+Reduction = Literal["none", "mean", "sum"]
 
 
 def as_smoothing(smoothing: float | Sequence[float] | Tensor) -> float | Tensor:
@@ -51,17 +54,19 @@ class Smoothing(nn.Module):
 
     Args:
         smoothing: ε in [0, 1), or one for each class, ``(C,)``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
-        ValueError: If an ε is out of range.
+        ValueError: If an argument is out of range.
     """
 
     smoothing: float | Tensor
     strength: Tensor | None
 
-    def __init__(self, smoothing: float | Sequence[float] | Tensor) -> None:
+    def __init__(self, smoothing: float | Sequence[float] | Tensor, reduction: Reduction = "mean") -> None:
         super().__init__()
-        self.strength = None
+        check_choice("reduction", reduction, ("none", "mean", "sum"))
+        self.reduction, self.strength = reduction, None
         checked = as_smoothing(smoothing)
         if isinstance(checked, Tensor):
             self.register_buffer("smoothing", checked, persistent=False)

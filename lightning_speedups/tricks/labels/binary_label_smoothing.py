@@ -5,16 +5,13 @@ gets ε/2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_speedups.tensors.labels import MixedLabels
-from lightning_speedups.tricks.labels.base import Smoothing
-
-Reduction = Literal["none", "mean", "sum"]
+from lightning_speedups.tricks.labels.base import Reduction, Smoothing
 
 
 def smooth_binary(targets: Tensor, smoothing: float | Tensor) -> Tensor:
@@ -77,13 +74,10 @@ class BinaryLabelSmoothing(Smoothing):
         pos_weight: Tensor | None = None,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(smoothing)
+        super().__init__(smoothing, reduction)
         for name, values in (("weight", weight), ("pos_weight", pos_weight)):
             if values is not None and not (isinstance(values, Tensor) and bool((values >= 0).all())):
                 raise ValueError(f"Expected `{name}` to be a tensor of numbers >= 0, or None, but got {values}.")
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(f"Expected `reduction` to be 'none', 'mean' or 'sum', but got {reduction!r}.")
-        self.reduction = reduction
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
 
@@ -100,7 +94,8 @@ class BinaryLabelSmoothing(Smoothing):
         """
         if input.dtype in (torch.float16, torch.bfloat16):
             input = input.float()
-        self._check(input, target)
+        _check_shape(input, target)
+        _check_range(target)
         if isinstance(target, MixedLabels):
             target = F.one_hot(target.long(), 2)[..., 1]
         target = smooth_binary(target.to(input.dtype), self.epsilon(input))
@@ -109,28 +104,32 @@ class BinaryLabelSmoothing(Smoothing):
             input, target, weight, pos_weight=pos_weight, reduction=self.reduction
         )
 
-    def _check(self, input: Tensor, target: Tensor) -> None:
-        if target.shape != input.shape:
-            ways_out = ""
-            if target.shape == (*input.shape[:1], *input.shape[2:]) and not target.is_floating_point():
-                ways_out = " Class labels become yes or no for each class by `F.one_hot(target, C).float()`."
-            raise ValueError(
-                f"Expected `target` of the shape of the scores, {tuple(input.shape)}, but got {tuple(target.shape)}."
-                f"{ways_out}"
-            )
-        if target.is_complex():
-            raise ValueError(f"Expected `target` of real numbers in [0, 1], but got {target.dtype}.")
-        # A look at the values: free on a CPU; elsewhere it would wait for the device, and in a graph it cannot be.
-        if target.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        try:
-            low, high = (float(value) for value in target.detach().aminmax())
-        except RuntimeError:  # nor inside torch.func.vmap, or of an empty batch
-            return
-        rounding = torch.finfo(target.dtype).eps if target.is_floating_point() else 0.0
-        if not (low >= -rounding and high <= 1 + rounding):
-            raise ValueError(f"Expected `target` in [0, 1], but got values from {low:g} to {high:g}.")
-
     def extra_repr(self) -> str:
         """Show the settings in ``print(module)``."""
         return f"smoothing={self.smoothing}, reduction={self.reduction!r}"
+
+
+def _check_shape(input: Tensor, target: Tensor) -> None:
+    if target.shape == input.shape:
+        return
+    way_out = ""
+    if target.shape == (*input.shape[:1], *input.shape[2:]) and not target.is_floating_point():
+        way_out = " Class labels become yes or no for each class by `F.one_hot(target, C).float()`."
+    raise ValueError(
+        f"Expected `target` of the shape of the scores, {tuple(input.shape)}, but got {tuple(target.shape)}.{way_out}"
+    )
+
+
+def _check_range(target: Tensor) -> None:
+    """Look at the values: free on a CPU; elsewhere it would wait for the device, and in a graph it cannot be."""
+    if target.is_complex():
+        raise ValueError(f"Expected `target` of real numbers in [0, 1], but got {target.dtype}.")
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    try:
+        low, high = (float(value) for value in target.detach().aminmax())
+    except RuntimeError:  # nor inside torch.func.vmap, or of an empty batch
+        return
+    rounding = torch.finfo(target.dtype).eps if target.is_floating_point() else 0.0
+    if not (low >= -rounding and high <= 1 + rounding):
+        raise ValueError(f"Expected `target` in [0, 1], but got values from {low:g} to {high:g}.")

@@ -5,17 +5,14 @@ classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.tensors.labels import MixedLabels, smooth_targets, soft_targets
-from lightning_speedups.tricks.labels.base import Smoothing
-
-Reduction = Literal["none", "mean", "sum"]
+from lightning_speedups.tensors.labels import MixedLabels, label_weights, smooth_targets, soft_targets
+from lightning_speedups.tricks.labels.base import Reduction, Smoothing
 
 
 def smooth(targets: Tensor, smoothing: float | Tensor) -> Tensor:
@@ -81,13 +78,11 @@ class LabelSmoothingLoss(Smoothing):
         ignore_index: int = -100,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(smoothing)
+        super().__init__(smoothing, reduction)
         check_number("ignore_index", ignore_index, whole=True)
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(f"Expected `reduction` to be 'none', 'mean' or 'sum', but got {reduction!r}.")
         if weight is not None and not (isinstance(weight, Tensor) and weight.ndim == 1 and bool((weight >= 0).all())):
             raise ValueError(f"Expected `weight` to be a tensor (C,) of class weights >= 0, or None, but got {weight}.")
-        self.ignore_index, self.reduction = ignore_index, reduction
+        self.ignore_index = ignore_index
         self.register_buffer("weight", weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -103,7 +98,7 @@ class LabelSmoothingLoss(Smoothing):
         """
         if input.ndim == 1:
             loss: Tensor = self(input.unsqueeze(0), target.unsqueeze(0))
-            return loss.squeeze(0) if self.reduction == "none" else loss
+            return loss.squeeze(0)
         if input.dtype in (torch.float16, torch.bfloat16):
             input = input.float()
         soft = target.is_floating_point()
@@ -114,32 +109,32 @@ class LabelSmoothingLoss(Smoothing):
                 f"Expected `target` of shape {tuple(expected)} ({'probabilities' if soft else 'class indices'}) for "
                 f"scores of shape {tuple(input.shape)}, but got {tuple(target.shape)}."
             )
+        losses, counted = self._losses(input, target)
+        if self.reduction == "none":
+            return losses
+        if self.reduction == "sum":
+            return losses.sum()
+        total = counted.sum()
+        return losses.sum() / torch.where(total > 0, total, 1)
+
+    def _losses(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of each target, and what they count in the mean."""
         weight = None if self.weight is None else self.weight.to(input.dtype)
         smoothing = self.epsilon(input)
-        if isinstance(target, MixedLabels) or soft or isinstance(smoothing, Tensor):
-            ignored = None
-            if not soft:
-                target, mass = soft_targets(target, input.shape[1], self.ignore_index)
-                smoothed, ignored = smooth_targets(target, mass, smoothing), mass == 0
-            else:
-                smoothed = smooth(target, smoothing)
-            # One call of torch's for the whole loss: SubsetTraining reads and weighs each sample's there.
-            loss = F.cross_entropy(input, smoothed, weight, reduction="none")
-            if ignored is not None:
-                loss = loss.masked_fill(ignored, 0.0)  # also where the scores are infinite
-            counted = target if weight is None else target * weight.view(-1, *[1] * (input.ndim - 2))
-        else:
-            loss = F.cross_entropy(
+        soft = target.is_floating_point()
+        if not (soft or isinstance(target, MixedLabels) or isinstance(smoothing, Tensor)):
+            losses = F.cross_entropy(
                 input, target, weight, ignore_index=self.ignore_index, reduction="none", label_smoothing=smoothing
             )
-            kept = target != self.ignore_index
-            counted = kept.to(loss.dtype) if weight is None else weight[torch.where(kept, target, 0)] * kept
-        if self.reduction == "none":
-            return loss
-        if self.reduction == "sum":
-            return loss.sum()
-        total = counted.sum()
-        return loss.sum() / torch.where(total > 0, total, 1)
+            return losses, label_weights(target, weight, self.ignore_index)
+        # One call of torch's for the whole loss: SubsetTraining reads and weighs each sample's there.
+        if soft:
+            losses = F.cross_entropy(input, smooth(target, smoothing), weight, reduction="none")
+        else:
+            target, mass = soft_targets(target, input.shape[1], self.ignore_index)
+            losses = F.cross_entropy(input, smooth_targets(target, mass, smoothing), weight, reduction="none")
+            losses = losses.masked_fill(mass == 0, 0.0)  # also where the scores are infinite
+        return losses, target if weight is None else target * weight.view(-1, *[1] * (input.ndim - 2))
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(module)``."""
