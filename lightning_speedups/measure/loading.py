@@ -50,7 +50,7 @@ def load_data(path: str | Path, *, image_size: int | None = None, samples: int |
     if not exists:
         raise CompareError(f"no such file or folder: {path}")
     if image_size is not None:
-        raise CompareError("--image-size is for folders of images; the images of an .npz file are taken as they are")
+        raise CompareError("`image_size` is for folders of images; the images of an .npz file are taken as they are")
     return load_npz(path)
 
 

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from lightning_speedups.measure.errors import CompareError
 from lightning_speedups.measure.images import ImageData
+from lightning_speedups.measure.settings import DEFAULT_MODEL
 from lightning_speedups.models.transfer_classifier import TransferClassifier
 from lightning_speedups.models.weight_files import load_weights
 
-__all__ = ["DEFAULT_MODEL", "ConvNet", "build_network", "load_backbone"]
-
-DEFAULT_MODEL = "convnet"
+__all__ = ["ConvNet", "build_network", "load_backbone"]
 
 
 class ConvNet(nn.Module):

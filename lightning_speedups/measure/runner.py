@@ -20,10 +20,10 @@ from lightning_speedups.measure.errors import CompareError
 from lightning_speedups.measure.images import ImageData, quarter_turns
 from lightning_speedups.measure.loading import load_data
 from lightning_speedups.measure.machine import machine_facts, versions
-from lightning_speedups.measure.networks import DEFAULT_MODEL, build_network, load_backbone
+from lightning_speedups.measure.networks import build_network, load_backbone
 from lightning_speedups.measure.progress import Bars
 from lightning_speedups.measure.results import Comparison, Run
-from lightning_speedups.measure.settings import Settings
+from lightning_speedups.measure.settings import DEFAULT_MODEL, Settings
 from lightning_speedups.measure.stopwatch import Stopwatch
 from lightning_speedups.measure.training import Classifier, quiet, seeded, train
 
@@ -62,7 +62,7 @@ class _Workbench:
         self._pretrained: dict[int, tuple[nn.Module, float]] = {}
         if len(data.y_train) < settings.batch_size:
             raise CompareError(
-                f"--batch-size {settings.batch_size} is more than the {len(data.y_train)} training images"
+                f"`batch_size` {settings.batch_size} is more than the {len(data.y_train)} training images"
             )
         self.batches_per_epoch = len(data.y_train) // settings.batch_size
         with seeded(0):
@@ -139,7 +139,7 @@ def _threads(count: int | None) -> Iterator[None]:
 def _images(data: ImageData | str | Path | None, settings: Settings) -> ImageData:
     if data is None:
         if settings.image_size is not None:
-            raise CompareError("--image-size is for folders of images; it needs --data FOLDER")
+            raise CompareError("`image_size` is for folders of images; it needs `data`, the path of a folder")
         return digit_collages(*settings.collages)
     if not isinstance(data, ImageData):
         data = load_data(data, image_size=settings.image_size, samples=settings.samples)
@@ -197,7 +197,7 @@ def compare(
     settings = replace(settings, **options) if settings else Settings(**options)
     chosen = choose_arms([arms] if isinstance(arms, str) else arms)
     if settings.weights is not None and not any(arm.pretrained for arm in chosen):
-        raise CompareError("--weights is what finetune and freeze start from, but neither is among the arms")
+        raise CompareError("`weights` is what finetune and freeze start from, but neither is among the arms")
     images = _images(data, settings)
     bench = _Workbench(images, settings)
     folder = _folder(out)
