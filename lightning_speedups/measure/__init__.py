@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from lightning_speedups.measure.errors import CompareError
     from lightning_speedups.measure.images import ImageData
     from lightning_speedups.measure.lr_range_test import LRRangeTest, RangeTestResult
-    from lightning_speedups.measure.results import Comparison, Run, Summary
+    from lightning_speedups.measure.results import Comparison
     from lightning_speedups.measure.runner import compare
+    from lightning_speedups.measure.runs import Run, Summary
     from lightning_speedups.measure.settings import Settings
 
 __all__ = [
@@ -41,8 +42,9 @@ _FILES = {
     "CompareError": "errors",
     "ImageData": "images",
     **dict.fromkeys(["LRRangeTest", "RangeTestResult"], "lr_range_test"),
-    **dict.fromkeys(["Comparison", "Run", "Summary"], "results"),
+    "Comparison": "results",
     "compare": "runner",
+    **dict.fromkeys(["Run", "Summary"], "runs"),
     "Settings": "settings",
 }
 

@@ -1,84 +1,32 @@
-"""What a comparison measured, and the numbers that follow from it."""
+"""A comparison: its runs, the numbers that follow from them, and the files that hold both."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
 
 from lightning_speedups.core.throughput import (
-    Spread,
     common_target,
     paired_speedup,
     samples_per_second,
     spread,
     time_to_target,
 )
-from lightning_speedups.measure.stopwatch import Point
+from lightning_speedups.measure.report import figure, table
+from lightning_speedups.measure.runs import Run, Summary
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
-
-__all__ = ["Comparison", "Run", "Summary"]
+__all__ = ["Comparison"]
 
 FORMAT = 1
 """Version of the JSON's layout."""
-
-
-@dataclass
-class Run:
-    """One training run.
-
-    Attributes:
-        arm: Name of the arm.
-        seed: Seed of weights, batches and tricks.
-        points: One point an epoch.
-        complete: Whether it ran to its end.
-        pretrain_seconds: Seconds that its pretrained backbone took, not part of any point; 0 without one.
-    """
-
-    arm: str
-    seed: int
-    points: list[Point] = field(default_factory=list)
-    complete: bool = False
-    pretrain_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One row of the table.
-
-    Attributes:
-        arm: Name of the arm.
-        baseline: Name of its baseline, ``None`` for a baseline.
-        runs: How many runs were complete.
-        target: Accuracy to reach, a fraction; ``None`` when the baseline has no complete run.
-        reached: In how many runs it was reached.
-        seconds: Training seconds to the target, ``math.inf`` where it was not reached.
-        epochs: Epochs to the target, likewise; unlike the seconds they don't depend on what else the machine does.
-        accuracy: Mean final accuracy, a fraction.
-        accuracy_std: Its standard deviation over the seeds (n - 1 in the denominator; 0 for one seed).
-        throughput: Samples a second, median over runs.
-        speedup: Baseline's seconds to the target over the arm's, paired by seed; ``None`` for a baseline.
-    """
-
-    arm: str
-    baseline: str | None
-    runs: int
-    target: float | None
-    reached: int
-    seconds: Spread | None
-    epochs: Spread | None
-    accuracy: float | None
-    accuracy_std: float | None
-    throughput: Spread | None
-    speedup: Spread | None
 
 
 @dataclass
@@ -116,21 +64,21 @@ class Comparison:
         baseline = self.baselines[arm] or arm
         return common_target([[point.accuracy for point in run.points] for run in self.complete(baseline)])
 
-    def _seconds(self, arm: str, target: float) -> dict[int, float]:
+    def _to_target(self, arm: str, target: float | None, unit: str) -> dict[int, float]:
+        """Seconds or epochs until the complete runs of an arm had reached the target, by seed."""
+        if target is None:
+            return {}
         return {
-            run.seed: time_to_target([(point.seconds, point.accuracy) for point in run.points], target)
+            run.seed: time_to_target([(getattr(point, unit), point.accuracy) for point in run.points], target)
             for run in self.complete(arm)
         }
 
     def summary(self, arm: str) -> Summary:
         """What the table says of one arm."""
         runs, target, baseline = self.complete(arm), self.target_of(arm), self.baselines[arm]
-        seconds = {} if target is None else self._seconds(arm, target)
-        speedup = None
-        if baseline is not None and target is not None:
-            before = self._seconds(baseline, target)
-            shared = sorted(before.keys() & seconds.keys())
-            speedup = paired_speedup([before[seed] for seed in shared], [seconds[seed] for seed in shared])
+        seconds = self._to_target(arm, target, "seconds")
+        before = {} if baseline is None else self._to_target(baseline, target, "seconds")
+        shared = before.keys() & seconds.keys()
         final = [run.points[-1].accuracy for run in runs]
         return Summary(
             arm=arm,
@@ -139,11 +87,11 @@ class Comparison:
             target=target,
             reached=sum(math.isfinite(value) for value in seconds.values()),
             seconds=spread(seconds.values()),
-            epochs=None if target is None else spread(_epochs(run, target) for run in runs),
-            accuracy=fmean(final) if final else None,
-            accuracy_std=_std(final) if final else None,
+            epochs=spread(self._to_target(arm, target, "epoch").values()),
+            accuracy=float(np.mean(final)) if final else None,
+            accuracy_std=float(np.std(final, ddof=min(1, len(final) - 1))) if final else None,
             throughput=spread(samples_per_second(run.points[-1].samples, run.points[-1].seconds) for run in runs),
-            speedup=speedup,
+            speedup=paired_speedup([before[seed] for seed in shared], [seconds[seed] for seed in shared]),
         )
 
     def summaries(self) -> list[Summary]:
@@ -189,15 +137,12 @@ class Comparison:
 
     def table(self) -> Table:
         """A rich table with one row an arm."""
-        from lightning_speedups.measure.report import table
-
-        return table(self)
+        return table(self.settings, self.summaries(), self.notes())
 
     def figure(self) -> Figure:
         """A matplotlib figure: accuracy against training seconds, one line an arm."""
-        from lightning_speedups.measure.report import figure
-
-        return figure(self)
+        target = next((self.target_of(arm) for arm in self.baselines), None)
+        return figure(self.settings, self.baselines, self.runs, target)
 
     def to_json(self) -> str:
         """Every point, the numbers of the table, the settings, the machine and the versions, as JSON."""
@@ -211,7 +156,9 @@ class Comparison:
             "summary": [asdict(row) for row in self.summaries()],
             "runs": [asdict(run) for run in self.runs],
         }
-        return json.dumps(_finite(document), indent=1, allow_nan=False)
+        # JSON knows no infinity and no NaN: both become null
+        finite = json.loads(json.dumps(document), parse_constant=lambda name: None)
+        return json.dumps(finite, indent=1, allow_nan=False)
 
     def save_json(self, folder: Path) -> Path:
         """Write ``compare.json`` into a folder, replacing an older one as a whole.
@@ -222,11 +169,9 @@ class Comparison:
         Returns:
             Path of the file.
         """
-        path = folder / "compare.json"
         draft = folder / "compare.json.part"
         draft.write_text(self.to_json() + "\n", encoding="utf-8")
-        os.replace(draft, path)
-        return path
+        return draft.replace(folder / "compare.json")
 
     def save_figure(self, folder: Path) -> Path:
         """Write ``compare.png`` into a folder.
@@ -240,24 +185,3 @@ class Comparison:
         path = folder / "compare.png"
         self.figure().savefig(path, dpi=150)
         return path
-
-
-def _epochs(run: Run, target: float) -> float:
-    return time_to_target([(point.epoch, point.accuracy) for point in run.points], target)
-
-
-def _std(values: Sequence[float]) -> float:
-    # statistics.stdev stumbles over the nan of a diverged run
-    mean = fmean(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity and no NaN: both become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

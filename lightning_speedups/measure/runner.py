@@ -22,7 +22,8 @@ from lightning_speedups.measure.loading import load_data
 from lightning_speedups.measure.machine import machine_facts, versions
 from lightning_speedups.measure.networks import build_network, load_backbone
 from lightning_speedups.measure.progress import Bars
-from lightning_speedups.measure.results import Comparison, Run
+from lightning_speedups.measure.results import Comparison
+from lightning_speedups.measure.runs import Run
 from lightning_speedups.measure.settings import DEFAULT_MODEL, Settings
 from lightning_speedups.measure.stopwatch import Stopwatch
 from lightning_speedups.measure.training import Classifier, quiet, seeded, train
