@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_speedups.measure.arms import Arm, Ingredients, Situation, choose_arms
 from lightning_speedups.measure.digits import digit_collages
-from lightning_speedups.measure.errors import CompareError
+from lightning_speedups.measure.errors import CompareError, as_compare_error
 from lightning_speedups.measure.images import ImageData, quarter_turns
 from lightning_speedups.measure.loading import load_data
 from lightning_speedups.measure.machine import machine_facts, versions
@@ -116,10 +116,8 @@ class _Workbench:
             warnings.simplefilter("ignore")  # a run of a few steps gives the tricks reasons to warn
             for arm in arms:
                 source = self._first if arm.pretrained else None
-                try:
+                with as_compare_error(f"the arm {arm.name!r} can't run: ", MisconfigurationException):
                     self.run(0, arm, 1, Stopwatch(self.settings.batch_size), source, **few)
-                except MisconfigurationException as error:
-                    raise CompareError(f"the arm {arm.name!r} can't run: {' '.join(str(error).split())}") from error
 
 
 def _images(data: ImageData | str | Path | None, settings: Settings) -> ImageData:
@@ -136,13 +134,11 @@ def _folder(out: str | Path | None) -> Path | None:
     if out is None:
         return None
     folder = Path(out)
-    try:
+    with as_compare_error(f"can't write to the folder {folder}: ", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / "compare.json.part"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise CompareError(f"can't write to the folder {folder}: {error.strerror or error}") from error
     return folder
 
 

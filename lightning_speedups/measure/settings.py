@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lightning_speedups.core.arguments import check_choice, check_number
-from lightning_speedups.measure.errors import CompareError
+from lightning_speedups.measure.errors import CompareError, as_compare_error
 
 __all__ = ["DEFAULT_MODEL", "OPTIONS", "Option", "Settings"]
 
@@ -106,11 +106,9 @@ class Settings:
             raise CompareError(
                 f"Expected `target` to be a fraction, but got {self.target:g} (write {self.target / 100:g})."
             )
-        try:
+        with as_compare_error("", ValueError):
             for name, option in OPTIONS.items():
                 option.check(name, getattr(self, name))
-        except ValueError as error:
-            raise CompareError(str(error)) from None
         if self.weights == "pretrained" and self.model == DEFAULT_MODEL:
             raise CompareError(f"`weights` pretrained needs a timm `model`; {DEFAULT_MODEL} takes the path of a file")
         if self.weights is not None and self.pretrain_epochs is not None:
