@@ -37,14 +37,11 @@ class ConvNet(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, *, side: int, width: int) -> None:
         super().__init__()
         stride = 2 if side <= 48 else 4
-        layers: list[nn.Module] = [_block(in_channels, width, stride)]
+        layers = [_block(in_channels, width, stride), _block(width, width, 1)]
         channels, side = width, side // stride
-        while True:
-            layers.append(_block(channels, channels, 1))
-            if side <= 3:
-                break
+        while side > 3:
             wider = min(2 * channels, 8 * width)
-            layers.append(_block(channels, wider, 2))
+            layers += [_block(channels, wider, 2), _block(wider, wider, 1)]
             channels, side = wider, side // 2
         self.backbone = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)

@@ -148,8 +148,7 @@ def figure(
     axes.title.set_parse_math(False)  # a file's name may hold a dollar sign
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
-    if lines:
-        # in the order in which the lines end, so that the legend reads like labels beside them
-        lines.sort(key=lambda entry: -entry[0])
-        axes.legend(handles=[line for _, line in lines], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    # in the order in which the lines end, so that the legend reads like labels beside them
+    handles = [line for _, line in sorted(lines, key=lambda entry: -entry[0])]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -13,20 +14,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from lightning_speedups.core.throughput import (
-    common_target,
-    paired_speedup,
-    samples_per_second,
-    spread,
-    time_to_target,
-)
+from lightning_speedups.core import throughput
 from lightning_speedups.measure.report import figure, table
 from lightning_speedups.measure.runs import Run, Summary
 
 __all__ = ["Comparison"]
 
-FORMAT = 1
-"""Version of the JSON's layout."""
+FORMAT = 1  # of the JSON's layout
 
 
 @dataclass
@@ -62,14 +56,16 @@ class Comparison:
         if self.target is not None:
             return self.target
         baseline = self.baselines[arm] or arm
-        return common_target([[point.accuracy for point in run.points] for run in self.complete(baseline)])
+        return throughput.common_target([[point.accuracy for point in run.points] for run in self.complete(baseline)])
 
     def _to_target(self, arm: str, target: float | None, unit: str) -> dict[int, float]:
         """Seconds or epochs until the complete runs of an arm had reached the target, by seed."""
         if target is None:
             return {}
         return {
-            run.seed: time_to_target([(getattr(point, unit), point.accuracy) for point in run.points], target)
+            run.seed: throughput.time_to_target(
+                [(getattr(point, unit), point.accuracy) for point in run.points], target
+            )
             for run in self.complete(arm)
         }
 
@@ -86,12 +82,14 @@ class Comparison:
             runs=len(runs),
             target=target,
             reached=sum(math.isfinite(value) for value in seconds.values()),
-            seconds=spread(seconds.values()),
-            epochs=spread(self._to_target(arm, target, "epoch").values()),
+            seconds=throughput.spread(seconds.values()),
+            epochs=throughput.spread(self._to_target(arm, target, "epoch").values()),
             accuracy=float(np.mean(final)) if final else None,
             accuracy_std=float(np.std(final, ddof=min(1, len(final) - 1))) if final else None,
-            throughput=spread(samples_per_second(run.points[-1].samples, run.points[-1].seconds) for run in runs),
-            speedup=paired_speedup([before[seed] for seed in shared], [seconds[seed] for seed in shared]),
+            throughput=throughput.spread(
+                throughput.samples_per_second(run.points[-1].samples, run.points[-1].seconds) for run in runs
+            ),
+            speedup=throughput.paired_speedup([before[seed] for seed in shared], [seconds[seed] for seed in shared]),
         )
 
     def summaries(self) -> list[Summary]:
@@ -100,40 +98,38 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """What a reader must know to read the numbers right."""
-        notes = []
-        for baseline in dict.fromkeys(self.baselines[arm] or arm for arm in self.baselines):
-            target = self.target_of(baseline)
+        return [*self._notes_on_targets(), *self._notes_on_runs()]
+
+    def _notes_on_targets(self) -> Iterator[str]:
+        for arm in [arm for arm, baseline in self.baselines.items() if baseline is None]:
+            target = self.target_of(arm)
             if target is None:
                 continue
-            origin = "as asked for" if self.target is not None else f"the lowest that a run of {baseline} ended with"
-            of = "all arms" if self.target is not None else f"{baseline} and the arms measured against it"
-            notes.append(f"Target of {of}: {target:.1%}, {origin}.")
+            of, origin = f"{arm} and the arms measured against it", f"the lowest that a run of {arm} ended with"
+            if self.target is not None:
+                of, origin = "all arms", "as asked for"
+            yield f"Target of {of}: {target:.1%}, {origin}."
             if target <= 1.2 * self.chance:
-                notes.append(
-                    f"That is no better than chance ({self.chance:.1%}): the times to it say nothing; train longer."
-                )
+                yield f"That is no better than chance ({self.chance:.1%}): the times to it say nothing; train longer."
             if self.target is not None:
                 break
+
+    def _notes_on_runs(self) -> Iterator[str]:
         if any(row.seconds is not None and row.seconds.high == math.inf for row in self.summaries()):
-            notes.append("A run that did not reach the target counts as infinitely long (a ratio of 0).")
+            yield "A run that did not reach the target counts as infinitely long (a ratio of 0)."
         load, cores = self.machine.get("load"), self.machine.get("cores")
         if load is not None and cores and load > cores / 2:
             # threads that spin while they wait made a busy two-core machine ten times slower than it had to be
-            notes.append(
+            yield (
                 f"The machine was busy at the start (load {load:g} on {cores} cores): trust the epochs more than the"
                 " seconds; OMP_WAIT_POLICY=passive in the environment helps."
             )
         pretraining = [run.pretrain_seconds for run in self.runs if run.pretrain_seconds > 0]
         if pretraining:
-            notes.append(
-                f"Pretraining took {fmean(pretraining):.1f} s a seed; it stands for downloaded weights, not counted."
-            )
-        partial = [run for run in self.runs if not run.complete]
-        notes += [
-            f"Interrupted: {run.arm}, seed {run.seed}, has {len(run.points)} epochs and is left out above."
-            for run in partial
-        ]
-        return notes
+            yield f"Pretraining took {fmean(pretraining):.1f} s a seed; it stands for downloaded weights, not counted."
+        for run in self.runs:
+            if not run.complete:
+                yield f"Interrupted: {run.arm}, seed {run.seed}, has {len(run.points)} epochs and is left out above."
 
     def table(self) -> Table:
         """A rich table with one row an arm."""
@@ -146,16 +142,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """Every point, the numbers of the table, the settings, the machine and the versions, as JSON."""
-        document = {
-            "format": FORMAT,
-            "interrupted": self.interrupted,
-            "settings": self.settings,
-            "machine": self.machine,
-            "versions": self.versions,
-            "chance": self.chance,
-            "summary": [asdict(row) for row in self.summaries()],
-            "runs": [asdict(run) for run in self.runs],
-        }
+        document = {"format": FORMAT, "summary": [asdict(row) for row in self.summaries()], **asdict(self)}
         # JSON knows no infinity and no NaN: both become null
         finite = json.loads(json.dumps(document), parse_constant=lambda name: None)
         return json.dumps(finite, indent=1, allow_nan=False)

@@ -31,8 +31,7 @@ from lightning_speedups.measure.training import Classifier, quiet, seeded, train
 __all__ = ["compare", "interleaved"]
 
 WARM_UP_BATCHES = 8
-TEST_LIMIT = 2000
-"""Test images that the caller's own data are limited to unless asked otherwise; they are looked at every epoch."""
+TEST_LIMIT = 2000  # of the caller's own images, unless asked otherwise: they are looked at every epoch
 
 
 def interleaved(arms: Sequence[Arm], seeds: Sequence[int]) -> list[tuple[int, Arm]]:
@@ -72,20 +71,11 @@ class _Workbench:
         with seeded(seed):
             return build_network(self.settings.model, data, width=self.settings.width, weights=weights)
 
-    def _train(
-        self, network: nn.Module, data: ImageData, seed: int, epochs: int, watch: Stopwatch, recipe: Ingredients
-    ) -> None:
+    def _train(self, network: nn.Module, data: ImageData, recipe: Ingredients, **run: Any) -> None:
         settings = self.settings
-        train(
-            Classifier(network, data.num_classes, lr=settings.lr, criterion=recipe.criterion),
-            data,
-            batch_size=settings.batch_size,
-            epochs=epochs,
-            seed=seed,
-            callbacks=recipe.callbacks,
-            trainer={"accelerator": settings.accelerator, **recipe.trainer},
-            watch=watch,
-        )
+        module = Classifier(network, data.num_classes, lr=settings.lr, criterion=recipe.criterion)
+        trainer = {"accelerator": settings.accelerator, **recipe.trainer}
+        train(module, data, batch_size=settings.batch_size, callbacks=recipe.callbacks, trainer=trainer, **run)
 
     def pretrained(self, seed: int, bars: Bars) -> tuple[nn.Module, float]:
         """What a seed's pretrained arms start from, and the seconds that took: weights, or once a run on turns."""
@@ -95,7 +85,7 @@ class _Workbench:
             task, epochs = quarter_turns(self.data, seed), self.settings.run_pretrain_epochs
             network = self._network(seed, task)
             watch = bars.watch(f"seed {seed}, pretraining", epochs)
-            self._train(network, task, seed, epochs, watch, Ingredients())
+            self._train(network, task, Ingredients(), epochs=epochs, seed=seed, watch=watch)
             self._pretrained = {seed: (network.cpu(), watch.points[-1].seconds)}
         return self._pretrained[seed]
 
@@ -107,7 +97,7 @@ class _Workbench:
         if source is not None:
             load_backbone(network, source)
         recipe = replace(recipe, trainer={**recipe.trainer, **trainer})
-        self._train(network, self.data, seed, epochs, watch, recipe)
+        self._train(network, self.data, recipe, epochs=epochs, seed=seed, watch=watch)
 
     def warm_up(self, arms: Sequence[Arm]) -> None:
         """A few steps of every arm: what torch prepares once is prepared, and an arm that can't run fails now."""

@@ -137,6 +137,5 @@ class Settings:
 
 
 OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Settings)}
-"""Every setting by name."""
 _lines = [f"        {name}: {option.help}." for name, option in OPTIONS.items()]
 Settings.__doc__ = "\n".join([f"{Settings.__doc__}", "    Attributes:", *_lines])
