@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,7 @@ from torch import Tensor
 
 __all__ = ["ImageData", "quarter_turns", "subset"]
 
-SUBSET_SEED = 0
-"""Which samples a limit keeps is the same for every arm and every seed of a comparison."""
+SUBSET_SEED = 0  # a limit keeps the same samples for every arm and every seed of a comparison
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,8 @@ class ImageData:
         """
         train = subset(len(self.y_train), samples)
         test = subset(len(self.y_test), test_samples)
-        return replace(
-            self,
-            x_train=self.x_train[train],
-            y_train=self.y_train[train],
-            x_test=self.x_test[test],
-            y_test=self.y_test[test],
-        )
+        kept = self.x_train[train], self.y_train[train], self.x_test[test], self.y_test[test]
+        return ImageData(self.name, *kept, self.num_classes)
 
 
 def subset(count: int, keep: int | None) -> Tensor:
