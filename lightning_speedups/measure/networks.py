@@ -7,12 +7,12 @@ import difflib
 import torch
 from torch import Tensor, nn
 
-from lightning_speedups.core.weights import head_names
 from lightning_speedups.measure.errors import CompareError, as_compare_error
 from lightning_speedups.measure.images import ImageData
 from lightning_speedups.measure.settings import DEFAULT_MODEL
 from lightning_speedups.models.transfer_classifier import TransferClassifier
 from lightning_speedups.models.weight_files import load_weights
+from lightning_speedups.modules.weights import head_names
 
 __all__ = ["ConvNet", "build_network", "load_backbone"]
 
