@@ -8,7 +8,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_speedups import defaults, trainer_defaults
+from lightning_speedups import trainer_defaults
+from lightning_speedups.tricks.hardware import trainer_defaults as defaults
 from lightning_speedups.tricks.hardware.trainer_defaults import choose_precision
 from small import Classifier, loader
 
