@@ -287,6 +287,7 @@ _READS_MIXTURE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.cross_entropy: partial(_mixed_loss, F.cross_entropy),
     F.nll_loss: partial(_mixed_loss, _soft_nll_loss),
     F.one_hot: _mixed_one_hot,
+    Tensor.__iter__: lambda labels: iter(labels.unbind()),  # for a loss of each sample apart
 }
 _CASTS = {Tensor.to, Tensor.long, Tensor.int, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as}
 _KEEPS_MIXTURE = _CASTS | {
@@ -298,6 +299,4 @@ _KEEPS_MIXTURE = _CASTS | {
     *(getattr(Tensor, name) for name in ("view", "contiguous", "repeat", "expand")),
 }  # fmt: skip
 _WRITES = {name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {"__setitem__"}
-_WRITES |= {
-    name for name in dir(Tensor) if name.startswith("__i") and name not in ("__int__", "__invert__", "__init__")
-}
+_WRITES |= {name for name in dir(Tensor) if name.startswith("__i") and hasattr(Tensor, name.replace("__i", "__", 1))}

@@ -124,9 +124,8 @@ def _weight_of_l1_loss() -> Tensor | None:
     return None if frame is None else frame.f_locals.get("weight")
 
 
-def _one_by_one(func: Callable[..., Any], call: dict[str, Any]) -> Tensor:
-    losses: Tensor = call["losses"] if func is mean_over_samples else func(**call, reduction="none")
-    return losses
+def _one_by_one(func: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return call["losses"] if func is mean_over_samples else func(**call, reduction="none")
 
 
 def _normaliser(func: Callable[..., Any], call: dict[str, Any], reduction: str, losses: Tensor) -> Tensor | float:

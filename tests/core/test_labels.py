@@ -127,6 +127,7 @@ def test_they_are_the_dominant_labels_for_everything_else():
     assert torch.equal(pickle.loads(pickle.dumps(labels)), dominant)
     assert torch.equal(copy.deepcopy(labels), dominant)
     assert labels.numpy().tolist() == dominant.tolist()
+    assert ["a", "b", "c", "d", "e"][labels[0]] == ["a", "b", "c", "d", "e"][dominant[0]]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,7 @@ def test_a_selection_keeps_its_part_of_the_mixture():
         (lambda t: torch.cat(t.chunk(4)), lambda x: x),
         (lambda t: torch.cat(torch.split(t, 10)), lambda x: x),
         (lambda t: torch.stack(t.unbind()), lambda x: x),
+        (lambda t: torch.stack(list(t)), lambda x: x),
         (lambda t: t.flip(0), lambda x: x.flip(0)),
         (lambda t: torch.flatten(input=t), lambda x: x),
         (lambda t: t.repeat(2), lambda x: x.repeat(2, 1)),
