@@ -11,8 +11,6 @@ from typing import Any, NoReturn
 
 from lightning_speedups.measure.settings import OPTIONS
 
-__all__ = ["main"]
-
 USAGE_ERROR = 2
 INTERRUPTED = 130
 # What the extra "bench" brings: module name and the name to install

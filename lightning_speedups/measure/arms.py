@@ -23,8 +23,6 @@ from lightning_speedups.defaults import trainer_defaults
 from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss
 from lightning_speedups.measure.errors import CompareError
 
-__all__ = ["ARMS", "Arm", "Ingredients", "Situation", "choose_arms"]
-
 
 @dataclass(frozen=True)
 class Situation:

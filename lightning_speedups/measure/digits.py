@@ -18,8 +18,6 @@ from torch import Tensor
 from lightning_speedups.measure.errors import as_compare_error
 from lightning_speedups.measure.images import ImageData
 
-__all__ = ["Layout", "digit_collages", "digit_sources"]
-
 CANVAS = 24  # side of a collage in pixels
 TEST_SHARE = 0.25  # of the source digits, of which only test images are made
 SPLIT_SEED = 0  # the same split of the source digits for every data set

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ImageData", "quarter_turns", "subset"]
-
 SUBSET_SEED = 0  # a limit keeps the same samples for every arm and every seed of a comparison
 
 

@@ -16,8 +16,6 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from lightning_speedups.measure.errors import CompareError, as_compare_error
 from lightning_speedups.measure.images import ImageData, subset
 
-__all__ = ["load_data", "load_folder", "load_npz"]
-
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 

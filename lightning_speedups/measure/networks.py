@@ -14,8 +14,6 @@ from lightning_speedups.measure.settings import DEFAULT_MODEL
 from lightning_speedups.models.transfer_classifier import TransferClassifier
 from lightning_speedups.models.weight_files import load_weights
 
-__all__ = ["ConvNet", "build_network", "load_backbone"]
-
 
 class ConvNet(nn.Module):
     """Convolutions with BatchNorm and ReLU in ``backbone``, one linear layer in ``head``.

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
@@ -16,8 +15,6 @@ from rich.table import Table
 
 from lightning_speedups.core.throughput import Spread
 from lightning_speedups.measure.runs import Run, Summary
-
-__all__ = ["figure", "table"]
 
 NOTHING = "–"
 
@@ -122,7 +119,6 @@ def figure(
         A figure of its own, outside pyplot's global state.
     """
     result = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(result)
     axes = result.add_subplot()
     # baselines in greys, so that the colours mean tricks
     greys = iter(("black", "dimgray", "darkgray"))

@@ -18,8 +18,6 @@ from lightning_speedups.core import throughput
 from lightning_speedups.measure.report import figure, table
 from lightning_speedups.measure.runs import Run, Summary
 
-__all__ = ["Comparison"]
-
 FORMAT = 1  # of the JSON's layout
 
 

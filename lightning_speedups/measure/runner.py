@@ -28,8 +28,6 @@ from lightning_speedups.measure.settings import DEFAULT_MODEL, Settings
 from lightning_speedups.measure.stopwatch import Stopwatch
 from lightning_speedups.measure.training import Classifier, quiet, seeded, train
 
-__all__ = ["compare", "interleaved"]
-
 WARM_UP_BATCHES = 8
 TEST_LIMIT = 2000  # of the caller's own images, unless asked otherwise: they are looked at every epoch
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from lightning_speedups.core.throughput import Spread
 from lightning_speedups.measure.stopwatch import Point
 
-__all__ = ["Run", "Summary"]
-
 
 @dataclass
 class Run:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_schedule", "schedule_values"]
-
 LABELS = {"lr": "learning rate", "scale": "scale of the rate"}
 POINTS = 2000
 
@@ -186,7 +184,6 @@ def plot_schedule(
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['learning rate', 'momentum']
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps, values = schedule_values(
@@ -194,12 +191,8 @@ def plot_schedule(
     )
     keys = sorted(values, key=lambda key: (key != "lr", key == "scale", key != "momentum", key))
     if ax is None:
-        figure = Figure(figsize=(7, 1 + 2 * len(keys)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = [figure.add_subplot(len(keys), 1, i + 1) for i in range(len(keys))]
-    else:
-        axes = list(ax) if isinstance(ax, Iterable) else [ax]
-        figure = axes[0].figure.figure
+        ax = list(Figure(figsize=(7, 1 + 2 * len(keys)), layout="constrained").subplots(len(keys), squeeze=False).flat)
+    axes = list(ax) if isinstance(ax, Iterable) else [ax]
     for key, place in zip(keys, axes, strict=False):
         for label, numbers in values[key].items():
             place.plot(steps, numbers, label=label)
@@ -208,4 +201,4 @@ def plot_schedule(
         if len(values[key]) > 1:
             place.legend()
     axes[min(len(keys), len(axes)) - 1].set_xlabel("optimizer step")
-    return figure
+    return axes[0].figure.figure

@@ -10,8 +10,6 @@ from typing import Any
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.measure.errors import CompareError, as_compare_error
 
-__all__ = ["DEFAULT_MODEL", "OPTIONS", "Option", "Settings"]
-
 DEFAULT_MODEL = "convnet"
 
 

@@ -12,8 +12,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-__all__ = ["Point", "Stopwatch"]
-
 
 @dataclass(frozen=True)
 class Point:
@@ -58,7 +56,6 @@ class Stopwatch(Callback):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.points: list[Point] = []
-        self.interrupted = False
         self._samples_per_batch = samples_per_batch
         self._on_batch, self._on_point, self._clock = on_batch or _ignore, on_point or _ignore, clock
         self._seconds, self._started = 0.0, math.nan
@@ -104,10 +101,6 @@ class Stopwatch(Callback):
         self._on_batch(self._batches)
         self._on_point(point)
         self._started = self._now(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remember a Ctrl-C, which the Trainer turns into an exit of the whole program."""
-        self.interrupted = isinstance(exception, KeyboardInterrupt)
 
 
 def _ignore(news: object) -> None:
