@@ -106,11 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for a wrong call, 130 after a Ctrl-C.
     """
     try:
-        options = vars(_parser().parse_args(argv))
-    except SystemExit as exit_:
+        return _compare(**vars(_parser().parse_args(argv)))
+    except SystemExit as exit_:  # of --help and of a wrong call
         return int(exit_.code or 0)
-    try:
-        return _compare(**options)
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted before the first run: nothing measured\n")
         return INTERRUPTED

@@ -165,7 +165,7 @@ def _name(labels: Tensor | None, i: int, class_names: Sequence[str] | None) -> s
         return ""
     if isinstance(labels, MixedLabels) and labels.ndim == 1:
         label, other, share = (part[i].item() for part in labels.parts())
-        shares = {label: share, other: 1 - share} if label != other else {label: 1.0}
+        shares: dict[Any, float] = {label: share, other: 1 - share} if label != other else {label: 1.0}
     else:
         values = labels[i].detach().cpu().flatten().tolist()
         if not labels.is_floating_point():

@@ -58,11 +58,8 @@ def load_npz(path: Path) -> ImageData:
         CompareError: If the file can't be read, lacks an array, or an array has the wrong type, shape or values.
     """
     # np.load answers damaged and foreign files in more ways than can be listed
-    with (
-        as_compare_error(f"can't read {path} as an .npz file: ", Exception),
-        path.open("rb") as stream,
-        np.load(stream, allow_pickle=False) as archive,
-    ):
+    what = f"can't read {path} as an .npz file: "
+    with as_compare_error(what, Exception), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         names = archive.files
         arrays = {key: archive[key] for key in KEYS if key in names}
     if missing := [key for key in KEYS if key not in names]:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABELS = {"lr": "learning rate", "scale": "scale of the rate"}
-POINTS = 2000
 
 
 def schedule_values(
@@ -32,7 +31,7 @@ def schedule_values(
     steps_per_epoch: int | None = None,
     batch_size: int | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    points: int = POINTS,
+    points: int = 2000,
 ) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
     """Compute what schedules will do at the steps of a run.
 
