@@ -6,9 +6,10 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from importlib import metadata, util
+from importlib import util
 from typing import Any, NoReturn
 
+from lightning_speedups import __version__
 from lightning_speedups.measure.settings import OPTIONS
 
 USAGE_ERROR = 2
@@ -26,8 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lightning-speedups", description="Tricks that make Lightning trainings faster, measured.")
-    version = f"lightning-speedups {metadata.version('lightning-speedups')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     compare = commands.add_parser(
         "compare",

@@ -57,11 +57,10 @@ class _Workbench:
 
     def __init__(self, data: ImageData, settings: Settings) -> None:
         self.data, self.settings = data, settings
-        self.batches_per_epoch = len(data.y_train) // settings.batch_size
-        if self.batches_per_epoch == 0:
-            raise CompareError(
-                f"`batch_size` {settings.batch_size} is more than the {len(data.y_train)} training images"
-            )
+        count, batch_size = len(data.y_train), settings.batch_size
+        if count < batch_size:
+            raise CompareError(f"`batch_size` {batch_size} is more than the {count} training images")
+        self.batches_per_epoch = count // batch_size
         self._first = self._network(0, data, weights=settings.weights)
         self._pretrained: dict[int, tuple[nn.Module, float]] = {}
 

@@ -11,6 +11,7 @@ from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.measure.errors import CompareError, as_compare_error
 
 DEFAULT_MODEL = "convnet"
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,7 @@ class Settings:
         CompareError: If a value is out of its range, or two do not go together.
     """
 
-    model: str = _option(
-        DEFAULT_MODEL, "a timm model, or this package's small network convnet", kind=str, metavar="NAME"
-    )
+    model: str = _option(DEFAULT_MODEL, "a timm model, or the small network convnet", kind=str, metavar="NAME")
     weights: str | None = _option(
         None, "what finetune and freeze start from: a weight file, or 'pretrained' for timm's own",
         unset="a network trained on quarter turns of the images", kind=str, metavar="PATH",
@@ -90,9 +89,7 @@ class Settings:
     image_size: int | None = _option(None, "side of a folder's images, in pixels", (8, 512), "64 or less")
     target: float | None = _option(None, "accuracy to reach", (0, 1), "the lowest that a plain run ends with", float)
     pretrain_epochs: int | None = _option(None, "epochs before finetune and freeze", (1, 1000), "half of the epochs")
-    accelerator: str = _option(
-        "auto", "what to train on", kind=str, metavar="NAME", choices=("auto", "cpu", "gpu", "cuda", "mps")
-    )
+    accelerator: str = _option("auto", "what to train on", kind=str, metavar="NAME", choices=ACCELERATORS)
     threads: int | None = _option(None, "torch's threads", (1, 1024), "torch's choice")
     quick: bool = _option(False, "one seed, fewer samples and epochs: under a minute on two cores", kind=bool)
 
