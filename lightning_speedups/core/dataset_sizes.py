@@ -6,7 +6,7 @@ They are told by the names of their classes and attributes, so that neither libr
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_speedups.core.resizing import Size
 
 CROPS = frozenset({"CenterCrop", "RandomCrop"})
-RESIZES_AND_CROPS = frozenset({"RandomResizedCrop", "RandomResizedCropAndInterpolation"})
+SETS_SIZE = CROPS | {"Resize", "RandomResizedCrop", "RandomResizedCropAndInterpolation"}
+APPLIES_ALL = frozenset({"Compose", "Sequential"})
 APPLIES_SOME = frozenset({"RandomApply", "RandomChoice", "RandomOrder"})
 KEEPS_SIZE = frozenset(
     """
@@ -113,112 +114,74 @@ def find_settings(dataset: Any) -> SizeSettings:
         >>> find_settings(Squares()).full
         (32, 32)
     """
-    reading = _read_dataset(dataset)
-    if reading.size is None:
+    found = [_follow(inner, transforms) for inner, transforms in _ways(dataset)]
+    if len({size for size, _ in found}) > 1:
+        raise UnknownSizeError(f"the parts of {type(dataset).__name__} have images of different sizes")
+    size = found[0][0]
+    if size is None:
         raise UnknownSizeError(f"nothing in {type(dataset).__name__} sets the size of its images")
-    if isinstance(reading.size, str):
-        raise UnknownSizeError(f"{reading.size} leaves each image its own shape; give it height and width")
-    return SizeSettings(reading.size, list(reading.settings.values()))
+    if isinstance(size, str):
+        raise UnknownSizeError(f"{size} leaves each image its own shape; give it height and width")
+    once = {(id(setting.owner), setting.name): setting for _, settings in found for setting in settings}
+    return SizeSettings(size, list(once.values()))
 
 
-def _read_dataset(dataset: Any) -> _Reading:
-    """Follow an image out of a dataset: out of the datasets in it, then through its own transform."""
+def _ways(dataset: Any) -> list[tuple[Any, list[Any]]]:
+    """Return the ways that images go: from which dataset, below all others, and through which transforms."""
     parts = list(getattr(dataset, "datasets", None) or [])
     parts = parts or [part for part in getattr(dataset, "__dict__", {}).values() if isinstance(part, Dataset)]
-    readings = [_read_dataset(part) for part in parts]
-    sizes = {inner.size for inner in readings} or {None}
-    if len(sizes) > 1:
-        raise UnknownSizeError(f"the parts of {type(dataset).__name__} have images of different sizes")
-    reading = _Reading(sizes.pop())
-    for inner in readings:
-        reading.settings |= inner.settings
-    chain = _transform_of(dataset)
-    own_size = getattr(dataset, "size", None)
-    if not parts and _is_size(own_size) and not _sets_size(chain):  # else it is the dataset's length
-        reading.settle(dataset, own_size)
-    reading.follow(chain)
-    return reading
-
-
-def _transform_of(dataset: Any) -> Any:
-    """Return what the images go through; torchvision makes a pair of ``transform``, which then is the one to change."""
     joint = getattr(dataset, "transforms", None)
-    is_pair = type(joint).__name__ == "StandardTransform"
-    return getattr(dataset, "transform", None) if joint is None or is_pair else joint
+    is_pair = type(joint).__name__ == "StandardTransform"  # made by torchvision of `transform`, which is to change then
+    own = list(_flattened(getattr(dataset, "transform", None) if joint is None or is_pair else joint))
+    inner = [way for part in parts for way in _ways(part)] or [(dataset, [])]
+    return [(origin, [*transforms, *own]) for origin, transforms in inner]
 
 
-def _sets_size(transform: Any) -> bool:
-    """Tell whether all images have one size after a transform, whatever they had before."""
-    reading = _Reading()
-    try:
-        reading.follow(transform)
-    except UnknownSizeError:
-        return False
-    return isinstance(reading.size, tuple)
+def _flattened(transform: Any) -> Iterator[Any]:
+    kind = type(transform).__name__
+    if transform is not None and kind not in APPLIES_ALL | APPLIES_SOME:
+        yield transform
+    elif transform is not None:
+        for part in getattr(transform, "transforms", transform):
+            for one in _flattened(part):
+                if kind in APPLIES_SOME and type(one).__name__ in SETS_SIZE:
+                    raise UnknownSizeError(f"{kind} changes the size of some images only")
+                yield one
 
 
-class _Reading:
-    """What is known of the images after some of what they go through.
+def _follow(dataset: Any, transforms: Sequence[Any]) -> tuple[Size | str | None, list[SizeSetting]]:
+    """Return what size images have in the end, or which Resize leaves them theirs, and the attributes that set it."""
+    size: Size | str | None = None
+    settings: list[SizeSetting] = []
+    for transform in transforms:
+        _require_known(transform, is_resized=size is not None)
+        if type(transform).__name__ in SETS_SIZE:
+            size = _size_after(transform)
+            settings.append(SizeSetting(transform, "size", transform.size))
+            if getattr(transform, "padding", None):
+                settings.append(SizeSetting(transform, "padding", transform.padding))
+    if not settings and _is_size(getattr(dataset, "size", None)):  # beside a transform it may be the dataset's length
+        return _size_after(dataset), [SizeSetting(dataset, "size", dataset.size)]
+    return size, settings
 
-    Args:
-        size: Their size; or the name of what has set their scale, but not their shape; or None.
-    """
 
-    def __init__(self, size: Size | str | None = None) -> None:
-        self.size = size
-        self.settings: dict[tuple[int, str], SizeSetting] = {}
+def _require_known(transform: Any, is_resized: bool) -> None:
+    kind = type(transform).__name__
+    if kind in CROPS and not is_resized:
+        raise UnknownSizeError(
+            f"{kind} cuts a part out of the images, and nothing before it resizes them; put a Resize before it"
+        )
+    if kind == "Resize" and (getattr(transform, "max_size", None) is not None or transform.size is None):
+        raise UnknownSizeError("Resize has a `max_size`")
+    if kind not in SETS_SIZE | KEEPS_SIZE or getattr(transform, "expand", False):  # as a rotation may
+        raise UnknownSizeError(f"what {kind} does to the size of the images is not known")
 
-    def follow(self, transform: Any) -> None:
-        """Go through a transform."""
-        kind = type(transform).__name__
-        if transform is None:
-            return
-        if kind in ("Compose", "Sequential"):
-            for part in getattr(transform, "transforms", transform):
-                self.follow(part)
-        elif kind in APPLIES_SOME:
-            self._follow_some(transform)
-        elif kind == "Resize":
-            self._resize(transform)
-        elif kind in RESIZES_AND_CROPS:
-            self.settle(transform, transform.size)
-        elif kind in CROPS:
-            self._crop(transform)
-        elif kind not in KEEPS_SIZE or getattr(transform, "expand", False):  # as a rotation may
-            raise UnknownSizeError(f"what {kind} does to the size of the images is not known")
 
-    def settle(self, owner: Any, size: Any) -> None:
-        """Take the ``size`` of a dataset or transform for that of the images."""
-        self.size = (size, size) if isinstance(size, int) else (size[0], size[-1])
-        self._add(owner, "size")
-
-    def _add(self, owner: Any, name: str) -> None:
-        self.settings[id(owner), name] = SizeSetting(owner, name, getattr(owner, name))
-
-    def _follow_some(self, transform: Any) -> None:
-        for part in transform.transforms:
-            inner = _Reading(self.size)
-            inner.follow(part)
-            if inner.settings:
-                raise UnknownSizeError(f"{type(transform).__name__} changes the size of some images only")
-
-    def _resize(self, transform: Any) -> None:
-        size = transform.size
-        if getattr(transform, "max_size", None) is not None or size is None:
-            raise UnknownSizeError("Resize has a `max_size`")
-        self.settle(transform, size)
-        if isinstance(size, int) or len(size) == 1:  # of the shorter side
-            self.size = f"Resize({size if isinstance(size, int) else size[0]})"
-
-    def _crop(self, transform: Any) -> None:
-        if self.size is None:
-            raise UnknownSizeError(
-                f"{type(transform).__name__} cuts a part out of the images, and nothing before it resizes them; put a "
-                "Resize before it"
-            )
-        self.settle(transform, transform.size)
-        if getattr(transform, "padding", None):
-            self._add(transform, "padding")
+def _size_after(owner: Any) -> Size | str:
+    sides = (owner.size,) if isinstance(owner.size, int) else tuple(owner.size)
+    if type(owner).__name__ == "Resize" and len(sides) == 1:  # of the shorter side
+        return f"Resize({sides[0]})"
+    return sides[0], sides[-1]
 
 
 def _is_size(value: Any) -> bool:
