@@ -6,7 +6,7 @@ They are told by the names of their classes and attributes, so that neither libr
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_speedups.core.resizing import Size
 
+MOST_HELD = 200  # more are a container of samples
 CROPS = frozenset({"CenterCrop", "RandomCrop"})
 SETS_SIZE = CROPS | {"Resize", "RandomResizedCrop", "RandomResizedCropAndInterpolation"}
 APPLIES_ALL = frozenset({"Compose", "Sequential"})
@@ -191,7 +192,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _reachable(thing: Any) -> set[int]:
-    """Return the ids of everything that an object holds, except for what large containers do."""
+    """Return the ids of everything that an object holds, except for what classes and large containers do."""
     seen: dict[int, Any] = {}
     waiting = [thing]
     while waiting:
@@ -202,11 +203,11 @@ def _reachable(thing: Any) -> set[int]:
     return set(seen)
 
 
-def _held_by(thing: Any) -> Iterable[Any]:
+def _held_by(thing: Any) -> Sequence[Any]:
     if isinstance(thing, FunctionType):
         return thing.__closure__ or ()  # it also holds all names of its module
-    is_large = isinstance(thing, (Mapping, list, tuple, set)) and len(thing) > 100
-    return () if is_large or isinstance(thing, (type, ModuleType)) else gc.get_referents(thing)
+    held = [] if isinstance(thing, (type, ModuleType)) else gc.get_referents(thing)
+    return held if len(held) <= MOST_HELD else []
 
 
 def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:
