@@ -123,6 +123,12 @@ def test_a_number_of_samples_is_no_side():
     data = FakeData(size=50, image_size=(3, 40, 40), transform=v2.RandomResizedCrop(32))
     find_settings(data).set_size((16, 16))
     assert (len(data), data[0][0].size) == (50, (16, 16))
+    bare = FakeData(size=50, image_size=(3, 40, 40))
+    wrapped = Wrapper(bare, v2.RandomResizedCrop(32))
+    find_settings(wrapped).set_size((16, 16))
+    assert (len(bare), list(wrapped.transform.size)) == (50, [16, 16])
+    with pytest.raises(UnknownSizeError, match="nothing before it resizes"):
+        find_settings(Wrapper(Sized(16), v2.RandomCrop(12)))
 
 
 def test_joint_transforms_are_taken_instead_of_the_pair_that_torchvision_makes():
