@@ -98,13 +98,13 @@ def trainer_defaults(
 
 
 def _kind(accelerator: str | Accelerator) -> str:
-    if accelerator in ("auto", "gpu"):
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
     if isinstance(accelerator, Accelerator):
         return type(accelerator).__name__.removesuffix("Accelerator").lower()
-    return accelerator
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _native_bf16(kind: str) -> bool:
