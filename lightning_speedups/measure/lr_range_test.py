@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_speedups.attach.packages import is_a, require_served
 from lightning_speedups.attach.range_test import run_range_test
 from lightning_speedups.core.range_test import Method, Sweep
 
@@ -146,12 +146,8 @@ class LRRangeTest:
                 manual, if there is not exactly one optimizer, if the strategy splits parameters between devices, or if
                 the model cannot be copied.
         """
-        if not isinstance(trainer, Trainer):
-            raise MisconfigurationException(
-                f"LRRangeTest needs a Trainer of `lightning.pytorch`, but got one of `{type(trainer).__module__}`. Use "
-                "`from lightning.pytorch import Trainer, LightningModule`."
-            )
-        if isinstance(train_dataloaders, LightningDataModule):
+        require_served(trainer, "LRRangeTest")
+        if is_a(train_dataloaders, "LightningDataModule"):
             train_dataloaders, datamodule = None, train_dataloaders
         rates, losses = run_range_test(
             trainer,
