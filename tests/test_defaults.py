@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_speedups import defaults, trainer_defaults
 from lightning_speedups.defaults import choose_precision
-from small import Classifier, loader
+from zoo import Classifier, loader
 
 
 def EXAMPLE():

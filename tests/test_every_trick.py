@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_speedups
-from small import Classifier, ReplayLoader, assert_same_weights, fit_interrupted, loader, resume, trainer, weights
+from zoo import Classifier, ReplayLoader, assert_same_weights, fit_interrupted, loader, resume, trainer, weights
 
 TESTS, PACKAGE = Path(__file__).parent, Path(lightning_speedups.__file__).parent
 README, CHANGELOG = (TESTS.parent / name for name in ("README.md", "CHANGELOG.md"))

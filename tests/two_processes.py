@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from small import trainer
+from zoo import trainer
 
 SAMPLES, FEATURES = 32, 5
 

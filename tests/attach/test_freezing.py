@@ -11,7 +11,7 @@ from patches import patched
 from torch import nn
 
 from lightning_speedups.attach.freezing import FreezingTrick, find_layers, forget_state
-from small import Classifier, fit_interrupted, loader, trainer, weights
+from zoo import Classifier, fit_interrupted, loader, trainer, weights
 
 
 class Turns(FreezingTrick):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_speedups.attach.image_sizes import ask_for_sizes, full_batches
 from lightning_speedups.attach.loaders import LoaderTrick
 from lightning_speedups.core.dataset_sizes import UnknownSizeError
-from small import Classifier, trainer
+from zoo import Classifier, trainer
 
 
 class Sized(Dataset):

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from lightning_speedups.attach.batches import BatchTrick, Order
 from lightning_speedups.attach.loaders import LoaderTrick, find_batcher
 from lightning_speedups.attach.trick import batches_in_epoch, steps_in_epochs, total_batches
-from small import Batches, Classifier, OrderOfEpoch, ReplayLoader, fit_interrupted, images, resume, trainer
+from zoo import Batches, Classifier, OrderOfEpoch, ReplayLoader, fit_interrupted, images, resume, trainer
 
 
 class Plan(LoaderTrick, BatchTrick):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_speedups.attach.losses import LossTrick
 from lightning_speedups.core.sample_losses import mean_over_samples
-from small import Classifier, loader, trainer
+from zoo import Classifier, loader, trainer
 
 
 class Reader(LossTrick):

@@ -30,7 +30,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from two_processes import Regressor, regression, two
 
 from lightning_speedups.attach.range_test import run_range_test
-from small import (
+from zoo import (
     CLASSES,
     Batches,
     Classifier,
@@ -768,7 +768,6 @@ class Measured(Regressor):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize("broken", [False, True])
 def test_of_two_processes_the_first_sweeps_and_tells_the_other(broken, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(Measured, "broken", broken)
     two([Writes()], max_epochs=1, accumulate_grad_batches=2).fit(Measured())
     first, second = (torch.load(f"rank{rank}.pt") for rank in (0, 1))

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_speedups.attach.rehearsal import NoRehearsalError, fresh_statistics, norms_of, rehearsal, swap_statistics
-from small import Classifier, images, loader, trainer, weights
+from zoo import Classifier, images, loader, trainer, weights
 
 
 class During(Callback):

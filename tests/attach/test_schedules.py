@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_speedups.attach.schedules import ScheduleTrick, entry, get_value
-from small import Classifier, Memory, ReplayLoader, fit_interrupted, images, loader, resume, trainer
+from zoo import Classifier, Memory, ReplayLoader, fit_interrupted, images, loader, resume, trainer
 
 
 class Place(ScheduleTrick):

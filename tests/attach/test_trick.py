@@ -25,7 +25,7 @@ from lightning_speedups.attach.trick import (
     total_steps,
     unpatch,
 )
-from small import Classifier, images, loader, trainer
+from zoo import Classifier, images, loader, trainer
 
 
 class Looks(Callback):

@@ -20,17 +20,12 @@ from two_processes import Notes, Regressor, farthest, forked, two
 
 from lightning_speedups import FreezeBackboneFinetune
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped, trainable
-from small import trainer
+from zoo import trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),
     pytest.mark.filterwarnings("ignore:find_unused_parameters=True was specified"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_each(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 class CountsTraffic(Callback):

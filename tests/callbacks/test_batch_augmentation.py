@@ -20,7 +20,7 @@ from lightning_speedups.attach.batches import Order
 from lightning_speedups.attach.loaders import LoaderTrick
 from lightning_speedups.core.augmentation import coins, shifted_crops
 from lightning_speedups.core.randomness import generator_for
-from small import Batches, OrderOfEpoch, ReplayLoader, fit_interrupted, images, loader, resume, trainer
+from zoo import Batches, OrderOfEpoch, ReplayLoader, fit_interrupted, images, loader, resume, trainer
 
 SIDE = 6
 

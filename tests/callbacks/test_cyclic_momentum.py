@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CyclicLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_speedups import CyclicMomentum, LRCurve, OneCycleMomentum, WarmupLRScaler
-from small import (
+from zoo import (
     Classifier,
     Joins,
     ReplayLoader,

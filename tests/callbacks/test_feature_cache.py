@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from lightning_speedups import FeatureCache, MixupCallback
 from lightning_speedups.core.unloaded import Unloaded
-from small import (
+from zoo import (
     CLASSES,
     Classifier,
     FreezesBackbone,
@@ -1005,6 +1005,6 @@ def test_inputs_of_several_sizes():
 
 
 def test_a_loader_whose_samples_are_not_known():
-    from small import Batches
+    from zoo import Batches
 
     assert "FeatureCache needs one training loader" in refused(Frozen(), Batches(list(images(8))))

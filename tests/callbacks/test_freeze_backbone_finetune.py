@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from lightning_speedups import FreezeBackboneFinetune, OneCycleMomentum, WarmupLRScaler
 from lightning_speedups.attach.freezing import find_layers
 from lightning_speedups.core.schedules import one_cycle
-from small import (
+from zoo import (
     CLASSES,
     Classifier,
     ReplayLoader,

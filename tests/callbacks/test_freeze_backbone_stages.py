@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_speedups import FreezeBackboneFinetune, OneCycleMomentum, WarmupLRScaler
 from lightning_speedups.core.schedules import one_cycle
-from small import (
+from zoo import (
     CLASSES,
     Classifier,
     Interrupted,

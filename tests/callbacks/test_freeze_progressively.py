@@ -19,7 +19,7 @@ from torch import nn
 from lightning_speedups import FreezeBackboneFinetune, FreezeProgressively, OneCycleMomentum, WarmupLRScaler
 from lightning_speedups.callbacks.freeze_progressively import annealed, freeze_times
 from lightning_speedups.core.schedules import one_cycle
-from small import (
+from zoo import (
     CLASSES,
     Classifier,
     Memory,

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from two_processes import Notes, Regressor, two
 
 from lightning_speedups import LRCurve, OneCycleMomentum, WarmupLRScaler
-from small import (
+from zoo import (
     Classifier,
     Interrupted,
     ReplayLoader,
@@ -581,8 +581,7 @@ def test_over_time_a_cooldown_counts_steps(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-def test_over_time_all_ranks_stand_at_the_same_place(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_over_time_all_ranks_stand_at_the_same_place():
     notes = Notes()
     two([LRCurve("linear", over="time"), notes], max_epochs=1, max_time={"seconds": 300}).fit(Regressor())
     first, second = notes.read()

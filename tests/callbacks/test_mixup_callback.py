@@ -19,7 +19,7 @@ from lightning_speedups import LabelSmoothingLoss, MixupCallback
 from lightning_speedups.attach.batches import Order
 from lightning_speedups.core.mixing import Mixture, draw_mixture, mix_values
 from lightning_speedups.core.randomness import generator_for
-from small import CLASSES, Batches, Classifier, ReplayLoader, fit_interrupted, images, loader, resume, trainer
+from zoo import CLASSES, Batches, Classifier, ReplayLoader, fit_interrupted, images, loader, resume, trainer
 
 
 def EXAMPLE():

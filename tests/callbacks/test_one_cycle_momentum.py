@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_speedups import LRRangeTest, OneCycleMomentum
 from lightning_speedups.core.schedules import one_cycle
-from small import (
+from zoo import (
     Classifier,
     Joins,
     ReplayLoader,

@@ -17,7 +17,7 @@ from two_processes import Notes, Regressor, two
 from lightning_speedups import LRCurve, OneCycleMomentum, StopAtTarget, WarmupLRScaler
 from lightning_speedups.callbacks.stop_at_target import is_reached
 from lightning_speedups.core.schedules import one_cycle
-from small import (
+from zoo import (
     Classifier,
     Memory,
     ReplayLoader,
@@ -504,9 +504,7 @@ def test_a_checkpoint_from_the_middle_of_a_run_has_its_time(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize("finish", ["now", "anneal"])
-def test_in_two_processes_one_ranks_word_ends_both_at_the_same_step(monkeypatch, finish):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
+def test_in_two_processes_one_ranks_word_ends_both_at_the_same_step(finish):
     class OneIsThere(Regressor):
         def on_train_epoch_start(self):
             self.score = float(self.current_epoch + self.global_rank)

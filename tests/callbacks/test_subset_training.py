@@ -16,7 +16,7 @@ from lightning_speedups import LabelSmoothingLoss, MixupCallback, OneCycleMoment
 from lightning_speedups.attach.batches import Order
 from lightning_speedups.core.randomness import generator_for
 from lightning_speedups.core.subsets import draw_hard, draw_unbiased, draw_uniform
-from small import (
+from zoo import (
     CLASSES,
     Batches,
     Classifier,

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from lightning_speedups import OneCycleMomentum, WarmupLRScaler
 from lightning_speedups.callbacks.warmup_lr_scaler import scaling_factor
 from lightning_speedups.core.schedules import one_cycle
-from small import (
+from zoo import (
     Classifier,
     ReplayLoader,
     assert_same_weights,

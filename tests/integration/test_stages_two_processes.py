@@ -7,14 +7,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from two_processes import Notes, Regressor, farthest, two
 
 from lightning_speedups import FreezeBackboneFinetune
-from small import trainer
+from zoo import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_each(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 class Traffic(Callback):
