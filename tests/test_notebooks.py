@@ -14,6 +14,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)  # a machine with ten other things to do still finishes
 @pytest.mark.filterwarnings("default")  # Jupyter's own; those of the notebook's code come in its kernel, not here
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
