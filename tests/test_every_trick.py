@@ -10,8 +10,6 @@ Most tricks put everything back after a run. One whose changes to the module sta
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
 import itertools
 import logging
@@ -19,11 +17,11 @@ import pickle
 import random
 import re
 from collections import Counter
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from found import PACKAGE, ROOMS, TESTS, TRICKS, own_tests, source
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -31,7 +29,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from patches import patched
 from torch import nn
 
-import lightning_speedups
 from lightning_speedups.attach.trick import Trick
 from zoo import (
     Classifier,
@@ -45,20 +42,7 @@ from zoo import (
     weights,
 )
 
-TESTS, PACKAGE = Path(__file__).parent, Path(lightning_speedups.__file__).parent
 README, CHANGELOG = (TESTS.parent / name for name in ("README.md", "CHANGELOG.md"))
-ROOMS = ("callbacks", "mixins", "strategies", "losses", "data", "defaults")
-
-
-def source(trick):
-    return Path(inspect.getsourcefile(trick)).relative_to(PACKAGE)
-
-
-TRICKS = {
-    name: trick
-    for name in lightning_speedups.__all__
-    if source(trick := getattr(lightning_speedups, name)).with_suffix("").parts[0] in ROOMS
-}
 
 
 class Smooth(Trick):
@@ -85,16 +69,9 @@ class Smooth(Trick):
 OWN_EXAMPLES = {"Smooth": lambda: {"callbacks": [Smooth()]}}
 
 
-@functools.cache
 def maker_of(name):
     """The function that makes a trick's example."""
-    if name in OWN_EXAMPLES:
-        return OWN_EXAMPLES[name]
-    path = TESTS / source(TRICKS[name]).with_name(f"test_{source(TRICKS[name]).name}")
-    spec = importlib.util.spec_from_file_location(f"example_of_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.EXAMPLE
+    return OWN_EXAMPLES[name] if name in OWN_EXAMPLES else own_tests(name).EXAMPLE
 
 
 class Setup:
