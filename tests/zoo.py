@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -352,6 +353,14 @@ def resume(module: LightningModule, data: Any, callbacks: list[Callback], **argu
     resumed = trainer(callbacks=callbacks, **arguments)
     resumed.fit(module, data, ckpt_path="at.ckpt", weights_only=True)
     return resumed
+
+
+class Clock:
+    """Stands in for the clock of a module; it stands still unless it is moved."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 def scaled(scale: float = 8.0) -> MixedPrecision:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_speedups.attach.rehearsal import NoRehearsalError, fresh_statistics, norms_of, rehearsal, swap_statistics
-from zoo import Classifier, images, loader, trainer, weights
+from zoo import Classifier, Manual, images, loader, trainer, weights
 
 
 class During(Callback):
@@ -191,17 +191,6 @@ def test_statistics_are_swapped_and_swapped_back():
     assert torch.equal(module[0].running_mean, before["0.running_mean"])
     swap_statistics(module, own)
     assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
-
-
-class Manual(Classifier):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.manual_backward(loss)
-        self.optimizers().step()
 
 
 class Uncopied(Classifier):

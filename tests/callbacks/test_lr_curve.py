@@ -3,7 +3,6 @@
 import math
 import warnings
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +31,7 @@ from two_processes import Notes, Regressor, two
 from lightning_speedups import LRCurve, OneCycleMomentum
 from zoo import (
     Classifier,
+    Clock,
     ReplayLoader,
     TwoGroups,
     TwoOptimizers,
@@ -353,6 +353,14 @@ class CoolsDown(Callback):
             self.curve.cool_down(self.steps, **self.options)
 
 
+class CoolsAfterBatch(CoolsDown):
+    """Calls for it after a batch of the first epoch, where several optimizers step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 0 and batch_idx == self.step:
+            self.curve.cool_down(self.steps)
+
+
 def plateau(**options):
     return LRCurve("trapezoid", **({"warmup": 2, "cooldown": 0} | options))
 
@@ -412,12 +420,7 @@ def test_a_cooldown_resumed_before_in_and_after_it_ends_as_the_whole_run(stop):
 def test_a_cooldown_of_several_optimizers_waits_for_those_that_step():
     module, curve = TwoOptimizers(), plateau(total_steps=30, warmup=0)
 
-    class Cools(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.current_epoch == 0 and batch_idx == 4:
-                curve.cool_down(3)
-
-    trainer(callbacks=[curve, Cools()], max_epochs=9).fit(module, loader(48))
+    trainer(callbacks=[curve, CoolsAfterBatch(curve, 4, 3)], max_epochs=9).fit(module, loader(48))
     np.testing.assert_allclose(module.rates[0][:9], np.array([1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3, 0]) * 0.1, atol=1e-12)
     np.testing.assert_allclose(module.rates[1], np.array([1, 1, 2 / 3, 1 / 3]) * 0.02)
     assert len(module.rates[0]) == 12
@@ -427,24 +430,14 @@ def test_a_cooldown_of_several_optimizers_waits_for_those_that_step():
 def test_a_cooldown_does_not_wait_for_an_optimizer_that_never_steps(which):
     module, curve = TwoOptimizers(every=100), plateau(total_steps=30, warmup=0, optimizer=which)
 
-    class Cools(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.current_epoch == 0 and batch_idx == 2:
-                curve.cool_down(2)
-
-    trainer(callbacks=[curve, Cools()]).fit(module, loader(48))
+    trainer(callbacks=[curve, CoolsAfterBatch(curve, 2, 2)]).fit(module, loader(48))
     np.testing.assert_allclose(module.rates[0], np.array([1, 1, 1, 1, 0.5]) * 0.1)
 
 
 def test_a_cooldown_of_one_optimizer_waits_for_no_other():
     module, curve = TwoOptimizers(), plateau(total_steps=30, warmup=0, optimizer=0)
 
-    class Cools(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.current_epoch == 0 and batch_idx == 2:
-                curve.cool_down(2)
-
-    trainer(callbacks=[curve, Cools()]).fit(module, loader(48))
+    trainer(callbacks=[curve, CoolsAfterBatch(curve, 2, 2)]).fit(module, loader(48))
     np.testing.assert_allclose(module.rates[0], np.array([1, 1, 1, 1, 0.5]) * 0.1)
     assert module.rates[1] == [0.02]
 
@@ -472,15 +465,12 @@ def test_a_fit_after_one_that_cooled_down_starts_anew():
 # ---- over time
 
 
-class Clock:
-    """Ten seconds a batch."""
-
-    def __init__(self, monkeypatch):
-        self.now = 1000.0
-        monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", SimpleNamespace(monotonic=lambda: self.now))
+TIMER = "lightning.pytorch.callbacks.timer"
 
 
 class Timed(Classifier):
+    """Ten seconds a batch."""
+
     def __init__(self, clock, seconds=10.0):
         super().__init__()
         self.clock, self.seconds = clock, seconds
@@ -499,7 +489,7 @@ TIMES = [
 
 @pytest.mark.parametrize("arguments", TIMES)
 def test_over_time_the_progress_is_the_elapsed_part_of_it(monkeypatch, arguments):
-    module = Timed(Clock(monkeypatch))
+    module = Timed(Clock(monkeypatch, TIMER))
     curve = LRCurve("linear", warmup=0.2, warmup_factor=0.5, over="time")
     tricks = [curve, *arguments.get("callbacks", [])]
     trainer(**({"max_epochs": None} | arguments | {"callbacks": tricks})).fit(module, loader())
@@ -507,7 +497,7 @@ def test_over_time_the_progress_is_the_elapsed_part_of_it(monkeypatch, arguments
 
 
 def test_over_time_a_slower_batch_moves_it_further_and_past_its_end_it_stays(monkeypatch):
-    module = Timed(Clock(monkeypatch), seconds=40.0)
+    module = Timed(Clock(monkeypatch, TIMER), seconds=40.0)
     trainer(callbacks=[LRCurve("linear", end_factor=0.1, over="time")], max_time={"seconds": 100}, min_epochs=2).fit(
         module, loader()
     )
@@ -517,7 +507,7 @@ def test_over_time_a_slower_batch_moves_it_further_and_past_its_end_it_stays(mon
 @pytest.mark.parametrize("seconds", [120, 240])
 @pytest.mark.parametrize("stop", [1, 5, 8])
 def test_over_time_a_resumed_run_leaves_the_break_out_and_follows_a_new_limit(monkeypatch, stop, seconds):
-    clock = Clock(monkeypatch)
+    clock = Clock(monkeypatch, TIMER)
     module = Timed(clock)
     fit_interrupted(
         module, ReplayLoader(), stop, [LRCurve("linear", over="time")], max_time={"seconds": 120}, max_epochs=9
@@ -529,7 +519,7 @@ def test_over_time_a_resumed_run_leaves_the_break_out_and_follows_a_new_limit(mo
 
 
 def test_over_time_a_cooldown_counts_steps(monkeypatch):
-    module, curve = Timed(Clock(monkeypatch)), LRCurve("linear", over="time")
+    module, curve = Timed(Clock(monkeypatch, TIMER)), LRCurve("linear", over="time")
     trainer(callbacks=[curve, CoolsDown(curve, 5)], max_time={"seconds": 100}).fit(module, loader())
     check(module, 0.05 * np.array([1, 0.9, 0.8, 0.7, 0.6, 0.6, 0.45, 0.3, 0.15]))
 

@@ -4,7 +4,6 @@ import logging
 import math
 import pickle
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from lightning_speedups.callbacks.stop_at_target import is_reached
 from lightning_speedups.core.schedules import one_cycle
 from zoo import (
     Classifier,
+    Clock,
     Memory,
     ReplayLoader,
     SometimesInfinite,
@@ -63,16 +63,9 @@ def fit(module, tricks, data=None, **arguments):
     return run
 
 
-class Clock:
+class TakesTime(Learns):
     """Half a second a training batch, 20 seconds a validation."""
 
-    def __init__(self, monkeypatch):
-        self.now = 1000.0
-        name = "lightning_speedups.callbacks.stop_at_target.time"
-        monkeypatch.setattr(name, SimpleNamespace(monotonic=lambda: self.now))
-
-
-class TakesTime(Learns):
     def __init__(self, clock):
         super().__init__()
         self.clock = clock
@@ -147,7 +140,11 @@ def test_a_validation_outside_of_a_fit_does_not_count():
 
 
 def test_it_reports_time_steps_and_samples(monkeypatch, caplog):
-    logger, module, stop = Memory(), TakesTime(Clock(monkeypatch)), at(8, finish="anneal", anneal=3)
+    logger, module, stop = (
+        Memory(),
+        TakesTime(Clock(monkeypatch, StopAtTarget.__module__)),
+        at(8, finish="anneal", anneal=3),
+    )
     with caplog.at_level(logging.INFO):
         fit(module, [stop], loader(30), logger=logger, log_every_n_steps=1)
     report = stop.reached
@@ -463,7 +460,7 @@ def test_a_resumed_run_ends_as_the_whole_one_also_in_the_middle_of_its_decay(fin
 
 
 def test_the_break_between_resumed_runs_is_left_out_and_so_is_what_comes_after_a_run(monkeypatch):
-    clock = Clock(monkeypatch)
+    clock = Clock(monkeypatch, StopAtTarget.__module__)
     module, stop = TakesTime(clock), at(12)
     run = fit(module, [at(12)], ReplayLoader(), max_epochs=2)
     clock.now += 5000.0
@@ -477,7 +474,7 @@ def test_the_break_between_resumed_runs_is_left_out_and_so_is_what_comes_after_a
 
 
 def test_a_checkpoint_from_the_middle_of_a_run_has_its_time(monkeypatch):
-    module = TakesTime(Clock(monkeypatch))
+    module = TakesTime(Clock(monkeypatch, StopAtTarget.__module__))
     fit_interrupted(module, loader(), 3, [at(99)])
     state = torch.load("at.ckpt", weights_only=True)["callbacks"][at(99).state_key]
     assert state["seconds"] == pytest.approx(1.5)
