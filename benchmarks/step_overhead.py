@@ -44,8 +44,8 @@ from lightning_speedups import (
     SubsetTraining,
     WarmupLRScaler,
 )
-from lightning_speedups.attach.optimizers import OptimizerTrick
-from lightning_speedups.attach.trick import raw_optimizers
+from lightning_speedups.attach.run_length import raw_optimizers
+from lightning_speedups.attach.steps import OptimizerTrick
 from lightning_speedups.measure.machine import machine_facts, versions
 
 ARMS = {
@@ -147,7 +147,7 @@ class Direct(Callback):
 
         both = [statistics.median(timeit.repeat(part, number=1000, repeat=25)) * 1e3 for part in (step, hooks)]
         self.microseconds = sum(both)
-        trick.steps_done = before
+        trick.saved.steps_done = before
 
 
 def driver_microseconds(arm: str) -> float | None:

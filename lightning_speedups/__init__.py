@@ -1,28 +1,28 @@
 """Tricks that make a PyTorch Lightning training run faster, each one a line in the user's own Trainer."""
 
-from lightning_speedups.callbacks.batch_augmentation import BatchAugmentation
-from lightning_speedups.callbacks.cyclic_momentum import CyclicMomentum
-from lightning_speedups.callbacks.feature_cache import FeatureCache
-from lightning_speedups.callbacks.freeze_backbone_finetune import FreezeBackboneFinetune
-from lightning_speedups.callbacks.freeze_progressively import FreezeProgressively
-from lightning_speedups.callbacks.lr_curve import LRCurve
-from lightning_speedups.callbacks.mixup_callback import MixupCallback
-from lightning_speedups.callbacks.one_cycle_momentum import OneCycleMomentum
-from lightning_speedups.callbacks.progressive_resizing import ProgressiveResizing
-from lightning_speedups.callbacks.smoothing_schedule import SmoothingSchedule
-from lightning_speedups.callbacks.stop_at_target import StopAtTarget
-from lightning_speedups.callbacks.subset_training import SubsetTraining
-from lightning_speedups.callbacks.warmup_lr_scaler import WarmupLRScaler
-from lightning_speedups.core.sample_losses import mean_over_samples
-from lightning_speedups.data.in_memory_loader import InMemoryLoader
-from lightning_speedups.defaults import trainer_defaults
-from lightning_speedups.losses.binary_label_smoothing import BinaryLabelSmoothing
-from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss
 from lightning_speedups.measure.batch_picture import plot_batch
 from lightning_speedups.measure.lr_range_test import LRRangeTest
 from lightning_speedups.measure.schedule_plot import plot_schedule
 from lightning_speedups.models.transfer_classifier import TransferClassifier
 from lightning_speedups.models.weight_files import load_weights
+from lightning_speedups.tensors.sample_losses import mean_over_samples
+from lightning_speedups.tricks.batches.batch_augmentation import BatchAugmentation
+from lightning_speedups.tricks.batches.in_memory_loader import InMemoryLoader
+from lightning_speedups.tricks.batches.mixup_callback import MixupCallback
+from lightning_speedups.tricks.batches.progressive_resizing import ProgressiveResizing
+from lightning_speedups.tricks.batches.subset_training import SubsetTraining
+from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
+from lightning_speedups.tricks.labels.binary_label_smoothing import BinaryLabelSmoothing
+from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
+from lightning_speedups.tricks.labels.smoothing_schedule import SmoothingSchedule
+from lightning_speedups.tricks.rates.cyclic_momentum import CyclicMomentum
+from lightning_speedups.tricks.rates.lr_curve import LRCurve
+from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
+from lightning_speedups.tricks.rates.stop_at_target import StopAtTarget
+from lightning_speedups.tricks.rates.warmup_lr_scaler import WarmupLRScaler
+from lightning_speedups.tricks.transfer.feature_cache import FeatureCache
+from lightning_speedups.tricks.transfer.freeze_backbone_finetune import FreezeBackboneFinetune
+from lightning_speedups.tricks.transfer.freeze_progressively import FreezeProgressively
 
 __version__ = "0.1.0"
 

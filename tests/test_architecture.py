@@ -1,29 +1,24 @@
 """The house: who may import whom, and who may touch Lightning's private parts."""
 
 import ast
+import inspect
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 import lightning_speedups
+from lightning_speedups.attach.trick import Grip, Trick
 
 ROOT = Path(lightning_speedups.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-TRICKS = {"callbacks", "mixins", "strategies", "losses", "data", "defaults"}
-STOREYS = ["core", "attach", TRICKS, "models", "recipes", "measure", "cli"]
-LIBRARIES = {"core": {"torch"}, "losses": {"torch"}, "cli": {"rich"}}
-
-
-BASES = ["trick", "optimizers", "batches", "loaders", "wrapping"]  # of attach/, each may be built on those before it
-
-
-def grip(name):
-    return BASES.index(name) if name in BASES else len(BASES)
-
-
-def room(parts):
-    return parts[0] if parts else "lightning_speedups"
+STOREYS = ["core", {"modules", "tensors"}, "attach", "tricks", "models", "recipes", "measure", "cli"]
+LIBRARIES = {"core": {"torch"}, "modules": {"torch", "timm"}, "tensors": {"torch"}, "cli": {"rich"}}
+BASES = [  # of attach/, each may be built on those before it
+    "stations", "packages", "trick", "lasting", "randomness", "copies", "run_length", "steps", "batches", "loaders", "wrapping",
+]  # fmt: skip
 
 
 def storey(name):
@@ -40,23 +35,31 @@ def imports(path):
             yield node.module
 
 
+def is_near(mine, theirs):
+    """Whether one file of a room may import another of it."""
+    if mine[0] == "tricks":  # a wing knows its own base; a trick of several files knows these
+        same_wing, same_folder = mine[1] == theirs[1], len(mine) == 4 and mine[:3] == theirs[:3]
+        return same_wing and (theirs[2:] == ("base",) or same_folder)
+    if mine[0] == "attach":  # grips stand on their bases and on nothing else
+        rank = [BASES.index(one) if one in BASES else len(BASES) for one in (mine[1], theirs[1])]
+        return theirs[1] in BASES and rank[1] < rank[0]
+    return mine[0] != "cli"
+
+
 def forbidden(path):
-    here = path.relative_to(ROOT).with_suffix("").parts
-    mine = room(here)
+    mine = path.relative_to(ROOT).with_suffix("").parts
     for name in imports(path):
         top, *rest = name.split(".")
-        if top == "lightning_speedups":
-            theirs = room(rest)
-            if mine in ("__init__", "__main__") or theirs == "lightning_speedups":
-                allowed = mine not in TRICKS | {"core", "attach"}
-            elif mine == theirs:  # trick files do not know each other; grips stand on their bases and on nothing else
-                allowed = mine in ("core", "models", "measure", "recipes") or (
-                    mine == "attach" and rest[1:] and rest[1] in BASES and BASES.index(rest[1]) < grip(here[1])
-                )
-            else:
-                allowed = storey(theirs) is not None and storey(mine) is not None and storey(theirs) < storey(mine)
+        if top != "lightning_speedups":
+            allowed = top in sys.stdlib_module_names or top in LIBRARIES.get(mine[0], {top})
+        elif mine in (("__init__",), ("__main__",)):
+            allowed = True
+        elif not rest:  # the package as a user sees it
+            allowed = storey(mine[0]) >= storey("models")
+        elif mine[0] == rest[0]:
+            allowed = is_near(mine, tuple(rest))
         else:
-            allowed = top in sys.stdlib_module_names or top in LIBRARIES.get(mine, {top})
+            allowed = storey(rest[0]) is not None and storey(rest[0]) < storey(mine[0])
         if not allowed:
             yield f"{path.relative_to(ROOT)} imports {name}"
 
@@ -71,19 +74,22 @@ def test_imports_go_down_the_house_only(path):
     [
         ("core/x.py", "import lightning.pytorch"),
         ("core/x.py", "from lightning_speedups.attach.trick import Trick"),
-        ("losses/x.py", "from lightning.pytorch import Trainer"),
-        ("callbacks/x.py", "from lightning_speedups.callbacks.mixup_callback import MixupCallback"),
-        ("callbacks/x.py", "from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss"),
-        ("callbacks/x.py", "from lightning_speedups import MixupCallback"),
-        ("callbacks/x.py", "def f():\n    from lightning_speedups.measure import compare"),
-        ("attach/x.py", "from lightning_speedups.attach.schedules import ScheduleTrick"),
-        ("attach/trick.py", "from lightning_speedups.attach.optimizers import OptimizerTrick"),
+        ("core/x.py", "from lightning_speedups.modules.layers import Layer"),
+        ("modules/x.py", "from lightning_speedups.tensors.unloaded import Unloaded"),
+        ("tensors/x.py", "from lightning.pytorch import Trainer"),
+        ("tricks/batches/x.py", "from lightning_speedups.tricks.batches.mixup_callback import MixupCallback"),
+        ("tricks/batches/x.py", "from lightning_speedups.tricks.rates.base import ScheduleTrick"),
+        ("tricks/batches/x/x.py", "from lightning_speedups.tricks.batches.y.parts import Part"),
+        ("tricks/batches/x.py", "from lightning_speedups import MixupCallback"),
+        ("tricks/rates/x.py", "def f():\n    from lightning_speedups.measure import compare"),
+        ("attach/x.py", "from lightning_speedups.attach.range_test import run_range_test"),
+        ("attach/trick.py", "from lightning_speedups.attach.steps import OptimizerTrick"),
         ("cli.py", "import torch"),
     ],
 )
 def test_the_check_itself_finds_a_forbidden_import(place, line, tmp_path, monkeypatch):
     path = tmp_path / place
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(line)
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     assert list(forbidden(path))
@@ -113,10 +119,117 @@ def test_lightnings_private_parts_are_touched_in_attach_only(path):
 
 
 def test_every_file_stands_in_a_room_of_the_house():
-    rooms = {room(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
-    assert rooms - {"__init__", "__main__"} <= {
-        name for names in STOREYS for name in ([names] if isinstance(names, str) else names)
-    }
+    rooms = {path.relative_to(ROOT).with_suffix("").parts[0] for path in FILES} - {"__init__", "__main__"}
+    assert all(storey(room) is not None for room in rooms)
+    wings = {path.relative_to(ROOT).parts[1] for path in FILES if path.relative_to(ROOT).parts[0] == "tricks"}
+    assert wings - {"__init__.py"} == {"rates", "batches", "labels", "transfer", "hardware"}
+
+
+IMPURE = {
+    "warnings", "logging", "time", "datetime", "random", "pathlib", "os", "io", "shutil", "tempfile", "pickle", "sys",
+    "threading", "subprocess", "weakref",
+}  # fmt: skip
+IMPURE_NAMES = {
+    "open", "print", "setattr", "delattr", "currentframe", "_getframe", "stack", "warn", "manual_seed_all",
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "seed", "fork_rng",
+    "set_rng_state", "get_rng_state", "save", "load", "from_file",
+}  # fmt: skip
+DRAWS = {
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "normal",
+    "multinomial",
+    "bernoulli",
+    "exponential_",
+    "_sample_dirichlet",
+}
+
+
+def impure(path):
+    """What in a file of core/ is more than numbers into numbers."""
+    tree = ast.parse(path.read_text())
+    yield from (name for name in imports(path) if name.split(".")[0] in IMPURE)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        draws = name in DRAWS and "generator" not in {keyword.arg for keyword in node.keywords}
+        if name in IMPURE_NAMES or draws:
+            yield ast.unparse(node)
+    for node in ast.walk(tree):  # patches
+        for target in getattr(node, "targets", []) if isinstance(node, ast.Assign) else []:
+            if isinstance(target, ast.Attribute) and not ast.unparse(target).startswith("self."):
+                yield ast.unparse(node)
+
+
+CORE = [path for path in FILES if path.relative_to(ROOT).parts[0] == "core"]
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
+def test_core_makes_numbers_of_numbers_and_does_nothing_else(path):
+    assert not list(impure(path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import warnings", "from pathlib import Path", "torch.rand(3)", "torch.randperm(3)", "module.forward = stand_in",
+        "setattr(owner, name, stand_in)", "sys._getframe(2)", "module.register_forward_hook(hook)", "torch.manual_seed_all(3)",
+    ],
+)  # fmt: skip
+def test_the_check_itself_finds_what_is_impure(line, tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(line)
+    assert list(impure(path))
+
+
+HOOKS = {name for kind in (Callback, Trick, Grip) for name in vars(kind) if not name.startswith("_")} - {
+    "state_key",
+    "name",
+}
+
+
+def hooks_without_super(path):
+    """Overrides of hooks, in classes made of ours, that leave out what the base does."""
+    for kind in ast.walk(ast.parse(path.read_text())):
+        bases = [ast.unparse(base).rpartition(".")[2] for base in getattr(kind, "bases", [])]
+        if not isinstance(kind, ast.ClassDef) or not any(base.endswith("Trick") for base in bases):
+            continue
+        for function in kind.body:
+            if isinstance(function, ast.FunctionDef) and function.name in HOOKS:
+                calls = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+                if f"super().{function.name}" not in calls and not function.decorator_list:
+                    yield f"{kind.name}.{function.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_override_of_a_hook_calls_the_base(path):
+    assert not list(hooks_without_super(path))
+
+
+def test_the_check_itself_finds_a_hook_without_super(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("class A(Trick):\n    def on_fit_start(self, trainer, pl_module):\n        self.x = 1\n")
+    assert list(hooks_without_super(path)) == ["A.on_fit_start"]
+
+
+TRICKS = [kind for name in lightning_speedups.__all__ if isinstance(kind := getattr(lightning_speedups, name), type)]
+
+
+@pytest.mark.parametrize("kind", TRICKS, ids=lambda kind: kind.__name__)
+def test_no_constructor_calls_what_a_subclass_overrides(kind):
+    """It would run before the subclass has its fields."""
+    called = set()
+    for base in kind.__mro__:
+        if base.__module__.startswith("lightning_speedups.") and "__init__" in vars(base):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base.__init__)))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self."):
+                    called.add((base, ast.unparse(node.func).removeprefix("self.")))
+    below = {(base, name): kind.__mro__[: kind.__mro__.index(base)] for base, name in called}
+    assert not [name for (base, name), heirs in below.items() if any(name in vars(heir) for heir in heirs)]
 
 
 def test_the_tests_mirror_the_package():

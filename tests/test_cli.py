@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import signal
 
@@ -6,7 +7,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from lightning_speedups import cli
-from lightning_speedups.measure import ARMS, Arm, Ingredients
+from lightning_speedups.measure import ARMS, Arm, Ingredients, Settings
 
 TINY = ["compare", "--samples=64", "--test-samples=30", "--epochs=1", "--batch-size=16", "--width=4", "--seeds=1"]
 
@@ -44,22 +45,25 @@ def test_compare_on_a_file_with_a_timm_model(tmp_path, capsys):
         (["compere"], "invalid choice: 'compere'"),
         (["compare", "--bogus"], "unrecognized arguments: --bogus"),
         (["compare", "--seeds", "many"], "--seeds: invalid int value: 'many'"),
-        (["compare", "--seeds", "0"], "--seeds must be a whole number from 1 to 100, got 0"),
-        (["compare", "--epochs", "-1"], "--epochs must"),
-        (["compare", "--lr", "nan"], "--lr must"),
-        (["compare", "--target", "95"], "(write 0.95)"),
-        (["compare", "--batch-size", "1000000"], "--batch-size must"),
+        (["compare", "--seeds", "0"], "Expected --seeds to be a whole number in [1, 100], but got 0."),
+        (["compare", "--epochs", "-1"], "--epochs to be"),
+        (["compare", "--lr", "nan"], "--lr to be"),
+        (["compare", "--target", "95"], "--target to be a fraction, but got 95 (write 0.95)"),
+        (["compare", "--batch-size", "1000000"], "--batch-size to be"),
         (["compare", "--arms", "plain,mixip"], "unknown arm 'mixip': did you mean 'mixup'?"),
         (["compare", "--arms", ","], "no arm to train"),
         (["compare", "--model", "resnet19"], "unknown model 'resnet19': did you mean resnet18"),
         (["compare", "--weights", "gone.pt", "--arms=freeze"], "There is no file gone.pt"),
         (["compare", "--weights", "broken.npz", "--arms=freeze"], "Can't load weights from broken.npz"),
-        (["compare", "--weights", "broken.npz", "--arms=plain"], "neither is among the arms"),
+        (
+            ["compare", "--weights", "broken.npz", "--arms=plain"],
+            "--weights is what finetune and freeze start from, but neither is among the arms",
+        ),
         (["compare", "--data", "nowhere.npz"], "no such file or folder: nowhere.npz"),
         (["compare", "--data", "broken.npz"], "can't read broken.npz as an .npz file"),
         (["compare", "--data", "folder"], "must hold train/CLASS/* and test/CLASS/*"),
         (["compare", "--out", "broken.npz"], "can't write to the folder broken.npz"),
-        (["compare", "--accelerator", "abacus"], "--accelerator must be one of"),
+        (["compare", "--accelerator", "abacus"], "--accelerator to be 'auto', 'cpu', "),
         (["compare", "--image-size", "32"], "--image-size is for folders"),
     ],
 )
@@ -112,6 +116,8 @@ def test_help_version_and_arms(capsys):
     shown = capsys.readouterr().out
     for option in ("--quick", "--arms", "--data", "--model", "--weights", "--seeds", "--target", "--out", "--threads"):
         assert option in shown
+    for one in dataclasses.fields(Settings):
+        assert f"--{one.name.replace('_', '-')}" in shown
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("lightning-speedups 0.")
     assert cli.main(["compare", "--list-arms"]) == 0

@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_speedups import WarmupLRScaler
-from lightning_speedups.attach.optimizers import OptimizerTrick
-from lightning_speedups.attach.schedules import ScheduleTrick
+from lightning_speedups.attach.steps import OptimizerTrick
+from lightning_speedups.tricks.rates.base import ScheduleTrick
 from zoo import (
     STOPS,
     Classifier,

@@ -1,10 +1,10 @@
 """What every trick must be able to do; the tricks are found, not listed.
 
-A trick is a public name that is defined in a trick room. Its own test file has an ``EXAMPLE``: a function that returns what a user would add,
+A trick is a public name that is defined in the tricks' room. Its own test file has an ``EXAMPLE``: a function that returns what a user would add,
 as ``{"callbacks": [...]}``, ``{"criterion": ...}`` or ``{"trainer": {...}}``. A ``"module"`` in it makes the LightningModule that is used instead
 of `Classifier`, with the same argument and attributes.
 
-Most tricks put everything back after a run. One whose changes to the module stay says so by a class attribute, ``stays = True``.
+Most tricks put everything back after a run. Those whose changes to the module stay (`LastingTrick`) are asked another contract in its place.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ import pickle
 import random
 import re
 from collections import Counter
-from typing import ClassVar
 
 import pytest
 import torch
-from found import PACKAGE, ROOMS, TESTS, TRICKS, own_tests, source
+from found import PACKAGE, ROOM, TESTS, TRICKS, own_tests, source
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from patches import patched
 from torch import nn
 
-from lightning_speedups.attach.trick import Trick
+from lightning_speedups.attach.lasting import LastingTrick
 from zoo import (
     Classifier,
     Interrupted,
@@ -45,25 +43,17 @@ from zoo import (
 README, CHANGELOG = (TESTS.parent / name for name in ("README.md", "CHANGELOG.md"))
 
 
-class Smooth(Trick):
+class Smooth(LastingTrick):
     """A trick whose changes stay, as small as they come: a SiLU in the place of each ReLU."""
 
-    stays: ClassVar[bool] = True
+    def change(self, pl_module):
+        found = {name: part for name, part in pl_module.named_modules() if isinstance(part, nn.ReLU)}
+        for name in found:
+            pl_module.set_submodule(name, nn.SiLU())
+        return dict.fromkeys(found, "ReLU → SiLU")
 
-    def setup(self, trainer, pl_module, stage):
-        super().setup(trainer, pl_module, stage)
-        found = [
-            (part, name)
-            for part in pl_module.modules()
-            for name, child in part.named_children()
-            if isinstance(child, nn.ReLU)
-        ]
-        for part, name in found:
-            setattr(part, name, nn.SiLU())
-        if found:
-            rank_zero_info(f"{self.name}: {len(found)} ReLU → SiLU.")
-        elif not any(isinstance(part, nn.SiLU) for part in pl_module.modules()):
-            rank_zero_warn(f"{self.name} found no ReLU in {type(pl_module).__name__}.")
+    def is_changed(self, pl_module):
+        return any(isinstance(part, nn.SiLU) for part in pl_module.modules())
 
 
 OWN_EXAMPLES = {"Smooth": lambda: {"callbacks": [Smooth()]}}
@@ -98,18 +88,11 @@ lasting_trick = pytest.mark.parametrize("name", LASTING)
 
 
 def test_there_are_tricks_and_none_is_left_out():
-    def is_part(path):
-        """Whether a folder's name tells which of its files is the trick, and it is another one."""
-        return path.stem != path.parent.name and path.with_name(f"{path.parent.name}.py").exists()
-
     files = {source(trick) for trick in TRICKS.values()}
-    found = {
-        path.relative_to(PACKAGE)
-        for room in ROOMS
-        for path in (PACKAGE / room).rglob("*.py")
-        if path.name not in ("__init__.py", "base.py") and not is_part(path)
-    }
-    assert {path for path in files if len(path.parts) > 1} == found
+    found = {path.relative_to(PACKAGE) for path in (PACKAGE / ROOM).rglob("*.py")}
+    others = {path for path in found if path.name in ("__init__.py", "base.py")}
+    parts = {path for path in found - others if path.parent.name in {file.stem for file in files}}  # of a larger trick
+    assert files == found - others - (parts - files)
     assert len(TRICKS) >= 6
 
 

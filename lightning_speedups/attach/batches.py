@@ -7,21 +7,24 @@ a DataModule), and before any callback, metric or training_step does.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_speedups.attach.trick import Trick, patch, unpatch
+from lightning_speedups.attach.stations import Station
+from lightning_speedups.attach.trick import Trick
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, get_part
 from lightning_speedups.core.randomness import generator_for
 
 
-class Order(IntEnum):
+class BatchOrder(IntEnum):
     """When a trick changes the batch; lower comes first."""
 
     LOOK = 0
@@ -31,11 +34,15 @@ class Order(IntEnum):
     MIX = 40
     REPLACE = 50
 
+    def __repr__(self) -> str:
+        """Say it as ever: random streams are made of this, and resumed runs redraw theirs."""
+        return f"<Order.{self.name}: {self.value}>"
+
 
 class BatchTrick(Trick):
     """A trick that changes training batches. A subclass says when (``batch_order``) and how (``change_batch``)."""
 
-    batch_order: Order
+    batch_order: BatchOrder
     strength: float = 1.0
     """Share of its full strength, in [0, 1], for a trick that distorts; ProgressiveResizing lets it grow."""
 
@@ -50,9 +57,7 @@ class BatchTrick(Trick):
         try:
             return get_part(batch, place)
         except LookupError as error:
-            raise MisconfigurationException(
-                f"{self.name}({argument}={place!r}): {error.args[0]}. Name the right place."
-            ) from error
+            raise self.refusal(f"found {error.args[0]}", "Name the right place.", **{argument: place}) from error
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the pipeline."""
@@ -60,26 +65,30 @@ class BatchTrick(Trick):
         if stage != "fit":
             return
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-            raise MisconfigurationException(
-                f"{self.name} changes batches on their way to `training_step`, but "
-                f"{type(pl_module).__name__}.training_step takes `dataloader_iter` and fetches them itself. Write it as"
-                " `training_step(self, batch, batch_idx)`."
+            raise self.refusal(
+                f"changes batches on their way to `training_step`, but {type(pl_module).__name__}.training_step takes "
+                "`dataloader_iter` and fetches them itself",
+                "Write it as `training_step(self, batch, batch_idx)`.",
             )
-        pipeline = trainer.strategy.__dict__.get("batch_to_device")
-        if not isinstance(pipeline, _Pipeline):
-            pipeline = _Pipeline(trainer)
-            patch(trainer.strategy, "batch_to_device", pipeline)
-        if self not in pipeline.tricks:
-            pipeline.tricks = sorted([*pipeline.tricks, self], key=lambda trick: trick.batch_order)
+        _pipeline(trainer).join(self, partial(self._change, trainer), self.batch_order)
+
+    def _change(self, trainer: Trainer, transfer: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = transfer(batch, *args, **kwargs)
+        if not trainer.training or batch is None or not self.is_active(trainer):
+            return batch
+        return self.change_batch(trainer, trainer.lightning_module, batch)
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the pipeline; the last one removes it."""
+        """Leave the pipeline."""
         super().undo(trainer, pl_module)
-        pipeline = trainer.strategy.__dict__.get("batch_to_device")
-        if isinstance(pipeline, _Pipeline) and self in pipeline.tricks:
-            pipeline.tricks.remove(self)
-            if not pipeline.tricks:
-                unpatch(trainer.strategy, "batch_to_device", pipeline.original)
+        _pipeline(trainer).leave(self)
+
+
+@dataclass
+class Seed:
+    """What a checkpoint holds of a trick that draws: the run's seed."""
+
+    seed: int | None = None
 
 
 class SeededBatchTrick(BatchTrick):
@@ -91,54 +100,29 @@ class SeededBatchTrick(BatchTrick):
             checkpoints.
     """
 
-    def __init__(self, seed: int | None) -> None:
-        super().__init__()
-        check_number("seed", seed, whole=True, optional=True)
-        self.seed = self._run_seed = None if seed is None else int(seed)
+    saved_as = Seed
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Join the batch pipeline."""
-        super().setup(trainer, pl_module, stage)
-        self._run_seed = self.seed
+    def __init__(self, seed: int | None) -> None:
+        check_number("seed", seed, whole=True, optional=True)
+        self.seed = None if seed is None else int(seed)
+        super().__init__()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the seed."""
         super().on_train_start(trainer, pl_module)
-        if self._run_seed is None:  # one for all ranks: a checkpoint holds one
-            self._run_seed = trainer.strategy.broadcast(torch.initial_seed())
+        self.run_seed(trainer)
+
+    def run_seed(self, trainer: Trainer) -> int:
+        """Return the seed given, else the checkpoint's, else that of torch's generator."""
+        if self.seed is not None:
+            self.saved.seed = self.seed
+        elif self.saved.seed is None:  # one for all ranks: a checkpoint holds one
+            self.saved.seed = trainer.strategy.broadcast(torch.initial_seed())
+        return int(self.saved.seed)
 
     def generator(self, trainer: Trainer) -> torch.Generator:
         """Return the source of randomness for this batch, on the CPU."""
-        assert self._run_seed is not None
-        return generator_for(self._run_seed, trainer.global_rank, batch_number(trainer), self.batch_order)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the seed."""
-        return {**super().state_dict(), "seed": self._run_seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Redraw what the interrupted run drew, unless a seed was given."""
-        super().load_state_dict(state_dict)
-        if self.seed is None:
-            self._run_seed = state_dict["seed"]
-
-
-class _Pipeline:
-    """Stands in for ``strategy.batch_to_device`` and runs the tricks on what it returns, in training only."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.original = trainer.strategy.batch_to_device
-        self.tricks: list[BatchTrick] = []
-
-    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = self.original(batch, *args, **kwargs)
-        if not self.trainer.training or batch is None:
-            return batch
-        for trick in self.tricks:
-            if trick.is_active(self.trainer):
-                batch = trick.change_batch(self.trainer, self.trainer.lightning_module, batch)
-        return batch
+        return generator_for(self.run_seed(trainer), trainer.global_rank, batch_number(trainer), self.batch_order)
 
 
 def rest_of_pipeline(trainer: Trainer, trick: BatchTrick, batch: Any) -> Any:
@@ -149,11 +133,12 @@ def rest_of_pipeline(trainer: Trainer, trick: BatchTrick, batch: Any) -> Any:
         trick: A trick in the pipeline.
         batch: What it would hand on.
     """
-    pipeline = trainer.strategy.__dict__["batch_to_device"]
-    assert isinstance(pipeline, _Pipeline)
-    for later in pipeline.tricks[pipeline.tricks.index(trick) + 1 :]:
+    tricks = [who for _, who, _ in _pipeline(trainer).members]
+    for later in tricks[tricks.index(trick) + 1 :]:
         if later.is_active(trainer):
-            batch = copy.copy(later).change_batch(trainer, trainer.lightning_module, batch)
+            twin = copy.copy(later)
+            twin.saved, twin.run = copy.copy(later.saved), copy.copy(later.run)
+            batch = twin.change_batch(trainer, trainer.lightning_module, batch)
     return batch
 
 
@@ -164,13 +149,15 @@ def transferred(trainer: Trainer, batch: Any) -> Any:
         trainer: A fitting Trainer with a trick in its pipeline.
         batch: As the loader hands it out.
     """
-    pipeline = trainer.strategy.__dict__["batch_to_device"]
-    assert isinstance(pipeline, _Pipeline)
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return pipeline.original(batch, dataloader_idx=0)
+    return _pipeline(trainer).original(batch, dataloader_idx=0)
 
 
 def batch_number(trainer: Trainer) -> int:
     """Return how many training batches came before this one in the whole run; the same after a resume."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def _pipeline(trainer: Trainer) -> Station:
+    return Station.of(trainer.strategy, "batch_to_device")

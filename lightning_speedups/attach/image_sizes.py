@@ -6,27 +6,27 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_speedups.attach.loaders import LoaderTrick
-from lightning_speedups.attach.trick import same_randomness
+from lightning_speedups.attach.loaders import LoaderGrip, take_batch
+from lightning_speedups.attach.packages import is_overridden
+from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.core.batch import Place, get_part
-from lightning_speedups.core.dataset_sizes import Settings, UnknownSizeError, find_settings, take_batch
+from lightning_speedups.core.dataset_sizes import SizeSettings, UnknownSizeError, find_settings
 from lightning_speedups.core.resizing import Size
 
 
 def ask_for_sizes(
-    trick: LoaderTrick,
+    grip: LoaderGrip,
     trainer: Trainer,
     loader: Any,
     places: Iterable[Place],
     smallest: Callable[[Size], Size],
     evaluated: Iterable[Any],
-) -> Settings:
+) -> SizeSettings:
     """Return what sets the size of a loader's images, tried on a sample.
 
     Args:
-        trick: Who asks.
+        grip: Who asks.
         trainer: A fitting Trainer.
         loader: The training loader.
         places: Where the images stand in a batch.
@@ -36,7 +36,7 @@ def ask_for_sizes(
     Raises:
         UnknownSizeError: If the size cannot be set, or not without a trace elsewhere.
     """
-    if trick.own_batcher(trainer) is None:
+    if grip.batcher is None:
         raise UnknownSizeError("there is not one training loader, a DataLoader over a map-style dataset")
     if loader.num_workers and loader.persistent_workers:
         raise UnknownSizeError("with `persistent_workers=True` the workers keep their copies of the dataset")
@@ -72,7 +72,7 @@ def shared(kind: str) -> str:
 
 
 def full_batches(
-    trainer: Trainer, loader: Any, settings: Settings, size: Size, batches: Sequence[Sequence[Any]]
+    trainer: Trainer, loader: Any, settings: SizeSettings, size: Size, batches: Sequence[Sequence[Any]]
 ) -> list[Any]:
     """Load samples once more at full size, as batches on the device.
 

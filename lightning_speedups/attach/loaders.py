@@ -10,29 +10,38 @@ import itertools
 import math
 import operator
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from lightning_speedups.attach.trick import Trick, patch, unpatch
+from lightning_speedups.attach.run_length import PlansEpochs
+from lightning_speedups.attach.stations import Station
+from lightning_speedups.attach.trick import Grip, Trick
 
 
-class LoaderTrick(Trick):
-    """A trick that changes what the training loader hands out in an epoch.
+class LoaderGrip(Grip):
+    """A trick's hold on the training loader, to change what it hands out in an epoch, or to know it.
 
     A subclass says how many samples an epoch has and in which batches (`samples_in_epoch`, `batch_size_in_epoch`: known
     for every epoch before the run, so that schedules know its length), which ones (`select`), and may change the
     dataset (`change_loader`).
+
+    Args:
+        trick: Whose.
+        any_loader: Whether the trick can do without a loader that it can change.
+        name: Who needs it, in messages; None: the trick's name.
     """
 
-    takes_any_loader: bool = False
-    """Whether the trick can do without a loader that it can change."""
+    def __init__(self, trick: Trick, any_loader: bool = False, name: str | None = None) -> None:
+        super().__init__(trick)
+        self.any_loader, self.name = any_loader, name or trick.name
+        self.loaders: Loaders | None = None
 
     def samples_in_epoch(self, epoch: int, samples: int) -> int:
         """Return how many of this rank's samples an epoch has."""
@@ -54,36 +63,52 @@ class LoaderTrick(Trick):
     def see_evaluation_loader(self, trainer: Trainer, loader: Any) -> None:
         """Look at a validation loader of the fit, before its iterator starts."""
 
-    def own_batcher(self, trainer: Trainer) -> BatchSampler | None:
-        """Return what batches the one training loader's indices, or None if there is none that can be changed."""
-        return _loaders(trainer).batcher
+    @property
+    def batcher(self) -> BatchSampler | None:
+        """What batches the one training loader's indices, or None if there is none that can be changed."""
+        return None if self.loaders is None else self.loaders.batcher
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    @property
+    def loader(self) -> Any:
+        """The first training loader, or None before the first epoch's."""
+        return next(iter(self.loaders.loaders), None) if self.loaders is not None else None
+
+    def samples_of_batch(self) -> list[int]:
+        """Return the dataset's indices of the batch that is on its way to the device."""
+        assert self.loaders is not None
+        return self.loaders.samples_of_batch()
+
+    def require_numbers(self, samples: list[Any]) -> list[int]:
+        """Return samples of the training loader's dataset; refuse them if they are not their places in it."""
+        size = len(self.loader.dataset)
+        if any(not isinstance(sample, int) or not 0 <= sample < size for sample in samples):
+            raise MisconfigurationException(
+                f"{self.name} needs a sampler of whole numbers, each the place of a sample in the dataset, but the "
+                "training loader's gives others. Use a map-style dataset with torch's samplers."
+            )
+        return samples
+
+    def join(self, trainer: Trainer) -> None:
         """Join those who see the loader."""
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        loaders = trainer.strategy.__dict__.get("process_dataloader")
-        if not isinstance(loaders, _Loaders):
-            loaders = _Loaders(trainer)
-            patch(trainer.strategy, "process_dataloader", loaders)
-        if self not in loaders.tricks:
-            loaders.tricks.append(self)
+        station = Station.of(trainer.strategy, "process_dataloader")
+        self.loaders = station.find(Loaders) or Loaders(trainer)
+        if not self.loaders.grips:
+            station.join(self.loaders, self.loaders.take)
+        self.loaders.grips.append(self)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer) -> None:
         """Begin to look at loaders, now that tuners, which leave some behind, have had their trial runs."""
-        super().on_fit_start(trainer, pl_module)
+        assert self.loaders is not None
         trainer.fit_loop._combined_loader = None  # Lightning asks for it anew
-        _loaders(trainer).is_open = True
+        self.loaders.is_open = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer) -> None:
         """Catch up with a resumed run, and refuse epochs that are too short."""
-        super().on_train_start(trainer, pl_module)
-        loaders = _loaders(trainer)
-        loaders.start()
-        planned = [loaders.batches_in_epoch(epoch) for epoch in range(max(1, trainer.max_epochs or 1))]
-        lengths = [length for length in planned if length is not None]
-        if lengths and min(lengths) == 0:
+        assert self.loaders is not None
+        self.loaders.start()
+        planned = [self.loaders.batches_in_epoch(epoch) for epoch in range(max(1, trainer.max_epochs or 1))]
+        shortest = min((length for length in planned if length is not None), default=None)
+        if shortest == 0:
             raise MisconfigurationException(
                 f"{self.name} makes an epoch of too few samples for one batch. Keep more of them, make the batches "
                 "smaller, or use `drop_last=False`."
@@ -91,40 +116,35 @@ class LoaderTrick(Trick):
         interval = trainer.val_check_interval
         if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.limit_val_batches:
             return
-        if lengths and min(lengths) < interval:
+        if shortest is not None and shortest < interval:
             raise MisconfigurationException(
-                f"{self.name} makes epochs of {min(lengths)} batches, but Trainer(val_check_interval={interval}) "
-                f"validates after {interval}. Give a fraction such as 1.0, or `check_val_every_n_epoch=None`."
+                f"{self.name} makes epochs of {shortest} batches, but Trainer(val_check_interval={interval}) validates "
+                f"after {interval}. Give a fraction such as 1.0, or `check_val_every_n_epoch=None`."
             )
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
         """Change the loader for this epoch, and tell Lightning how long it is."""
-        super().on_train_epoch_start(trainer, pl_module)
-        _loaders(trainer).has_all = True
-        _loaders(trainer).begin(trainer.current_epoch)
+        assert self.loaders is not None
+        self.loaders.has_all = True
+        self.loaders.begin(trainer.current_epoch)
 
-    def samples_of_batch(self, trainer: Trainer) -> list[int]:
-        """Return the dataset's indices of the batch that is on its way to the device."""
-        return _loaders(trainer).samples_of_batch()
-
-    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def leave(self, trainer: Trainer) -> None:
         """Leave; the last one gives the loader back as it was."""
-        super().undo(trainer, pl_module)
-        loaders = trainer.strategy.__dict__.get("process_dataloader")
-        if isinstance(loaders, _Loaders) and self in loaders.tricks:
-            loaders.tricks.remove(self)
-            if not loaders.tricks:
-                loaders.give_back()
-                unpatch(trainer.strategy, "process_dataloader", loaders.original)
+        loaders, self.loaders = self.loaders, None
+        if loaders is None:
+            return
+        loaders.grips.remove(self)
+        if not loaders.grips:
+            loaders.give_back()
+            Station.of(trainer.strategy, "process_dataloader").leave(loaders)
 
 
-class _Loaders:
-    """Stands in for ``strategy.process_dataloader`` and keeps the training loader's own sampler and batch size."""
+class Loaders(PlansEpochs):
+    """Stands at ``strategy.process_dataloader`` and keeps the training loader's own sampler and batch size."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.original = trainer.strategy.process_dataloader
-        self.tricks: list[LoaderTrick] = []
+        self.grips: list[LoaderGrip] = []
         self.is_open = False
         self.loaders: list[Any] = []
         self.has_all = True  # Lightning hands over one loader after the other, and then starts an epoch
@@ -136,14 +156,14 @@ class _Loaders:
         self.early = 0  # the id of Lightning's iterator, if it had one when the epoch began
         self.hushed: Any = None
 
-    def __call__(self, loader: Any) -> Any:
-        loader = self.original(loader)
-        tricks = self._active()
+    def take(self, process: Callable[[Any], Any], loader: Any) -> Any:
+        """Take a loader over that Lightning begins to use."""
+        loader, grips = process(loader), self._active()
         if not self.is_open:
             return loader
-        if not self.trainer.training or not tricks:
-            for trick in tricks:
-                trick.see_evaluation_loader(self.trainer, loader)
+        if not self.trainer.training or not grips:
+            for grip in grips:
+                grip.see_evaluation_loader(self.trainer, loader)
             return loader
         if self.has_all:  # the first, or the first of those that Lightning reloads
             self.give_back()
@@ -153,7 +173,7 @@ class _Loaders:
         self._restore_batcher()
         self.batcher = None if several else find_batcher(loader)
         if self.batcher is None:
-            strict = [trick.name for trick in tricks if not trick.takes_any_loader]
+            strict = [grip.name for grip in grips if not grip.any_loader]
             if strict:
                 found = "there are several loaders" if several else f"this one is a {type(loader).__name__}"
                 raise MisconfigurationException(
@@ -166,8 +186,8 @@ class _Loaders:
         self.begin(self.trainer.current_epoch)
         return loader
 
-    def _active(self) -> list[LoaderTrick]:
-        return [trick for trick in self.tricks if trick.is_active(self.trainer)]
+    def _active(self) -> list[LoaderGrip]:
+        return [grip for grip in self.grips if grip.trick.is_active(self.trainer)]
 
     def start(self) -> None:
         """Catch up with a run that goes on from a checkpoint."""
@@ -194,8 +214,8 @@ class _Loaders:
         if callable(set_epoch := getattr(self.sampler and self.sampler.source, "set_epoch", None)):
             set_epoch(epoch)  # Lightning does so too late for workers that fetch ahead in a resumed epoch
         for loader in self.loaders:
-            for trick in self._active():
-                trick.change_loader(self.trainer, loader, epoch)
+            for grip in self._active():
+                grip.change_loader(self.trainer, loader, epoch)
         if self.batcher is not None and self.sampler is not None:  # only now: a trick may have to see the loader first
             self.batcher.batch_size = self._sizes(epoch)[1]
         self._tell_length()
@@ -204,8 +224,8 @@ class _Loaders:
         """Return the samples of an epoch and its batch size."""
         assert self.sampler is not None
         samples, size = len(self.sampler.source), self.sampler.batch_size
-        for trick in self._active():
-            samples, size = trick.samples_in_epoch(epoch, samples), trick.batch_size_in_epoch(epoch, size)
+        for grip in self._active():
+            samples, size = grip.samples_in_epoch(epoch, samples), grip.batch_size_in_epoch(epoch, size)
         return samples, size
 
     @property
@@ -239,6 +259,7 @@ class _Loaders:
         return iterators[0] if iterators else None
 
     def samples_of_batch(self) -> list[Any]:
+        """Return the dataset's indices of the batch that is on its way."""
         assert self.sampler is not None
         assert self.batcher is not None
         number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
@@ -274,7 +295,7 @@ class _Loaders:
 class _Selection(Sampler[Any]):
     """Stands in for a sampler: its order, less what the tricks leave out."""
 
-    def __init__(self, loaders: _Loaders, source: Any, batch_size: int) -> None:
+    def __init__(self, loaders: Loaders, source: Any, batch_size: int) -> None:
         self.loaders, self.source, self.batch_size = loaders, source, batch_size
         self.order = list[Any]()
         self.first: list[Any] | None = None  # since Lightning was given the loader
@@ -290,8 +311,8 @@ class _Selection(Sampler[Any]):
                 yield index
         else:
             order = [_plain(index) for index in itertools.islice(self.source, len(self.source))]
-            for trick in self.loaders._active():
-                order = trick.select(self.loaders.trainer, self.loaders.epoch, order)
+            for grip in self.loaders._active():
+                order = grip.select(self.loaders.trainer, self.loaders.epoch, order)
             yield from self._note(order)
 
     def _note(self, order: list[Any]) -> list[Any]:
@@ -328,7 +349,20 @@ def find_batcher(loader: Any) -> BatchSampler | None:
     return batcher
 
 
-def _loaders(trainer: Trainer) -> _Loaders:
-    loaders = trainer.strategy.__dict__["process_dataloader"]
-    assert isinstance(loaders, _Loaders)
-    return loaders
+def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:
+    """Return a batch of a map-style dataset, in this process.
+
+    Args:
+        loader: The loader that collates it.
+        indices: Which samples.
+
+    Example:
+        >>> take_batch(DataLoader(range(8), batch_size=4), [2, 5])
+        tensor([2, 5])
+    """
+    dataset: Any = loader.dataset
+    if loader.batch_sampler is None:  # the dataset is given whole batches of indices
+        return loader.collate_fn(dataset[list(indices)])
+    many = getattr(dataset, "__getitems__", None)
+    samples = many(list(indices)) if many else [dataset[index] for index in indices]
+    return loader.collate_fn(samples)

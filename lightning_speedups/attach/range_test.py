@@ -22,25 +22,20 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import TorchSyncBatchNorm
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_speedups.attach.trick import (
-    accumulation,
-    callbacks_of,
-    copy_module,
-    may_split_model,
-    raw_optimizers,
-    same_randomness,
-)
+from lightning_speedups.attach.copies import NoCopyError, copy_module, require_copyable
+from lightning_speedups.attach.packages import class_of, is_overridden
+from lightning_speedups.attach.randomness import same_randomness
+from lightning_speedups.attach.run_length import accumulation, raw_optimizers
+from lightning_speedups.attach.steps import has_stepped
 from lightning_speedups.core.range_test import diverged, smooth, sweep_rate
 
 WAY_OUT = "Give the learning rate as a number."
@@ -88,17 +83,10 @@ def run_range_test(
         MisconfigurationException: If the optimization is manual, if there is not exactly one optimizer, if the strategy
             splits parameters between devices, or if the module or a loader's sampler cannot be copied.
     """
-    strategy = trainer.strategy
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            "The learning-rate range test drives the one optimizer of automatic optimization, but "
-            f"{type(pl_module).__name__} optimizes manually. {WAY_OUT}"
-        )
-    if may_split_model(trainer):
-        raise MisconfigurationException(
-            "The learning-rate range test trains a copy of the whole model on one device, but "
-            f"{type(strategy).__name__} may split it between devices. {WAY_OUT}"
-        )
+    try:
+        require_copyable(trainer, pl_module)
+    except NoCopyError as error:
+        raise _no_copy(error) from error
     together = trainer.world_size > 1 and torch.distributed.is_initialized()
     sweep = _Sweep(partial(sweep_rate, steps=steps, min_lr=min_lr, max_lr=max_lr), steps, beta, stop_factor)
     failure: Exception | None = None
@@ -109,12 +97,18 @@ def run_range_test(
             failure = error
     told = failure and f"{type(failure).__name__}: {failure}"
     # told to all, or those that wait for the rates would wait for ever
-    rates, losses, told = strategy.broadcast((sweep.rates, sweep.losses, told))
+    rates, losses, told = trainer.strategy.broadcast((sweep.rates, sweep.losses, told))
     if failure is not None:
         raise failure
     if told is not None:
         raise RuntimeError(f"The learning-rate range test failed in the first process: {told}")
     return rates, losses
+
+
+def _no_copy(why: Any) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"The learning-rate range test trains a copy of the whole model on one device, but {why}. {WAY_OUT}"
+    )
 
 
 def _fit_a_copy(
@@ -136,7 +130,7 @@ def _fit_a_copy(
     with ExitStack() as undo:
         undo.enter_context(same_randomness(trainer))
         undo.enter_context(_quiet())
-        twin = _copy_module(pl_module, trainer, datamodule, loaders)
+        twin = _copy(trainer, pl_module, [datamodule, loaders])
         if not alone:
             _forget_other_processes(twin)
         twin_data = copy.copy(datamodule)
@@ -195,9 +189,7 @@ class _Sweep(Callback):
                 group["lr"] = rate
 
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Fused optimizers are called by GradScaler also when they must skip; they carry the verdict while they are.
-        skipped = getattr(optimizer, "found_inf", None)
-        self._stepped = not (skipped is not None and bool(skipped))
+        self._stepped = has_stepped(optimizer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches = False
@@ -230,9 +222,10 @@ class _Sweep(Callback):
 
 def _imitate(trainer: Trainer) -> Trainer:
     """Make a Trainer for one device that treats a module as the user's does."""
+    single_device = class_of(trainer, "strategies.SingleDeviceStrategy")
     return Trainer(
         accelerator=trainer.accelerator,
-        strategy=SingleDeviceStrategy(trainer.strategy.root_device),
+        strategy=single_device(trainer.strategy.root_device),
         devices=1,
         plugins=[copy.deepcopy(trainer.precision_plugin)],
         max_epochs=trainer.max_epochs,
@@ -252,25 +245,16 @@ def _imitate(trainer: Trainer) -> Trainer:
     )
 
 
-def _copy_module(
-    pl_module: LightningModule, trainer: Trainer, datamodule: LightningDataModule | None, loaders: Any
-) -> LightningModule:
-    """Copy a module with all it holds, except for the surroundings and the data."""
-    name = type(pl_module).__name__
-    data = [
-        value for value in vars(pl_module).values() if isinstance(value, (Dataset, DataLoader, LightningDataModule))
-    ]
-    shared = [trainer, trainer.strategy, datamodule, *callbacks_of(trainer), *trainer.loggers, loaders, *data]
+def _copy(trainer: Trainer, pl_module: LightningModule, shared: Iterable[Any]) -> LightningModule:
+    """Copy a module, parameters and all, that can train by itself."""
     try:
-        twin = copy_module(pl_module, shared)
-    except Exception as error:
-        raise MisconfigurationException(
-            f"The learning-rate range test trains a copy of {name}, which cannot be copied ({error}). {WAY_OUT}"
-        ) from error
+        twin = copy_module(trainer, pl_module, shared)
+    except NoCopyError as error:
+        raise _no_copy(error) from error
     for place in _functions_on(pl_module, twin):
-        raise MisconfigurationException(
-            f"The learning-rate range test trains a copy of {name}, but `{place}` is a function that has captured the "
-            f"model itself, and would go on to use it. Make it a method or a functools.partial. {WAY_OUT}"
+        raise _no_copy(
+            f"`{place}` is a function that has captured {type(pl_module).__name__} itself, and would go on to use it; "
+            "make it a method or a functools.partial"
         )
     return twin
 

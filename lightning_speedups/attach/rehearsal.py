@@ -12,21 +12,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset
 
-from lightning_speedups.attach.trick import Trick, callbacks_of, copy_module, may_split_model, same_randomness
+from lightning_speedups.attach.copies import copy_module
+from lightning_speedups.attach.randomness import same_randomness
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Running mean and variance of each normalising module, by its name."""
-
-
-class NoRehearsalError(RuntimeError):
-    """A training step of this module cannot be run without a trace; the message says why."""
 
 
 @contextmanager
@@ -38,10 +34,10 @@ def rehearsal(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Li
         pl_module: Its module, without a wrapper.
 
     Raises:
-        NoRehearsalError: If the optimization is manual (the step would step), if the strategy splits parameters
+        NoCopyError: If the optimization is manual (the step would step), if the strategy splits parameters
             between devices, or if the module cannot be copied.
     """
-    twin = _copy_module(trainer, pl_module)
+    twin = _double(trainer, pl_module)
     buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
 
     def step(batch: Any) -> None:
@@ -68,7 +64,7 @@ def fresh_statistics(trainer: Trainer, pl_module: LightningModule, batches: Iter
         batches: As ``training_step`` takes them, on the device.
 
     Raises:
-        NoRehearsalError: As for [rehearsal][lightning_speedups.attach.rehearsal.rehearsal].
+        NoCopyError: As for [rehearsal][lightning_speedups.attach.rehearsal.rehearsal].
     """
     with rehearsal(trainer, pl_module) as (twin, step):
         norms = {name: module for name, module in norms_of(twin).items() if module.training}
@@ -114,23 +110,9 @@ def swap_statistics(module: torch.nn.Module, statistics: Statistics) -> Statisti
     return before
 
 
-def _copy_module(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
-    name = type(pl_module).__name__
-    if not pl_module.automatic_optimization:
-        raise NoRehearsalError(f"{name} optimizes manually")
-    if may_split_model(trainer):
-        raise NoRehearsalError(f"{type(trainer.strategy).__name__} may split the model between devices")
-    values = [value for module in pl_module.modules() for value in vars(module).values()]
-    surroundings = (LightningDataModule, Trainer, Trick, Dataset, DataLoader)
-    shared: list[Any] = [trainer, trainer.strategy, *callbacks_of(trainer), *trainer.loggers, *pl_module.parameters()]
-    shared += [value for value in values if isinstance(value, surroundings)]
-    # What a step has left behind with its graph cannot be copied.
-    shared += [value for value in _flat(values) if isinstance(value, Tensor) and value.grad_fn is not None]
+def _double(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
     modes = _modes(trainer, pl_module)
-    try:
-        twin = copy_module(pl_module, shared)
-    except Exception as error:
-        raise NoRehearsalError(f"{name} cannot be copied ({error})") from error
+    twin = copy_module(trainer, pl_module, shared=pl_module.parameters())
     for part, module in twin.named_modules():
         module.training = modes.get(part, module.training)
     # The step may speak to the loggers, and tell the Trainer to stop.
@@ -147,16 +129,6 @@ def _modes(trainer: Trainer, pl_module: LightningModule) -> dict[str, bool]:
     if trainer.validating:
         return dict(trainer.fit_loop.epoch_loop.val_loop._module_mode.mode)
     return {name: module.training for name, module in pl_module.named_modules()}
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from _flat(value)
-        elif isinstance(value, dict):
-            yield from _flat(value.values())
-        else:
-            yield value
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
+
+from lightning_speedups.attach.copies import may_split_model
+from lightning_speedups.attach.packages import is_a
 
 
 def require_rewrapping(trainer: Trainer, name: str) -> None:
@@ -25,8 +28,7 @@ def require_rewrapping(trainer: Trainer, name: str) -> None:
     Raises:
         MisconfigurationException: If the strategy is neither single-device nor DDP.
     """
-    follows = isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy))
-    if not follows or isinstance(trainer.strategy, DeepSpeedStrategy):  # which Lightning derives from DDPStrategy
+    if may_split_model(trainer):
         raise MisconfigurationException(
             f"{name} freezes and unfreezes parameters during the fit, which {type(trainer.strategy).__name__} does not "
             "follow. Use `strategy='ddp'` (or a single device)."
@@ -50,9 +52,9 @@ def rewrapped(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """
     before = trainable(pl_module)
     yield
-    strategy = trainer.strategy
+    strategy: Any = trainer.strategy
     if (
-        isinstance(strategy, DDPStrategy)
+        is_a(strategy, "DDPStrategy")
         and isinstance(strategy.model, DistributedDataParallel)
         and trainable(pl_module) != before
     ):

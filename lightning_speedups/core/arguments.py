@@ -1,8 +1,9 @@
-"""One way to check a number that a user gives: the error names the argument, the rule and the value."""
+"""One way to check a number or a word that a user gives: the error names the argument, the rule and the value."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -55,3 +56,27 @@ def check_number(
     else:
         rule = f"{kind} above {low:g}" if above else f"{kind} of {low:g} or more"
     raise ValueError(f"Expected `{name}` to be {rule}{', or None' if optional else ''}, but got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any], *, optional: bool = False) -> None:
+    """Refuse what is none of the choices.
+
+    Args:
+        name: The argument's name.
+        value: What was given.
+        choices: What is allowed, two or more.
+        optional: Whether None is allowed.
+
+    Raises:
+        ValueError: If the value is none of them.
+
+    Example:
+        >>> check_choice("order", "upwards", ["up", "down"])
+        Traceback (most recent call last):
+        ValueError: Expected `order` to be 'up' or 'down', but got 'upwards'.
+    """
+    if value in choices or (value is None and optional):
+        return
+    *first, last = map(repr, choices)
+    rule = f"{', '.join(first)} or {last}{', or None' if optional else ''}"
+    raise ValueError(f"Expected `{name}` to be {rule}, but got {value!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -109,6 +109,30 @@ def _count(part: Any, around: set[int]) -> int | None:
     return next((count for inner in parts if (count := _count(inner, inside)) is not None), None)
 
 
+def tensors_in(part: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield all tensors in something, nested as they may be, in objects' attributes too.
+
+    Args:
+        part: Where to look.
+        seen: Of what it is not to look into: the ids.
+
+    Example:
+        >>> class Batch: ...
+        >>> batch = Batch()
+        >>> batch.images, batch.more = Tensor([1, 1]), {"labels": [Tensor([0]), "none"], "batch": batch}
+        >>> list(tensors_in([batch]))
+        [tensor([1., 1.]), tensor([0.])]
+    """
+    seen = set() if seen is None else seen
+    if isinstance(part, Tensor):
+        yield part
+    elif id(part) not in seen:
+        seen.add(id(part))
+        several = part if isinstance(part, Mapping) else getattr(part, "__dict__", {})
+        for inner in part if isinstance(part, (list, tuple)) else [*several.values()]:
+            yield from tensors_in(inner, seen)
+
+
 def replace_part(batch: Any, place: Place, value: Any) -> Any:
     """Return a shallow copy of a batch with one part replaced; the batch itself is left alone.
 
@@ -126,22 +150,21 @@ def replace_part(batch: Any, place: Place, value: Any) -> Any:
         >>> replace_part({"views": [1, 2]}, ("views", 0), "a")
         {'views': ['a', 2]}
     """
-    get_part(batch, place)
-    if isinstance(place, tuple):
-        if not place:
-            return value
-        return replace_part(batch, place[0], replace_part(get_part(batch, place[0]), place[1:], value))
-    if isinstance(batch, tuple) and isinstance(place, int):
-        parts = [*batch]
-        parts[place] = value
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    path = path_of(place)
+    get_part(batch, path)
+    if not path:
+        return value
+    step, rest = path[0], path[1:]
+    value = replace_part(get_part(batch, step), rest, value)
     if hasattr(batch, "_fields"):
-        return batch._replace(**{str(place): value})
+        return batch._replace(**{step if isinstance(step, str) else batch._fields[step]: value})
+    if isinstance(batch, tuple) and isinstance(step, int):
+        return type(batch)(replace_part(list(batch), step, value))
     changed = copy.copy(batch)
     if isinstance(changed, (MutableMapping, list)):
-        changed[place] = value  # type: ignore[index]
+        changed[step] = value  # type: ignore[index]
     else:
-        object.__setattr__(changed, str(place), value)  # a frozen dataclass refuses setattr
+        object.__setattr__(changed, str(step), value)  # a frozen dataclass refuses setattr
     return changed
 
 

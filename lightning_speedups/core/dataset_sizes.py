@@ -5,62 +5,28 @@ They are told by the names of their classes and attributes, so that neither libr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import gc
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lightning_speedups.core.resizing import Size
 
-RESIZES_AND_CROPS = ("RandomResizedCrop", "RandomResizedCropAndInterpolation")
-CROPS = ("CenterCrop", "RandomCrop")
+CROPS = frozenset({"CenterCrop", "RandomCrop"})
+RESIZES_AND_CROPS = frozenset({"RandomResizedCrop", "RandomResizedCropAndInterpolation"})
+APPLIES_SOME = frozenset({"RandomApply", "RandomChoice", "RandomOrder"})
 KEEPS_SIZE = frozenset(
-    {
-        "AugMix",
-        "AugMixAugment",
-        "AutoAugment",
-        "ClampBoundingBoxes",
-        "ColorJitter",
-        "ConvertBoundingBoxFormat",
-        "ConvertImageDtype",
-        "GaussianBlur",
-        "GaussianNoise",
-        "Grayscale",
-        "Identity",
-        "JPEG",
-        "MaybePILToTensor",
-        "MaybeToTensor",
-        "Normalize",
-        "PILToTensor",
-        "RGB",
-        "RandAugment",
-        "RandomAdjustSharpness",
-        "RandomAffine",
-        "RandomAutocontrast",
-        "RandomChannelPermutation",
-        "RandomEqualize",
-        "RandomErasing",
-        "RandomGrayscale",
-        "RandomHorizontalFlip",
-        "RandomInvert",
-        "RandomPerspective",
-        "RandomPhotometricDistort",
-        "RandomPosterize",
-        "RandomRotation",
-        "RandomSolarize",
-        "RandomVerticalFlip",
-        "SanitizeBoundingBoxes",
-        "ToDtype",
-        "ToImage",
-        "ToNumpy",
-        "ToPILImage",
-        "ToPureTensor",
-        "ToTensor",
-        "TrivialAugmentWide",
-    }
+    """
+    AugMix AugMixAugment AutoAugment ClampBoundingBoxes ColorJitter ConvertBoundingBoxFormat ConvertImageDtype
+    GaussianBlur GaussianNoise Grayscale Identity JPEG MaybePILToTensor MaybeToTensor Normalize PILToTensor RGB
+    RandAugment RandomAdjustSharpness RandomAffine RandomAutocontrast RandomChannelPermutation RandomEqualize
+    RandomErasing RandomGrayscale RandomHorizontalFlip RandomInvert RandomPerspective RandomPhotometricDistort
+    RandomPosterize RandomRotation RandomSolarize RandomVerticalFlip SanitizeBoundingBoxes ToDtype ToImage ToNumpy
+    ToPILImage ToPureTensor ToTensor TrivialAugmentWide
+    """.split()  # noqa: SIM905  # one name a line would be a page
 )
 
 
@@ -68,8 +34,8 @@ class UnknownSizeError(LookupError):
     """The size of a dataset's images cannot be set; the message says why."""
 
 
-@dataclass
-class Setting:
+@dataclass(frozen=True)
+class SizeSetting:
     """An attribute that is in pixels.
 
     Attributes:
@@ -84,25 +50,20 @@ class Setting:
 
     def set_scaled(self, rows: float, columns: float) -> None:
         """Set it for images whose height and width are so many times the full ones."""
+        larger = max(rows, columns)  # for a side of unknown direction, which may not be too small for a later crop
         scaled: Any
-        if isinstance(self.value, int):  # a side of unknown direction, which may not be too small for a later crop
-            scaled = max(1, round(self.value * max(rows, columns)))
-        elif self.name == "size":
-            shares = (rows, columns) if len(self.value) == 2 else (max(rows, columns),)
-            scaled = type(self.value)(
-                [max(1, round(side * share)) for side, share in zip(self.value, shares, strict=True)]
-            )
+        if isinstance(self.value, int):
+            scaled = max(1, round(self.value * larger))
         else:
-            scaled = type(self.value)([round(pixels * max(rows, columns)) for pixels in self.value])
+            is_size = self.name == "size"
+            shares = (rows, columns) if is_size and len(self.value) == 2 else [larger] * len(self.value)
+            pixels = [round(side * share) for side, share in zip(self.value, shares, strict=True)]
+            scaled = type(self.value)([max(1, side) for side in pixels] if is_size else pixels)
         setattr(self.owner, self.name, scaled)
 
-    def restore(self) -> None:
-        """Give it its value for full images."""
-        setattr(self.owner, self.name, self.value)
 
-
-@dataclass
-class Settings:
+@dataclass(frozen=True)
+class SizeSettings:
     """All that sets the size of a dataset's images.
 
     Attributes:
@@ -111,7 +72,7 @@ class Settings:
     """
 
     full: Size
-    each: list[Setting] = field(default_factory=list)
+    each: list[SizeSetting]
 
     def set_size(self, size: Size) -> None:
         """Let the dataset give images of a size.
@@ -120,10 +81,7 @@ class Settings:
             size: Height and width.
         """
         for setting in self.each:
-            if size == self.full:
-                setting.restore()
-            else:
-                setting.set_scaled(size[0] / self.full[0], size[1] / self.full[1])
+            setting.set_scaled(size[0] / self.full[0], size[1] / self.full[1])
 
     def restore(self) -> None:
         """Let the dataset give full images."""
@@ -139,7 +97,7 @@ class Settings:
         return next((type(setting.owner).__name__ for setting in self.each if id(setting.owner) in seen), None)
 
 
-def find_settings(dataset: Any) -> Settings:
+def find_settings(dataset: Any) -> SizeSettings:
     """Find what sets the size of a dataset's images.
 
     Args:
@@ -155,111 +113,112 @@ def find_settings(dataset: Any) -> Settings:
         >>> find_settings(Squares()).full
         (32, 32)
     """
-    reading = _Reading()
-    reading.dataset(dataset)
+    reading = _read_dataset(dataset)
     if reading.size is None:
-        raise UnknownSizeError(
-            f"nothing in {type(dataset).__name__} sets the size of its images"
-            if reading.loose is None
-            else f"{reading.loose} leaves each image its own shape; give it height and width"
-        )
-    return Settings(reading.size, reading.settings)
+        raise UnknownSizeError(f"nothing in {type(dataset).__name__} sets the size of its images")
+    if isinstance(reading.size, str):
+        raise UnknownSizeError(f"{reading.size} leaves each image its own shape; give it height and width")
+    return SizeSettings(reading.size, list(reading.settings.values()))
+
+
+def _read_dataset(dataset: Any) -> _Reading:
+    """Follow an image out of a dataset: out of the datasets in it, then through its own transform."""
+    parts = list(getattr(dataset, "datasets", None) or [])
+    parts = parts or [part for part in getattr(dataset, "__dict__", {}).values() if isinstance(part, Dataset)]
+    readings = [_read_dataset(part) for part in parts]
+    sizes = {inner.size for inner in readings} or {None}
+    if len(sizes) > 1:
+        raise UnknownSizeError(f"the parts of {type(dataset).__name__} have images of different sizes")
+    reading = _Reading(sizes.pop())
+    for inner in readings:
+        reading.settings |= inner.settings
+    chain = _transform_of(dataset)
+    own_size = getattr(dataset, "size", None)
+    if not parts and _is_size(own_size) and not _sets_size(chain):  # else it is the dataset's length
+        reading.settle(dataset, own_size)
+    reading.follow(chain)
+    return reading
+
+
+def _transform_of(dataset: Any) -> Any:
+    """Return what the images go through; torchvision makes a pair of ``transform``, which then is the one to change."""
+    joint = getattr(dataset, "transforms", None)
+    is_pair = type(joint).__name__ == "StandardTransform"
+    return getattr(dataset, "transform", None) if joint is None or is_pair else joint
+
+
+def _sets_size(transform: Any) -> bool:
+    """Tell whether all images have one size after a transform, whatever they had before."""
+    reading = _Reading()
+    try:
+        reading.follow(transform)
+    except UnknownSizeError:
+        return False
+    return isinstance(reading.size, tuple)
 
 
 class _Reading:
-    """Follows an image through a dataset."""
+    """What is known of the images after some of what they go through.
 
-    def __init__(self) -> None:
-        self.settings: list[Setting] = []
-        self.size: Size | None = None  # where all images have one
-        self.loose: str | None = None  # what has set the scale, but not the shape
+    Args:
+        size: Their size; or the name of what has set their scale, but not their shape; or None.
+    """
 
-    def dataset(self, dataset: Any) -> None:
-        parts = list(getattr(dataset, "datasets", None) or [])
-        parts = parts or [part for part in getattr(dataset, "__dict__", {}).values() if isinstance(part, Dataset)]
-        results = []
-        for part in parts:
-            inner = _Reading()
-            inner.dataset(part)
-            results.append((inner.size, inner.loose))
-            self.settings += [one for one in inner.settings if not any(_same(one, other) for other in self.settings)]
-        if len(set(results)) > 1:
-            raise UnknownSizeError(f"the parts of {type(dataset).__name__} have images of different sizes")
-        if results:
-            self.size, self.loose = results[0]
-        # torchvision makes `transforms` of `transform`, which then is the one to change.
-        joint = getattr(dataset, "transforms", None)
-        chain = getattr(dataset, "transform", None)
-        if joint is not None and type(joint).__name__ != "StandardTransform":
-            chain = joint
-        own = _Reading()
-        own.size, own.loose = self.size, self.loose
-        side: Any = getattr(dataset, "size", None)
-        if not parts and _is_size(side):
-            own.settings.append(Setting(dataset, "size", side))
-            own.size = (side, side) if isinstance(side, int) else (side[0], side[1])
-        if chain is not None:
-            alone = _Reading()
-            try:  # else `size` is the images' own, and not the dataset's length
-                alone.transform(chain)
-            except UnknownSizeError:
-                alone.size = None
-            if alone.size is not None:
-                own = alone
-            else:
-                own.transform(chain)
-        self.settings += [one for one in own.settings if not any(_same(one, other) for other in self.settings)]
-        self.size, self.loose = own.size, own.loose
+    def __init__(self, size: Size | str | None = None) -> None:
+        self.size = size
+        self.settings: dict[tuple[int, str], SizeSetting] = {}
 
-    def transform(self, transform: Any) -> None:
+    def follow(self, transform: Any) -> None:
+        """Go through a transform."""
         kind = type(transform).__name__
         if transform is None:
             return
         if kind in ("Compose", "Sequential"):
-            for part in transform if isinstance(transform, nn.Sequential) else transform.transforms:
-                self.transform(part)
-        elif kind in ("RandomApply", "RandomChoice", "RandomOrder"):
-            for part in transform.transforms:
-                before = len(self.settings)
-                self.transform(part)
-                if len(self.settings) != before:
-                    raise UnknownSizeError(f"{kind} changes the size of some images only")
+            for part in getattr(transform, "transforms", transform):
+                self.follow(part)
+        elif kind in APPLIES_SOME:
+            self._follow_some(transform)
         elif kind == "Resize":
             self._resize(transform)
         elif kind in RESIZES_AND_CROPS:
-            self._crop(transform)
+            self.settle(transform, transform.size)
         elif kind in CROPS:
-            if self.size is None and self.loose is None:
-                raise UnknownSizeError(
-                    f"{kind} cuts a part out of the images, and nothing before it resizes them; put a Resize before it"
-                )
             self._crop(transform)
-            if getattr(transform, "padding", None):
-                self.settings.append(Setting(transform, "padding", transform.padding))
-        elif kind not in KEEPS_SIZE or (kind == "RandomRotation" and transform.expand):
+        elif kind not in KEEPS_SIZE or getattr(transform, "expand", False):  # as a rotation may
             raise UnknownSizeError(f"what {kind} does to the size of the images is not known")
+
+    def settle(self, owner: Any, size: Any) -> None:
+        """Take the ``size`` of a dataset or transform for that of the images."""
+        self.size = (size, size) if isinstance(size, int) else (size[0], size[-1])
+        self._add(owner, "size")
+
+    def _add(self, owner: Any, name: str) -> None:
+        self.settings[id(owner), name] = SizeSetting(owner, name, getattr(owner, name))
+
+    def _follow_some(self, transform: Any) -> None:
+        for part in transform.transforms:
+            inner = _Reading(self.size)
+            inner.follow(part)
+            if inner.settings:
+                raise UnknownSizeError(f"{type(transform).__name__} changes the size of some images only")
 
     def _resize(self, transform: Any) -> None:
         size = transform.size
         if getattr(transform, "max_size", None) is not None or size is None:
             raise UnknownSizeError("Resize has a `max_size`")
-        if isinstance(size, Sequence) and len(size) == 1:
-            size = size[0]
-        if isinstance(size, int):  # of the shorter side
-            self.size, self.loose = None, f"Resize({size})"
-        else:
-            self.size, self.loose = (size[0], size[1]), None
-        self.settings.append(Setting(transform, "size", transform.size))
+        self.settle(transform, size)
+        if isinstance(size, int) or len(size) == 1:  # of the shorter side
+            self.size = f"Resize({size if isinstance(size, int) else size[0]})"
 
     def _crop(self, transform: Any) -> None:
-        size = transform.size
-        self.size = (size, size) if isinstance(size, int) else (size[0], size[-1])
-        self.loose = None
-        self.settings.append(Setting(transform, "size", size))
-
-
-def _same(one: Setting, other: Setting) -> bool:
-    return one.owner is other.owner and one.name == other.name
+        if self.size is None:
+            raise UnknownSizeError(
+                f"{type(transform).__name__} cuts a part out of the images, and nothing before it resizes them; put a "
+                "Resize before it"
+            )
+        self.settle(transform, transform.size)
+        if getattr(transform, "padding", None):
+            self._add(transform, "padding")
 
 
 def _is_size(value: Any) -> bool:
@@ -274,49 +233,14 @@ def _reachable(thing: Any) -> set[int]:
     waiting = [thing]
     while waiting:
         one = waiting.pop()
-        if id(one) in seen or isinstance(one, (str, bytes, int, float, type(None), type)):
-            continue
-        seen[id(one)] = one
-        parts: Iterable[Any] = ()
-        if isinstance(one, Mapping):
-            parts = one.values() if len(one) <= 100 else ()
-        elif isinstance(one, (list, tuple, set)):
-            parts = one if len(one) <= 100 else ()
-        elif isinstance(one, partial):
-            parts = (one.func, *one.args, *one.keywords.values())
-        elif hasattr(one, "__self__"):
-            parts = (one.__self__,)
-        elif hasattr(one, "__closure__"):
-            parts = (cell.cell_contents for cell in one.__closure__ or () if _is_full(cell))
-        elif type(one).__module__.split(".")[0] not in ("torch", "numpy", "builtins") or isinstance(
-            one, (Dataset, nn.Module, DataLoader)
-        ):
-            parts = getattr(one, "__dict__", {}).values()
-        waiting += parts
+        if id(one) not in seen:
+            seen[id(one)] = one
+            waiting += _held_by(one)
     return set(seen)
 
 
-def _is_full(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
-
-
-def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:
-    """Return a batch of a map-style dataset, in this process.
-
-    Args:
-        loader: The loader that collates it.
-        indices: Which samples.
-
-    Example:
-        >>> take_batch(DataLoader(range(8), batch_size=4), [2, 5])
-        tensor([2, 5])
-    """
-    dataset: Any = loader.dataset
-    if loader.batch_sampler is None:  # the dataset is given whole batches of indices
-        return loader.collate_fn(dataset[list(indices)])
-    many = getattr(dataset, "__getitems__", None)
-    samples = many(list(indices)) if many else [dataset[index] for index in indices]
-    return loader.collate_fn(samples)
+def _held_by(thing: Any) -> Iterable[Any]:
+    if isinstance(thing, FunctionType):
+        return thing.__closure__ or ()  # it also holds all names of its module
+    is_large = isinstance(thing, (Mapping, list, tuple, set)) and len(thing) > 100
+    return () if is_large or isinstance(thing, (type, ModuleType)) else gc.get_referents(thing)

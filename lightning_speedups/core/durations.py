@@ -13,7 +13,7 @@ Unit = Literal["steps", "epochs", "fraction"]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFacts:
     """What a schedule can know of a run before its first step.
 
     Attributes:
@@ -85,7 +85,7 @@ class Duration:
             raise ValueError(rule) from error
         return Duration(int(value), "steps")
 
-    def in_steps(self, run: Run, total: float | None = None) -> float | None:
+    def in_steps(self, run: RunFacts, total: float | None = None) -> float | None:
         """Return the length in optimizer steps, or None when the run does not say enough.
 
         Args:
@@ -93,7 +93,7 @@ class Duration:
             total: Steps of which a fraction is taken, instead of the run's own.
 
         Example:
-            >>> run = Run(steps=200, steps_in_epochs=lambda epochs: round(20 * epochs))
+            >>> run = RunFacts(steps=200, steps_in_epochs=lambda epochs: round(20 * epochs))
             >>> [Duration(*given).in_steps(run) for given in ((7, "steps"), (1.5, "epochs"), (0.1, "fraction"))]
             [7, 30, 20.0]
         """

@@ -6,7 +6,7 @@ Sources: mixup (Zhang et al., arXiv:1710.09412), CutMix (Yun et al., arXiv:1905.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 Box = tuple[int, int, int, int]
 """top, bottom, left, right in pixels, half-open."""
 NO_BOX: Box = (0, 0, 0, 0)
+Method = Literal["mixup", "cutmix", "both", "none"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Mixture:
         True
     """
 
-    method: Literal["mixup", "cutmix", "both", "none"]
+    method: Method
     lam: Tensor | None = None
     partner: Tensor | None = None
     boxes: tuple[Box, ...] = ()
@@ -73,31 +74,43 @@ def draw_mixture(
     """
     if alpha == cutmix_alpha == 0:
         return Mixture("none")
-    draws = shape[0] if per_element else 1
     share_of_cuts = switch_prob if alpha > 0 and cutmix_alpha > 0 else float(cutmix_alpha > 0)
     partner = torch.randperm(shape[0], generator=generator)
-    # Numbers rather than tensors: in the common case there is one of each.
-    mixes, switches = torch.rand(2, draws, generator=generator).tolist()
-    mixed = [mix < prob for mix in mixes]
-    cut = [mix and switch < share_of_cuts for mix, switch in zip(mixed, switches, strict=True)]
-    if not any(mixed):
+    ways = _draw_ways(shape[0] if per_element else 1, prob, share_of_cuts, generator)
+    methods = set(ways) - {"none"}
+    if not methods:
         return Mixture("none")
-    kept, boxes, frame = [1.0] * draws, [NO_BOX] * draws, None
-    if cut != mixed:  # some are blended
-        drawn = draw_lambda(alpha, draws, generator).tolist()
-        kept = [lam if mix else 1.0 for lam, mix in zip(drawn, mixed, strict=True)]
-    if any(cut):
-        frame = (int(shape[-2]), int(shape[-1]))
-        drawn = draw_lambda(cutmix_alpha, draws, generator).tolist()
-        boxes = [cut_box(*frame, lam, generator) if cuts else NO_BOX for lam, cuts in zip(drawn, cut, strict=True)]
-        kept = [kept_share(box, *frame) if cuts else lam for box, lam, cuts in zip(boxes, kept, cut, strict=True)]
+    frame = (int(shape[-2]), int(shape[-1])) if "cutmix" in methods else None
+    kept, boxes = _draw_shares(ways, {"mixup": alpha, "cutmix": cutmix_alpha}, frame or (0, 0), generator)
     return Mixture(
-        "mixup" if frame is None else "cutmix" if cut == mixed else "both",
+        "both" if len(methods) > 1 else methods.pop(),
         complementary(torch.tensor(kept)).to(device, non_blocking=True),
         partner.to(device, non_blocking=True),
-        () if frame is None else tuple(boxes),
+        tuple(boxes) if frame else (),
         frame,
     )
+
+
+def _draw_ways(size: int, prob: float, share_of_cuts: float, generator: torch.Generator) -> list[Method]:
+    """Draw how each sample, or the batch, is mixed, if at all."""
+    # Numbers rather than tensors: in the common case there is one of each.
+    drawn = torch.rand(2, size, generator=generator).T.tolist()
+    return ["none" if mix >= prob else "cutmix" if switch < share_of_cuts else "mixup" for mix, switch in drawn]
+
+
+def _draw_shares(
+    ways: Sequence[Method], alphas: Mapping[Method, float], frame: tuple[int, int], generator: torch.Generator
+) -> tuple[list[float], list[Box]]:
+    """Draw what share each sample keeps of itself, and the box that is pasted into it."""
+    drawn = {way: draw_lambda(alpha, len(ways), generator).tolist() for way, alpha in alphas.items() if way in ways}
+    kept, boxes = [1.0] * len(ways), [NO_BOX] * len(ways)
+    for i, way in enumerate(ways):
+        if way == "mixup":
+            kept[i] = drawn[way][i]
+        elif way == "cutmix":
+            boxes[i] = cut_box(*frame, drawn[way][i], generator)
+            kept[i] = kept_share(boxes[i], *frame)
+    return kept, boxes
 
 
 def mix_values(values: Tensor, mixture: Mixture, *, cut: bool = True) -> Tensor:
@@ -156,16 +169,11 @@ def boxes_in(mixture: Mixture, shape: Sequence[int]) -> list[Box]:
     assert mixture.frame is not None
     (height, width), (rows, columns) = mixture.frame, shape[-2:]
 
-    def scale(edge: int, size: int, new: int) -> int:
-        return (2 * edge * new + size) // (2 * size)  # rounded
+    def scaled(start: int, stop: int, size: int, new: int) -> tuple[int, int]:
+        return (2 * start * new + size) // (2 * size), (2 * stop * new + size) // (2 * size)  # rounded
 
     return [
-        (
-            scale(top, height, rows),
-            scale(bottom, height, rows),
-            scale(left, width, columns),
-            scale(right, width, columns),
-        )
+        (*scaled(top, bottom, height, rows), *scaled(left, right, width, columns))
         for top, bottom, left, right in mixture.boxes
     ]
 
@@ -188,8 +196,7 @@ def draw_lambda(alpha: float, size: int, generator: torch.Generator) -> Tensor:
     """
     # torch.distributions.Beta draws from this same operator but takes no generator.
     pair = torch._sample_dirichlet(torch.full((size, 2), alpha, dtype=torch.float64), generator=generator)
-    lam = pair[:, 0].float()
-    return complementary(lam)
+    return complementary(pair[:, 0].float())
 
 
 def complementary(lam: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.arguments import check_choice, check_number
 
 Method = Literal["minimum", "valley", "steepest"]
 
@@ -48,8 +48,7 @@ class Sweep:
         if self.max_lr <= self.min_lr:
             raise ValueError(f"Expected `max_lr` to be above `min_lr`, which is {self.min_lr}, but got {self.max_lr}.")
         check_number("steps", self.steps, 10, whole=True)
-        if self.method not in get_args(Method):
-            raise ValueError(f"Expected `method` to be one of {', '.join(get_args(Method))}, but got {self.method!r}.")
+        check_choice("method", self.method, get_args(Method))
         check_number("beta", self.beta, 0, 1, below=True)
         check_number("stop_factor", self.stop_factor, 1, above=True)
 

@@ -51,20 +51,17 @@ class Growth:
             >>> [round(Growth(stages=(112, 168, 1.0)).share(progress, 224), 3) for progress in (0.54, 0.55, 0.8)]
             [0.5, 0.75, 1.0]
         """
-        if progress >= self.full_from:
-            grown = 1.0
-        elif progress <= self.grow_from:
-            grown = 0.0
-        else:
+        grown = float(progress >= self.full_from)
+        if self.grow_from < progress < self.full_from:
             grown = (progress - self.grow_from) / (self.full_from - self.grow_from)
-        if self.stages is None:
-            return self.start + (1 - self.start) * grown
-        last = (self.stages if isinstance(self.stages, int) else len(self.stages)) - 1
-        level = math.floor(grown * last + 1e-9)  # a stage may not begin a batch late for a rounding error
-        if isinstance(self.stages, int):
-            return self.start + (1 - self.start) * level / last
-        size = self.stages[level]
-        return min(1.0, size if size <= 1 else size / shorter)
+        if self.stages is not None:
+            last = (self.stages if isinstance(self.stages, int) else len(self.stages)) - 1
+            level = math.floor(grown * last + 1e-9)  # a stage may not begin a batch late for a rounding error
+            if not isinstance(self.stages, int):
+                size = self.stages[level]
+                return min(1.0, size if size <= 1 else size / shorter)
+            grown = level / last
+        return self.start + (1 - self.start) * grown
 
     def size(self, progress: float, full: Size) -> Size:
         """Return the size of the images.
@@ -195,11 +192,9 @@ def resize_images(images: Tensor, size: Size, antialias: bool = True) -> Tensor:
     if images.shape[-2:] == size:
         return images
     wide = images if images.dtype in (torch.float32, torch.float64) else images.float()
-    if images.ndim != 4:
-        wide = wide.reshape(-1, 1, *images.shape[-2:])
-    resized = F.interpolate(wide, size, mode="bilinear", align_corners=False, antialias=antialias)
-    if images.ndim != 4:
-        resized = resized.reshape(*images.shape[:-2], *size)
+    flat = wide if images.ndim == 4 else wide.reshape(-1, 1, *images.shape[-2:])
+    resized = F.interpolate(flat, size, mode="bilinear", align_corners=False, antialias=antialias)
+    resized = resized.reshape(*images.shape[:-2], *size)
     if images.dtype == torch.uint8:
         resized = resized.round().clamp(0, 255)
     resized = resized.to(images.dtype)

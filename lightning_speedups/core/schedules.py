@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, get_args
 
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.arguments import check_choice, check_number
 
 Anneal = Literal["cos", "linear"]
 Shape = Callable[[float], float]
@@ -56,65 +57,6 @@ def anneal_between(start: float, end: float, progress: float, shape: Anneal) -> 
     if shape == "linear":
         return start + (end - start) * progress
     return end + (start - end) / 2.0 * (1.0 + math.cos(math.pi * progress))
-
-
-def one_cycle(
-    step: float,
-    total_steps: int,
-    *,
-    max_lr: float = 1.0,
-    pct_start: float = 0.3,
-    anneal: Anneal = "cos",
-    div_factor: float = 25.0,
-    final_div_factor: float = 1e4,
-    base_momentum: float = 0.85,
-    max_momentum: float = 0.95,
-    three_phase: bool = False,
-) -> tuple[float, float]:
-    """Compute learning rate and momentum of the one-cycle policy at one step.
-
-    Two phases end at ``pct_start * total_steps - 1`` and ``total_steps - 1``: the rate rises from ``max_lr /
-    div_factor`` to ``max_lr``, then falls to ``max_lr / div_factor / final_div_factor``; momentum falls and rises
-    inversely. With ``three_phase`` the rate first returns to where it began, as long as it rose, and then falls to the
-    end.
-
-    Args:
-        step: Optimizer steps done so far; past the last one the curve stays at its end.
-        total_steps: Length of the whole cycle in optimizer steps, 1 or more.
-        max_lr: The peak.
-        pct_start: Fraction of the cycle in which the rate rises, in (0, 1).
-        anneal: Shape of each phase.
-        div_factor: ``max_lr`` over the first rate.
-        final_div_factor: First rate over the last one.
-        base_momentum: Momentum at the peak of the rate.
-        max_momentum: Momentum at both ends.
-        three_phase: Three phases instead of two.
-
-    Returns:
-        Learning rate and momentum.
-
-    Example:
-        >>> [round(one_cycle(t, 10, max_lr=0.5)[0], 6) for t in (0, 2, 9)]
-        [0.02, 0.5, 2e-06]
-        >>> one_cycle(99, 10, max_lr=0.5) == one_cycle(9, 10, max_lr=0.5)
-        True
-    """
-    first = max_lr / div_factor
-    high, low = (max_lr, base_momentum), (first / final_div_factor, max_momentum)
-    corners = [(first, max_momentum), high, *([(first, max_momentum)] if three_phase else []), low]
-    rise = pct_start * total_steps
-    ends = [rise - 1, *([2 * rise - 2] if three_phase else []), total_steps - 1.0]
-
-    step = min(step, total_steps - 1)
-    phase = next(i for i, end in enumerate(ends) if step <= end or end == ends[-1])
-    begin, end = ([0.0, *ends])[phase : phase + 2]
-    # A phase without length has nothing to interpolate: it stands at its end.
-    progress = (step - begin) / (end - begin) if end > begin else 1.0
-    (lr, momentum), (next_lr, next_momentum) = corners[phase : phase + 2]
-    return (
-        anneal_between(lr, next_lr, progress, anneal),
-        anneal_between(momentum, next_momentum, progress, anneal),
-    )
 
 
 def triangle(position: float, up: float, down: float) -> tuple[float, int]:
@@ -273,7 +215,8 @@ def join(position: float, pieces: Sequence[tuple[float, Shape]]) -> float:
 
     Args:
         position: 0 or more, in the unit of the lengths.
-        pieces: Length, above 0, and shape of each; at least one.
+        pieces: Length and shape of each; at least one. One of length 0 is passed over; below 0 it only lets the next
+            one begin so much earlier.
 
     Example:
         >>> up_and_down = [(2, lambda p: p), (4, linear)]
@@ -281,12 +224,11 @@ def join(position: float, pieces: Sequence[tuple[float, Shape]]) -> float:
         [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
     """
     begin = 0.0
-    for length, shape in pieces[:-1]:
+    for length, shape in pieces:
         if position < begin + length:
             return shape(min(1.0, (position - begin) / length))
         begin += length
-    length, shape = pieces[-1]
-    return shape((position - begin) / length if position < begin + length else 1.0)
+    return shape(1.0)
 
 
 def with_ends(
@@ -317,6 +259,76 @@ def with_ends(
         (cooldown, lambda p: anneal_between(last, cooldown_end, p, "linear")),
     ]
     return [(piece, part) for piece, part in pieces if piece > 0]
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """The one-cycle policy: the rate goes low → high → far below low, momentum high → low → high; checked when made.
+
+    Two phases end at ``pct_start * total_steps - 1`` and ``total_steps - 1``: the rate rises from ``max_lr /
+    div_factor`` to ``max_lr``, then falls to ``max_lr / div_factor / final_div_factor``; momentum falls and rises
+    inversely. With ``three_phase`` the rate first returns to where it began, as long as it rose, and then falls to the
+    end.
+
+    Attributes:
+        pct_start: Fraction of the cycle in which the rate rises, in (0, 1); at most 0.5 with ``three_phase``.
+        anneal: Shape of each phase, ``"cos"`` or ``"linear"``.
+        div_factor: ``max_lr`` over the first rate, above 0.
+        final_div_factor: First rate over the last one, above 0.
+        base_momentum: Momentum at the peak of the rate, in [0, 1).
+        max_momentum: Momentum at both ends, in [0, 1).
+        three_phase: Three phases instead of two.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    pct_start: float = 0.3
+    anneal: Anneal = "cos"
+    div_factor: float = 25.0
+    final_div_factor: float = 1e4
+    base_momentum: float = 0.85
+    max_momentum: float = 0.95
+    three_phase: bool = False
+
+    def __post_init__(self) -> None:
+        most = 0.5 if self.three_phase else 1
+        check_number("pct_start", self.pct_start, 0, most, above=True, below=not self.three_phase)
+        check_choice("anneal", self.anneal, get_args(Anneal))
+        check_number("div_factor", self.div_factor, 0, above=True)
+        check_number("final_div_factor", self.final_div_factor, 0, above=True)
+        check_number("base_momentum", self.base_momentum, 0, 1, below=True)
+        check_number("max_momentum", self.max_momentum, 0, 1, below=True)
+
+    def at(self, step: float, total_steps: int, max_lr: float) -> tuple[float, float]:
+        """Return learning rate and momentum at one step.
+
+        Args:
+            step: Optimizer steps done so far; past the last one the curve stays at its end.
+            total_steps: Length of the whole cycle in optimizer steps, 1 or more.
+            max_lr: The peak.
+
+        Example:
+            >>> [round(OneCycle().at(t, 10, max_lr=0.5)[0], 6) for t in (0, 2, 9)]
+            [0.02, 0.5, 2e-06]
+            >>> OneCycle().at(99, 10, max_lr=0.5) == OneCycle().at(9, 10, max_lr=0.5)
+            True
+        """
+        first, last = max_lr / self.div_factor, total_steps - 1
+        start, peak = (first, self.max_momentum), (max_lr, self.base_momentum)
+        end = (first / self.final_div_factor, self.max_momentum)
+        rise = self.pct_start * total_steps - 1
+        if self.three_phase:
+            lengths, corners = [rise, rise, last - 2 * rise], [start, peak, start, end]
+        else:
+            lengths, corners = [rise, last - rise], [start, peak, end]
+        rates, momenta = zip(*corners, strict=True)
+        return self._along(min(step, last), lengths, rates), self._along(min(step, last), lengths, momenta)
+
+    def _along(self, step: float, lengths: Sequence[float], values: Sequence[float]) -> float:
+        """Go from each value to the next in one of the lengths."""
+        anneals = [partial(anneal_between, start, end, shape=self.anneal) for start, end in pairwise(values)]
+        return join(step, list(zip(lengths, anneals, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -385,27 +397,15 @@ def pick_shape(shape: str | Shape, options: Mapping[str, Any]) -> Shape:
     """
     if not isinstance(options, Mapping):
         raise ValueError(f"Expected `options` to be a dict of a named shape's arguments, but got {options!r}.")
-    if callable(shape):
-        if options:
-            raise ValueError(f"Expected no `options` or `end_factor` for your own `shape`, but got {dict(options)}.")
-        picked = shape
-    elif isinstance(shape, str) and shape in SHAPES:
-        known = list(inspect.signature(SHAPES[shape]).parameters)[1:]
-        if unknown := set(options) - set(known):
-            raise ValueError(f"Expected options of shape {shape!r} to be of {known}, but got {sorted(unknown)}.")
-        for name, value in options.items():
-            check_option(name, value)
-        picked = partial(SHAPES[shape], **options)
+    if not callable(shape):
+        picked = _named_shape(shape, options)
+    elif options:
+        raise ValueError(f"Expected no `options` or `end_factor` for your own `shape`, but got {dict(options)}.")
     else:
-        raise ValueError(f"Expected `shape` to be a function or one of {', '.join(SHAPES)}, but got {shape!r}.")
+        picked = shape
     for place in range(101):
-        factor: Any
-        try:
-            factor = picked(place / 100)
-            good = math.isfinite(factor) and factor >= 0
-        except (ArithmeticError, TypeError, ValueError, LookupError) as error:
-            factor, good = error, False
-        if not good:
+        factor, is_good = _tried(picked, place / 100)
+        if not is_good:
             raise ValueError(
                 f"Expected `shape` {shape!r} with {dict(options)} to give finite factors of 0 or more, but at progress "
                 f"{place / 100} it gave {factor!r}."
@@ -413,29 +413,41 @@ def pick_shape(shape: str | Shape, options: Mapping[str, Any]) -> Shape:
     return picked
 
 
-def check_option(name: str, value: Any) -> None:
-    """Refuse an argument of a named shape that is out of its range.
+def _named_shape(name: Any, options: Mapping[str, Any]) -> Shape:
+    if not (isinstance(name, str) and name in SHAPES):
+        raise ValueError(f"Expected `shape` to be a function or one of {', '.join(SHAPES)}, but got {name!r}.")
+    known = list(inspect.signature(SHAPES[name]).parameters)[1:]
+    if unknown := set(options) - set(known):
+        raise ValueError(f"Expected options of shape {name!r} to be of {known}, but got {sorted(unknown)}.")
+    for option, value in options.items():
+        _check_option(option, value)
+    return partial(SHAPES[name], **options)
 
-    Args:
-        name: The argument's name.
-        value: What was given.
 
-    Raises:
-        ValueError: If it breaks its rule.
-    """
-    name_given = f"options[{name!r}]"
-    if name in ("power", "gamma", "growth"):
-        check_number(name_given, value, 0, above=True)
-    elif name == "cycles":
-        check_number(name_given, value, 1, whole=True)
-    elif name == "rise":
-        check_number(name_given, value, 0, 1, below=True)
-    elif name == "milestones":
-        rule = f"Expected `{name_given}` to be rising fractions of the shape, each in [0, 1], but got {value!r}."
-        try:
-            for milestone in value:
-                check_number(name_given, milestone, 0, 1)
-        except (TypeError, ValueError) as error:
-            raise ValueError(rule) from error
-        if any(one >= other for one, other in pairwise(value)):
-            raise ValueError(rule)
+def _check_option(option: str, value: Any) -> None:
+    """Refuse an argument of a named shape that is out of its range."""
+    name = f"options[{option!r}]"
+    if option in ("power", "gamma", "growth"):
+        check_number(name, value, 0, above=True)
+    elif option == "cycles":
+        check_number(name, value, 1, whole=True)
+    elif option == "rise":
+        check_number(name, value, 0, 1, below=True)
+    elif option == "milestones" and not _are_rising_fractions(value):
+        raise ValueError(f"Expected `{name}` to be rising fractions of the shape, each in [0, 1], but got {value!r}.")
+
+
+def _are_rising_fractions(values: Any) -> bool:
+    are_fractions = isinstance(values, Iterable) and all(
+        isinstance(one, Real) and 0 <= float(one) <= 1 for one in values
+    )
+    return are_fractions and all(one < other for one, other in pairwise(values))
+
+
+def _tried(shape: Shape, progress: float) -> tuple[Any, bool]:
+    """Return what a shape gives, or how it fails, and whether that is a factor."""
+    try:
+        factor = shape(progress)
+        return factor, math.isfinite(factor) and factor >= 0
+    except (ArithmeticError, TypeError, ValueError, LookupError) as error:
+        return error, False

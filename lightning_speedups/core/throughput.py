@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-__all__ = ["Spread", "common_target", "paired_speedup", "samples_per_second", "spread", "time_to_target"]
+from lightning_speedups.core.arguments import check_number
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,8 @@ def samples_per_second(samples: int, seconds: float) -> float:
         >>> samples_per_second(3000, 1.5)
         2000.0
     """
-    if samples < 0:
-        raise ValueError(f"Expected argument `samples` to be >= 0 but got {samples}.")
-    if not 0.0 < seconds < math.inf:
-        raise ValueError(f"Expected argument `seconds` to be a positive finite number but got {seconds}.")
+    check_number("samples", samples, 0)
+    check_number("seconds", seconds, 0, above=True)
     return samples / seconds
 
 
@@ -144,11 +142,11 @@ def paired_speedup(baseline: Sequence[float], trick: Sequence[float]) -> Spread 
     """
     if len(baseline) != len(trick):
         raise ValueError(
-            f"Expected `baseline` and `trick` to have one time a seed each but got {len(baseline)} and {len(trick)}."
+            f"Expected `baseline` and `trick` to have one time a seed each, but got {len(baseline)} and {len(trick)}."
         )
     for name, times in (("baseline", baseline), ("trick", trick)):
         for seconds in times:
             if not seconds > 0.0:
-                raise ValueError(f"Expected every time in `{name}` to be > 0 seconds but got {seconds}.")
+                raise ValueError(f"Expected every time in `{name}` to be > 0 seconds, but got {seconds}.")
     # inf / inf is nan, which spread() leaves out
     return spread(before / after for before, after in zip(baseline, trick, strict=True))

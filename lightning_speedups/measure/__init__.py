@@ -7,15 +7,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_speedups.measure.arms import ARMS, Arm, Ingredients, Situation
+from lightning_speedups.measure.batch_picture import plot_batch
+from lightning_speedups.measure.errors import CompareError
+from lightning_speedups.measure.images import ImageData
+from lightning_speedups.measure.lr_range_test import LRRangeTest, RangeTestResult
+from lightning_speedups.measure.runs import Run, Summary
+from lightning_speedups.measure.settings import Settings
+
 if TYPE_CHECKING:
-    from lightning_speedups.measure.arms import ARMS, Arm, Ingredients, Situation
-    from lightning_speedups.measure.batch_picture import plot_batch
-    from lightning_speedups.measure.errors import CompareError
-    from lightning_speedups.measure.images import ImageData
-    from lightning_speedups.measure.lr_range_test import LRRangeTest, RangeTestResult
-    from lightning_speedups.measure.results import Comparison, Run, Summary
+    from lightning_speedups.measure.results import Comparison
     from lightning_speedups.measure.runner import compare
-    from lightning_speedups.measure.settings import Settings
 
 __all__ = [
     "ARMS",
@@ -34,24 +36,14 @@ __all__ = [
     "plot_batch",
 ]
 
-# Imported on demand: the comparison needs the extra ``bench``, the range test does not.
-_FILES = {
-    **dict.fromkeys(["ARMS", "Arm", "Ingredients", "Situation"], "arms"),
-    "plot_batch": "batch_picture",
-    "CompareError": "errors",
-    "ImageData": "images",
-    **dict.fromkeys(["LRRangeTest", "RangeTestResult"], "lr_range_test"),
-    **dict.fromkeys(["Comparison", "Run", "Summary"], "results"),
-    "compare": "runner",
-    "Settings": "settings",
-}
+# Imported on demand: these need the extra ``bench``.
+_FILES = {"Comparison": "results", "compare": "runner"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
-    return value
+    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
 
 
 def __dir__() -> list[str]:

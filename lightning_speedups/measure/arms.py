@@ -10,20 +10,18 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_speedups.callbacks.cyclic_momentum import CyclicMomentum
-from lightning_speedups.callbacks.freeze_backbone_finetune import FreezeBackboneFinetune
-from lightning_speedups.callbacks.freeze_progressively import FreezeProgressively
-from lightning_speedups.callbacks.lr_curve import LRCurve
-from lightning_speedups.callbacks.mixup_callback import MixupCallback
-from lightning_speedups.callbacks.one_cycle_momentum import OneCycleMomentum
-from lightning_speedups.callbacks.progressive_resizing import ProgressiveResizing
-from lightning_speedups.callbacks.subset_training import SubsetTraining
-from lightning_speedups.callbacks.warmup_lr_scaler import WarmupLRScaler
-from lightning_speedups.defaults import trainer_defaults
-from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss
 from lightning_speedups.measure.errors import CompareError
-
-__all__ = ["ARMS", "Arm", "Ingredients", "Situation", "choose_arms"]
+from lightning_speedups.tricks.batches.mixup_callback import MixupCallback
+from lightning_speedups.tricks.batches.progressive_resizing import ProgressiveResizing
+from lightning_speedups.tricks.batches.subset_training import SubsetTraining
+from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
+from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
+from lightning_speedups.tricks.rates.cyclic_momentum import CyclicMomentum
+from lightning_speedups.tricks.rates.lr_curve import LRCurve
+from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
+from lightning_speedups.tricks.rates.warmup_lr_scaler import WarmupLRScaler
+from lightning_speedups.tricks.transfer.freeze_backbone_finetune import FreezeBackboneFinetune
+from lightning_speedups.tricks.transfer.freeze_progressively import FreezeProgressively
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,13 +11,11 @@ from torch import Tensor
 
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, get_part
-from lightning_speedups.core.labels import MixedLabels
 from lightning_speedups.core.mixing import NO_BOX, Mixture
+from lightning_speedups.tensors.labels import MixedLabels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["plot_batch"]
 
 NAMED = 3  # classes in a title
 
@@ -74,7 +73,6 @@ def plot_batch(
         >>> [axes.get_title() for axes in figure.axes[:4]]
         ['ant', 'bee', 'cat', 'dog']
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     check_number("count", count, 1, whole=True)
@@ -92,30 +90,25 @@ def plot_batch(
     versions: list[tuple[Any, Mixture]] = [(batch, Mixture("none"))]
     if trick is not None:
         versions.append(trick.mix(batch, torch.Generator().manual_seed(seed)))
-    pictures = _pictures([_part(one, inputs, "inputs") for one, _ in versions], mean, std, count)
-    titles = []
-    for one, mixture in versions:
-        try:
-            named = _part(one, place, "labels")
-        except ValueError:
-            if trick is not None or labels is not None:
-                raise
-            named = None
-        titles.append(_titles(named, mixture, class_names, len(pictures[0])))
+    pictures = _pictures([_part(one, inputs, "inputs")[:count] for one, _ in versions], mean, std)
+    try:
+        named: list[Tensor | None] = [_part(one, place, "labels") for one, _ in versions]
+    except ValueError:
+        if trick is not None or labels is not None:
+            raise
+        named = [None]
 
-    shown = len(pictures[0])
+    shown = pictures.shape[1]
     wide = min(columns, shown)
     high = -(-shown // wide) * len(versions)
-    figure, row = Figure(figsize=(1.7 * wide, 2.1 * high), layout="constrained"), 0
-    FigureCanvasAgg(figure)
-    for start in range(0, shown, wide):
-        for images, names in zip(pictures, titles, strict=True):
-            for i in range(start, min(start + wide, shown)):
-                axes = figure.add_subplot(high, wide, 1 + row * wide + i - start)
-                axes.imshow(images[i].numpy(), cmap="gray", vmin=0, vmax=1)
-                axes.set_title(names[i], fontsize=8)
-                axes.set_axis_off()
-            row += 1
+    figure = Figure(figsize=(1.7 * wide, 2.1 * high), layout="constrained")
+    for row, (start, version) in enumerate(itertools.product(range(0, shown, wide), range(len(versions)))):
+        for i in range(start, min(start + wide, shown)):
+            axes = figure.add_subplot(high, wide, 1 + row * wide + i - start)
+            axes.imshow(pictures[version, i].numpy(), cmap="gray", vmin=0, vmax=1)
+            parts = _share(versions[version][1], i), _name(named[version], i, class_names)
+            axes.set_title("\n".join(filter(None, parts)), fontsize=8)
+            axes.set_axis_off()
     return figure
 
 
@@ -130,9 +123,9 @@ def _part(batch: Any, place: Place, argument: str) -> Tensor:
 
 
 def _pictures(
-    versions: Sequence[Tensor], mean: float | Sequence[float] | None, std: float | Sequence[float] | None, count: int
-) -> list[Tensor]:
-    """Bring images into [0, 1], ``(n, H, W)`` or ``(n, H, W, 3)``, all of them in the same way."""
+    versions: Sequence[Tensor], mean: float | Sequence[float] | None, std: float | Sequence[float] | None
+) -> Tensor:
+    """Bring all versions of the images into [0, 1] in the same way: ``(V, n, H, W)`` or ``(V, n, H, W, 3)``."""
     first = versions[0]
     if first.ndim not in (3, 4) or first.numel() == 0:
         raise ValueError(f"Expected images (N, C, H, W) or (N, H, W), but got the shape {tuple(first.shape)}.")
@@ -140,15 +133,13 @@ def _pictures(
     shift, scale = _per_channel("mean", mean, 0.0, channels), _per_channel("std", std, 1.0, channels)
     if (scale <= 0).any():
         raise ValueError(f"Expected `std` to be above 0, but got {std!r}.")
-    drawn = []
-    for images in versions:
-        part = images[:count].detach().cpu().float()
-        part = part if images.ndim == 4 else part.unsqueeze(1)
-        drawn.append(part / 255 if in_bytes else part * scale + shift)
-    low, high = float(drawn[0].min()), float(drawn[0].max())
+    images = torch.stack([one.detach().cpu().float() for one in versions])
+    images = images.view(len(versions), len(first), channels, *first.shape[-2:])
+    images = images / 255 if in_bytes else images * scale + shift
+    low, high = images[0].aminmax()
     if mean is None and std is None and not in_bytes and (low < 0 or high > 1):
-        drawn = [(part - low) / max(high - low, 1e-12) for part in drawn]
-    return [(part[:, :3].movedim(1, -1) if channels >= 3 else part[:, 0]).clamp(0, 1) for part in drawn]
+        images = (images - low) / (high - low).clamp_min(1e-12)
+    return (images[:, :, :3].movedim(2, -1) if channels >= 3 else images[:, :, 0]).clamp(0, 1)
 
 
 def _per_channel(name: str, given: float | Sequence[float] | None, default: float, channels: int) -> Tensor:
@@ -156,13 +147,6 @@ def _per_channel(name: str, given: float | Sequence[float] | None, default: floa
     if len(values) not in (1, channels) or not values.isfinite().all():
         raise ValueError(f"Expected `{name}` to be a number or {channels} of them, one a channel, but got {given!r}.")
     return values.view(-1, 1, 1)
-
-
-def _titles(labels: Tensor | None, mixture: Mixture, class_names: Sequence[str] | None, count: int) -> list[str]:
-    return [
-        "\n".join(filter(None, [_share(mixture, i), "" if labels is None else _name(labels, i, class_names)]))
-        for i in range(count)
-    ]
 
 
 def _share(mixture: Mixture, i: int) -> str:
@@ -173,24 +157,21 @@ def _share(mixture: Mixture, i: int) -> str:
     return f"{'cutmix' if pasted else 'mixup'} λ = {lam:.2f}" if lam < 1 else ""
 
 
-def _name(labels: Tensor, i: int, class_names: Sequence[str] | None) -> str:
+def _name(labels: Tensor | None, i: int, class_names: Sequence[str] | None) -> str:
     def name(label: Any) -> str:
         return class_names[int(label)] if class_names and 0 <= label < len(class_names) else str(int(label))
 
-    if labels.ndim > 2:  # a map
+    if labels is None or labels.ndim > 2:  # a map
         return ""
     if isinstance(labels, MixedLabels) and labels.ndim == 1:
         label, other, share = (part[i].item() for part in labels.parts())
-        return (
-            name(label)
-            if share == 1 or label == other
-            else f"{share:.0%} {name(label)} + {1 - share:.0%} {name(other)}"
-        )
-    one = labels[i].detach().cpu()
-    values = one.flatten().tolist()
-    if not labels.is_floating_point():
-        return ", ".join(name(label) for label in values[:NAMED])
-    if labels.ndim == 1 or min(values) < 0 or max(values) > 1:
-        return ", ".join(f"{value:.3g}" for value in values[:NAMED])
-    best = sorted(range(len(values)), key=lambda c: -values[c])[:NAMED]
-    return " + ".join(name(c) if values[c] == 1 else f"{values[c]:.0%} {name(c)}" for c in best if values[c] >= 0.005)
+        shares: dict[Any, float] = {label: share, other: 1 - share} if label != other else {label: 1.0}
+    else:
+        values = labels[i].detach().cpu().flatten().tolist()
+        if not labels.is_floating_point():
+            return ", ".join(name(label) for label in values[:NAMED])
+        if labels.ndim == 1 or min(values) < 0 or max(values) > 1:
+            return ", ".join(f"{value:.3g}" for value in values[:NAMED])
+        shares = dict(enumerate(values))
+    best = sorted(shares.items(), key=lambda one: -one[1])[:NAMED]
+    return " + ".join(name(c) if share == 1 else f"{share:.0%} {name(c)}" for c, share in best if share >= 0.005)

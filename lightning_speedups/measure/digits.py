@@ -9,23 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_speedups.measure.errors import CompareError
+from lightning_speedups.measure.errors import as_compare_error
 from lightning_speedups.measure.images import ImageData
 
-__all__ = ["Layout", "digit_collages", "digit_sources"]
-
-CANVAS = 24
-"""Side of a collage in pixels."""
-TEST_SHARE = 0.25
-"""Share of the source digits that only test images are made of."""
-SPLIT_SEED = 0
-"""The split of the source digits is the same for every data set."""
+CANVAS = 24  # side of a collage in pixels
+TEST_SHARE = 0.25  # of the source digits, of which only test images are made
+SPLIT_SEED = 0  # the same split of the source digits for every data set
 
 
 @dataclass(frozen=True)
@@ -47,19 +41,18 @@ class Layout:
     ink: Tensor
 
     @classmethod
-    def draw(cls, count: int, sources: int, generator: torch.Generator, others: int = 2) -> Layout:
-        """Draw the layout of ``count`` canvases: one large digit (place 0) and ``others`` clearly smaller ones."""
+    def draw(cls, count: int, sources: int, generator: torch.Generator) -> Layout:
+        """Draw the layout of ``count`` canvases: one large digit (place 0) and two clearly smaller ones."""
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator) * (high - low) + low
 
-        digits = others + 1
-        index = torch.randint(sources, (count, digits), generator=generator)
-        side = torch.cat([uniform(0.5, 0.64, count, 1), uniform(0.21, 0.36, count, others)], 1)
+        index = torch.randint(sources, (count, 3), generator=generator)
+        side = torch.cat([uniform(0.5, 0.64, count, 1), uniform(0.21, 0.36, count, 2)], 1)
         turn = math.radians(15)
-        angle = uniform(-turn, turn, count, digits)
-        centre = uniform(-1, 1, count, digits, 2) * (1 - side)[..., None]
-        return cls(index, side, angle, centre, uniform(0.5, 1.0, count, digits))
+        angle = uniform(-turn, turn, count, 3)
+        centre = uniform(-1, 1, count, 3, 2) * (1 - side)[..., None]
+        return cls(index, side, angle, centre, uniform(0.5, 1.0, count, 3))
 
 
 def _render(digits: Tensor, layout: Layout, size: int, generator: torch.Generator, noise: float = 0.03) -> Tensor:
@@ -88,13 +81,10 @@ def digit_sources() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     Raises:
         CompareError: If scikit-learn is not installed.
     """
-    try:
+    with as_compare_error("the embedded digits need the extra 'lightning-speedups[bench]': ", ImportError):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise CompareError("the embedded digits need scikit-learn: pip install 'lightning-speedups[bench]'") from error
-    bunch: Any = load_digits()
-    digits = torch.from_numpy(bunch.images).float() / 16
-    labels = torch.from_numpy(bunch.target).long()
+    pixels, classes = load_digits(return_X_y=True)
+    digits, labels = torch.from_numpy(pixels).float().view(-1, 8, 8) / 16, torch.from_numpy(classes).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     cut = round(len(labels) * TEST_SHARE)
     test, train = order[:cut], order[cut:]

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import tokenize
-import zipfile
-import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median_high
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
-from lightning_speedups.measure.errors import CompareError
+from lightning_speedups.measure.errors import CompareError, as_compare_error
 from lightning_speedups.measure.images import ImageData, subset
 
-if TYPE_CHECKING:
-    from torchvision.datasets import ImageFolder
-
-__all__ = ["load_data", "load_folder", "load_npz"]
-
-# np.load answers damaged or foreign files with any of these; an .npy file is an array, which has no `files`
-DAMAGED = (
-    OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, RuntimeError,
-    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
-)  # fmt: skip
+KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def load_data(path: str | Path, *, image_size: int | None = None, samples: int | None = None) -> ImageData:
@@ -41,16 +34,14 @@ def load_data(path: str | Path, *, image_size: int | None = None, samples: int |
         CompareError: If the path does not exist or what lies there can't be used.
     """
     path = Path(path)
-    try:
+    with as_compare_error(f"can't look at {str(path)[:150]}: ", OSError):
         is_folder, exists = path.is_dir(), path.exists()
-    except OSError as error:
-        raise CompareError(f"can't look at {str(path)[:150]}: {error.strerror or error}") from error
     if is_folder:
         return load_folder(path, image_size=image_size, samples=samples)
     if not exists:
         raise CompareError(f"no such file or folder: {path}")
     if image_size is not None:
-        raise CompareError("--image-size is for folders of images; the images of an .npz file are taken as they are")
+        raise CompareError("`image_size` is for folders of images; the images of an .npz file are taken as they are")
     return load_npz(path)
 
 
@@ -66,56 +57,47 @@ def load_npz(path: Path) -> ImageData:
     Raises:
         CompareError: If the file can't be read, lacks an array, or an array has the wrong type, shape or values.
     """
-    import numpy as np
+    # np.load answers damaged and foreign files in more ways than can be listed
+    what = f"can't read {path} as an .npz file: "
+    with as_compare_error(what, Exception), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        names = archive.files
+        arrays = {key: archive[key] for key in KEYS if key in names}
+    if missing := [key for key in KEYS if key not in names]:
+        raise CompareError(f"{path} lacks {', '.join(missing)}; it has {', '.join(names) or 'nothing'}")
+    with as_compare_error(f"{path}: ", ValueError):
+        x_train = _checked_images("train", arrays["x_train"], arrays["y_train"])
+        x_test = _checked_images("test", arrays["x_test"], arrays["y_test"])
+        if x_train[0].shape != x_test[0].shape:
+            raise ValueError(f"training and test images differ in shape: {[*x_train[0].shape]}, {[*x_test[0].shape]}")
+        y_train, y_test = _checked_labels(arrays["y_train"], arrays["y_test"])
+    return ImageData(path.name, x_train, y_train, x_test, y_test, num_classes=int(y_train.max()) + 1)
 
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            missing = [key for key in keys if key not in archive.files]
-            if missing:
-                raise CompareError(f"{path} lacks {', '.join(missing)}; it has {', '.join(archive.files) or 'nothing'}")
-            arrays = {key: archive[key] for key in keys}
-    except CompareError:
-        raise
-    except DAMAGED as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CompareError(f"can't read {path} as an .npz file: {reason[:150]}") from error
-    tensors: dict[str, Tensor] = {}
-    for split in ("train", "test"):
-        images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        if images.dtype != np.uint8:
-            raise CompareError(f"{path}: x_{split} must be uint8, got {images.dtype}")
-        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or min(images.shape) == 0:
-            raise CompareError(
-                f"{path}: x_{split} must be (N, H, W) or (N, H, W, C) with C = 1 or 3, got {images.shape}"
-            )
-        if labels.dtype.kind not in "iu" or labels.ndim != 1:
-            raise CompareError(
-                f"{path}: y_{split} must be integers of shape (N,), got {labels.dtype} of shape {labels.shape}"
-            )
-        if len(images) != len(labels):
-            raise CompareError(f"{path}: x_{split} has {len(images)} images but y_{split} has {len(labels)} labels")
-        if labels.max() > np.iinfo(np.int64).max:
-            raise CompareError(f"{path}: labels must be class indices from 0, y_{split} has {labels.max()}")
-        if labels.min() < 0:
-            raise CompareError(f"{path}: labels must be >= 0, y_{split} has {labels.min()}")
-        channels_last = images if images.ndim == 4 else images[..., None]
-        tensors[f"x_{split}"] = torch.from_numpy(np.ascontiguousarray(channels_last.transpose(0, 3, 1, 2)))
-        tensors[f"y_{split}"] = torch.from_numpy(labels.astype(np.int64))
-    if tensors["x_train"].shape[1:] != tensors["x_test"].shape[1:]:
-        raise CompareError(
-            f"{path}: training and test images differ in shape:"
-            f" {arrays['x_train'].shape[1:]} and {arrays['x_test'].shape[1:]}"
-        )
-    unseen = sorted(set(tensors["y_test"].tolist()) - set(tensors["y_train"].tolist()))
-    if unseen:
-        raise CompareError(f"{path}: y_test has label {unseen[0]}, which y_train lacks")
-    num_classes = int(tensors["y_train"].max()) + 1
-    if len(set(tensors["y_train"].tolist())) < 2:
-        raise CompareError(f"{path}: y_train has one class only")
-    if num_classes > 10 * len(tensors["y_train"]):
-        raise CompareError(f"{path}: y_train has the label {num_classes - 1}; labels must be class indices from 0")
-    return ImageData(path.name, **tensors, num_classes=num_classes)
+
+def _checked_images(split: str, images: Any, labels: Any) -> Tensor:
+    """The images of one split, (N, C, H, W), when they are images with a label each."""
+    if images.dtype != np.uint8:
+        raise ValueError(f"x_{split} must be uint8, got {images.dtype}")
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)) or min(images.shape) == 0:
+        raise ValueError(f"x_{split} must be (N, H, W) or (N, H, W, C) with C = 1 or 3, got {images.shape}")
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(f"y_{split} must be integers of shape (N,), got {labels.dtype} of shape {labels.shape}")
+    if len(images) != len(labels):
+        raise ValueError(f"x_{split} has {len(images)} images but y_{split} has {len(labels)} labels")
+    tensor = torch.from_numpy(images)
+    return (tensor[:, None] if tensor.ndim == 3 else tensor.movedim(3, 1)).contiguous()
+
+
+def _checked_labels(train: Any, test: Any) -> tuple[Tensor, Tensor]:
+    """Training and test labels as int64, when they are class indices."""
+    low, high = train.min(), train.max()
+    if low < 0 or high >= 10 * len(train):
+        raise ValueError(f"labels must be class indices from 0, y_train has {low if low < 0 else high}")
+    if low == high:
+        raise ValueError("y_train has one class only")
+    unseen = np.setdiff1d(test, train)
+    if len(unseen):
+        raise ValueError(f"y_test has label {unseen[0]}, which y_train lacks")
+    return torch.from_numpy(train.astype(np.int64)), torch.from_numpy(test.astype(np.int64))
 
 
 def load_folder(path: Path, *, image_size: int | None = None, samples: int | None = None) -> ImageData:
@@ -132,46 +114,33 @@ def load_folder(path: Path, *, image_size: int | None = None, samples: int | Non
     Raises:
         CompareError: If the layout is wrong, a file is no image, or a test class is unknown in train/.
     """
-    try:
-        from PIL import Image
-        from torchvision.datasets import ImageFolder
-        from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
-    except ImportError as error:
-        raise CompareError("folders of images need torchvision: pip install 'lightning-speedups[bench]'") from error
-
-    splits: dict[str, ImageFolder] = {}
-    for split in ("train", "test"):
-        try:
-            splits[split] = ImageFolder(path / split)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            reason = " ".join(str(error).split())
-            raise CompareError(f"{path} must hold train/CLASS/* and test/CLASS/*: {reason[:150]}") from error
-    classes = splits["train"].class_to_idx
-    unseen = sorted(set(splits["test"].classes) - set(classes))
+    with as_compare_error(f"{path} must hold train/CLASS/* and test/CLASS/*: ", FileNotFoundError, NotADirectoryError):
+        train, test = ImageFolder(path / "train"), ImageFolder(path / "test")
+    unseen = sorted(set(test.classes) - set(train.classes))
     if unseen:
         raise CompareError(f"{path}: test/ has the class {unseen[0]!r}, which train/ lacks")
-    if len(classes) < 2:
+    if len(train.classes) < 2:
         raise CompareError(f"{path}: train/ has one class only")
-
-    def opened(file: str) -> Image.Image:
-        try:
-            with Image.open(file) as image:
-                return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise CompareError(f"can't read the image {file}: {' '.join(str(error).split())[:150]}") from error
-
-    files = splits["train"].samples
     if image_size is None:
-        short = sorted(min(opened(file).size) for file, _ in files[:: max(1, len(files) // 32)])
-        image_size = max(8, min(64, short[len(short) // 2]))
-    arrays: list[Tensor] = []
-    for split, folder in splits.items():
-        keep = subset(len(folder.samples), samples if split == "train" else None)
-        chosen = [folder.samples[int(i)] for i in keep]
-        squares = [
-            center_crop(resize(pil_to_tensor(opened(file)), [image_size], antialias=True), [image_size, image_size])
-            for file, _ in chosen
-        ]
-        arrays += [torch.stack(squares), torch.tensor([classes[folder.classes[label]] for _, label in chosen])]
-    x_train, y_train, x_test, y_test = arrays
-    return ImageData(path.name, x_train, y_train, x_test, y_test, num_classes=len(classes))
+        some = train.samples[:: max(1, len(train.samples) // 32)]
+        image_size = max(8, min(64, median_high(min(_opened(file).size) for file, _ in some)))
+
+    def loaded(folder: ImageFolder, keep: int | None) -> tuple[Tensor, Tensor]:
+        chosen = [folder.samples[i] for i in subset(len(folder.samples), keep).tolist()]
+        squares = [_square(file, image_size) for file, _ in chosen]
+        # test/ may lack classes, and counts those that it has from 0
+        return torch.stack(squares), torch.tensor([train.class_to_idx[folder.classes[label]] for _, label in chosen])
+
+    return ImageData(path.name, *loaded(train, samples), *loaded(test, None), num_classes=len(train.classes))
+
+
+def _opened(file: str) -> Image.Image:
+    broken = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+    with as_compare_error(f"can't read the image {file}: ", *broken), Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def _square(file: str, side: int) -> Tensor:
+    """The middle of an image, uint8, (3, side, side)."""
+    square: Tensor = center_crop(resize(pil_to_tensor(_opened(file)), [side], antialias=True), [side, side])
+    return square

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["LRRangeTest", "RangeTestResult"]
-
 
 @dataclass(frozen=True)
 class RangeTestResult:
@@ -47,10 +45,9 @@ class RangeTestResult:
             The figure, which nobody has shown.
         """
         if ax is None:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
 
-            ax = FigureCanvasAgg(Figure(figsize=(7, 4.5), layout="constrained")).figure.add_subplot()
+            ax = Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
         ax.plot(self.rates, self.losses, color="C0", alpha=0.3, linewidth=1, label="loss of each step")
         ax.plot(self.rates, self.smoothed, color="C0", linewidth=2, label="smoothed")
         label = f"suggestion: {self.suggestion:.2g} ({self.method})"

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_speedups.measure.errors import CompareError
+from lightning_speedups.measure.errors import CompareError, as_compare_error
 from lightning_speedups.measure.images import ImageData
+from lightning_speedups.measure.settings import DEFAULT_MODEL
 from lightning_speedups.models.transfer_classifier import TransferClassifier
 from lightning_speedups.models.weight_files import load_weights
-
-__all__ = ["DEFAULT_MODEL", "ConvNet", "build_network", "load_backbone"]
-
-DEFAULT_MODEL = "convnet"
+from lightning_speedups.modules.weights import head_names
 
 
 class ConvNet(nn.Module):
@@ -39,14 +35,11 @@ class ConvNet(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, *, side: int, width: int) -> None:
         super().__init__()
         stride = 2 if side <= 48 else 4
-        layers: list[nn.Module] = [_block(in_channels, width, stride)]
+        layers = [_block(in_channels, width, stride), _block(width, width, 1)]
         channels, side = width, side // stride
-        while True:
-            layers.append(_block(channels, channels, 1))
-            if side <= 3:
-                break
+        while side > 3:
             wider = min(2 * channels, 8 * width)
-            layers.append(_block(channels, wider, 2))
+            layers += [_block(channels, wider, 2), _block(wider, wider, 1)]
             channels, side = wider, side // 2
         self.backbone = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
@@ -84,11 +77,11 @@ def build_network(name: str, data: ImageData, *, width: int | None = None, weigh
     """
     _, channels, height, wide = data.x_train.shape
     if name == DEFAULT_MODEL:
-        network = ConvNet(
-            channels, data.num_classes, side=min(height, wide), width=width or (24 if channels == 1 else 32)
-        )
+        width = width or (24 if channels == 1 else 32)
+        network = ConvNet(channels, data.num_classes, side=min(height, wide), width=width)
         if weights is not None:
-            _one_line(load_weights, network, weights)
+            with as_compare_error("", ValueError, OSError):
+                load_weights(network, weights)
         return network
     import timm
     from timm.models import get_pretrained_cfg
@@ -97,34 +90,18 @@ def build_network(name: str, data: ImageData, *, width: int | None = None, weigh
         near = difflib.get_close_matches(name, [DEFAULT_MODEL, *timm.list_models()], n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
         raise CompareError(f"unknown model {name!r}: {hint}")
-    try:
+    with as_compare_error("", ValueError, OSError, RuntimeError):
         described = get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise CompareError(str(error)) from error
-    sized = {"img_size": (height, wide)} if described is not None and described.fixed_input_size else {}
-    options: dict[str, Any] = {"in_chans": channels, "model_options": sized}
-    model: nn.Module = _one_line(TransferClassifier, name, data.num_classes, weights=weights, **options).model
-    try:
-        with torch.no_grad():
-            logits = model.eval()(data.x_train[:2].float())
-    except Exception as error:  # timm's models fail in as many ways as there are models
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise CompareError(f"the model {name!r} can't take images of {wide}x{height} pixels: {reason}") from error
+        sized = {"img_size": (height, wide)} if described is not None and described.fixed_input_size else {}
+        model: nn.Module = TransferClassifier(
+            name, data.num_classes, weights=weights, in_chans=channels, model_options=sized
+        ).model
+    # timm's models fail in as many ways as there are models
+    with as_compare_error(f"model {name!r} can't take images of {wide}x{height} pixels: ", Exception), torch.no_grad():
+        logits = model.eval()(data.x_train[:2].float())
     if logits.shape != (min(2, len(data.x_train)), data.num_classes):
         raise CompareError(f"the model {name!r} gives {tuple(logits.shape)}, not one number a class for each image")
     return model.train()
-
-
-def _one_line(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    try:
-        return call(*args, **options)
-    except (ValueError, OSError) as error:
-        raise CompareError(" ".join(str(error).split())) from error
-
-
-def _classifier(network: nn.Module) -> Iterable[nn.Module]:
-    last = network.get_classifier()  # type: ignore[operator]
-    return last if isinstance(last, tuple | list) else [last]
 
 
 def load_backbone(network: nn.Module, pretrained: nn.Module) -> None:
@@ -134,7 +111,7 @@ def load_backbone(network: nn.Module, pretrained: nn.Module) -> None:
         network: Changed in place; keeps its own classifier.
         pretrained: Left as it is; may have another number of classes.
     """
-    heads = {id(tensor) for head in _classifier(network) for tensor in head.state_dict(keep_vars=True).values()}
-    own = network.state_dict(keep_vars=True)
-    state = {name: value for name, value in pretrained.state_dict().items() if id(own[name]) not in heads}
+    last = network.get_classifier()  # type: ignore[operator]
+    heads = head_names(network, last if isinstance(last, tuple | list) else [last])
+    state = {name: value for name, value in pretrained.state_dict().items() if name not in heads}
     network.load_state_dict(state, strict=False)

@@ -2,70 +2,56 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn
 
 from lightning_speedups.measure.stopwatch import Point, Stopwatch
 
-__all__ = ["Bars"]
 
-
-class Bars:
+class Bars(Progress):
     """Two bars on stderr; a context manager.
 
     Args:
-        batches: Training batches of the whole comparison.
+        epochs: Epochs of the whole comparison.
+        batches_per_epoch: Training batches of an epoch.
+        batch_size: Samples of a batch.
         shown: Whether to show anything at all.
     """
 
-    def __init__(self, batches: int, shown: bool) -> None:
-        # Twice a second: redrawing takes time from the cores that train.
-        self._progress = Progress(
-            TextColumn("{task.description:<34}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
+    def __init__(self, epochs: int, batches_per_epoch: int, batch_size: int, *, shown: bool) -> None:
+        super().__init__(
+            *Progress.get_default_columns(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             console=Console(stderr=True),
-            refresh_per_second=2,
+            refresh_per_second=2,  # redrawing takes time from the cores that train
             transient=True,
             disable=not shown,
         )
-        self._all = self._progress.add_task("all runs", total=batches)
-        self._run = self._progress.add_task("preparing", total=None)
+        self._batches_per_epoch, self._batch_size = batches_per_epoch, batch_size
+        self._all = self.add_task("all runs", total=epochs * batches_per_epoch)
+        self._run = self.add_task("preparing", total=None)
         self._before = 0
 
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def watch(self, label: str, batch_size: int, batches: int) -> Stopwatch:
+    def watch(self, label: str, epochs: int) -> Stopwatch:
         """A stopwatch for the next run that also moves the bars.
 
         Args:
             label: Name of the run.
-            batch_size: Samples a batch.
-            batches: Batches of the run.
+            epochs: Epochs of the run.
 
         Returns:
             The stopwatch.
         """
+        batches = epochs * self._batches_per_epoch
         before, self._before = self._before, self._before + batches
-        self._progress.update(self._all, completed=before)
-        self._progress.reset(self._run, description=label, total=batches)
+        self.update(self._all, completed=before)
+        self.reset(self._run, description=label, total=batches)
 
         def on_batch(done: int) -> None:
-            self._progress.update(self._run, completed=done)
-            self._progress.update(self._all, completed=before + done)
+            self.update(self._run, completed=done)
+            self.update(self._all, completed=before + done)
 
         def on_point(point: Point) -> None:
-            self._progress.update(self._run, description=f"{label}: {point.accuracy:.1%}")
+            self.update(self._run, description=f"{label}: {point.accuracy:.1%}")
 
-        return Stopwatch(batch_size, on_batch, on_point)
+        return Stopwatch(self._batch_size, on_batch, on_point)

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import math
-from statistics import fmean, median
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lightning_speedups.core.throughput import Spread
-from lightning_speedups.measure.results import Comparison, Run, Summary
-
-__all__ = ["figure", "table"]
+from lightning_speedups.measure.runs import Run, Summary
 
 NOTHING = "–"
 
 
-def table(comparison: Comparison) -> Table:
+def table(settings: Mapping[str, Any], rows: Sequence[Summary], notes: Sequence[str]) -> Table:
     """A rich table with one row an arm.
 
     Args:
-        comparison: What was measured.
+        settings: What was compared: ``model``, ``data``, ``epochs`` and the number of ``seeds``.
+        rows: One summary an arm.
+        notes: What a reader must know.
 
     Returns:
-        The table, with the notes that a reader needs as its caption.
+        The table, with the notes as its caption.
     """
-    settings = comparison.settings
     result = Table(
         title=f"{settings['model']} on {settings['data']}: {settings['epochs']} epochs, {_seeds(settings['seeds'])}",
-        caption="\n".join(comparison.notes()),
+        caption="\n".join(notes),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -38,7 +40,7 @@ def table(comparison: Comparison) -> Table:
     result.add_column("arm", no_wrap=True)
     for name in ("to target, s", "epochs", "accuracy, %", "samples/s", "speed-up"):
         result.add_column(name, justify="right", no_wrap=True)
-    for row in comparison.summaries():
+    for row in rows:
         if row.baseline is None and result.rows:
             result.add_section()
         result.add_row(*_cells(row), style="bold" if row.baseline is None else None)
@@ -55,12 +57,20 @@ def _cells(row: Summary) -> list[str]:
     accuracy = f"{100 * row.accuracy:.1f}"
     if row.runs > 1:
         accuracy += f" ± {100 * row.accuracy_std:.1f}"
+    seconds = _range(row.seconds, 1, never="not reached")
+    if row.seconds is not None and row.reached < row.runs:
+        seconds += f", {row.reached} of {row.runs}"
     epochs = NOTHING if row.epochs is None or math.isinf(row.epochs.median) else f"{row.epochs.median:g}"
-    return [row.arm, _seconds(row), epochs, accuracy, f"{row.throughput.median:.0f}", _speedup(row)]
+    speedup = "1" if row.baseline is None else _range(row.speedup, 2, "×", never=f"only {row.arm}")
+    return [row.arm, seconds, epochs, accuracy, f"{row.throughput.median:.0f}", speedup]
 
 
-def _range(values: Spread, digits: int, unit: str = "") -> str:
+def _range(values: Spread | None, digits: int, unit: str = "", *, never: str) -> str:
     """The median, and from where to where for several values."""
+    if values is None or values.median == 0:  # the ratio to a run that did not arrive
+        return NOTHING
+    if math.isinf(values.median):
+        return never
     middle = f"{values.median:.{digits}f}{unit}"
     if values.count == 1:
         return middle
@@ -68,71 +78,53 @@ def _range(values: Spread, digits: int, unit: str = "") -> str:
     return f"{middle} ({values.low:.{digits}f}–{high})"
 
 
-def _seconds(row: Summary) -> str:
-    if row.seconds is None:
-        return NOTHING
-    reached = "" if row.reached == row.runs else f", {row.reached} of {row.runs}"
-    if math.isinf(row.seconds.median):
-        return f"not reached{reached}"
-    return _range(row.seconds, 1) + reached
+def _draw_arm(axes: Axes, runs: Sequence[Run], *, baseline: bool, colour: str) -> tuple[float, Line2D]:
+    """Mean accuracy over median seconds as a line, from the worst to the best run a band; gives the line's end, too."""
+    arm, epochs = runs[0].arm, min(len(run.points) for run in runs)
+    seconds = np.median([[point.seconds for point in run.points[:epochs]] for run in runs], 0)
+    accuracy = 100 * np.array([[point.accuracy for point in run.points[:epochs]] for run in runs])
+    mean = accuracy.mean(0)
+    label, style = f"{arm}  {mean[-1]:.1f} %", "--" if baseline and arm != "plain" else "-"
+    if not runs[0].complete:
+        label, style = f"{label} (interrupted)", ":"
+    axes.fill_between(seconds, accuracy.min(0), accuracy.max(0), color=colour, alpha=0.10, linewidth=0)
+    width = 2.6 if baseline else 1.8
+    line, *_ = axes.plot(seconds, mean, style, color=colour, linewidth=width, label=label, marker="o", markersize=3)
+    return float(mean[-1]), line
 
 
-def _speedup(row: Summary) -> str:
-    if row.baseline is None:
-        return "1"
-    if row.speedup is None or row.speedup.median == 0:
-        return NOTHING
-    if math.isinf(row.speedup.median):
-        return f"only {row.arm}"
-    return _range(row.speedup, 2, "×")
-
-
-def _curve(runs: list[Run]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Seconds (median), accuracy (mean, lowest, highest) at each epoch that all the runs have."""
-    epochs = range(min(len(run.points) for run in runs))
-    at = [[run.points[epoch] for run in runs] for epoch in epochs]
-    accuracies = [[100 * point.accuracy for point in points] for points in at]
-    seconds = [median(point.seconds for point in points) for points in at]
-    return seconds, [fmean(a) for a in accuracies], [min(a) for a in accuracies], [max(a) for a in accuracies]
-
-
-def figure(comparison: Comparison) -> Figure:
+def figure(
+    settings: Mapping[str, Any], baselines: Mapping[str, str | None], runs: Sequence[Run], target: float | None
+) -> Figure:
     """Test accuracy against training seconds: a line an arm (mean over seeds), a light band from worst to best seed.
 
     Args:
-        comparison: What was measured. An arm without a complete run is drawn from its partial one, dotted.
+        settings: What was compared: ``model``, ``data`` and the number of ``seeds``.
+        baselines: The arms in their order, each with the name of its baseline (``None`` for a baseline).
+        runs: What was measured. An arm without a complete run is drawn from its partial one, dotted.
+        target: Accuracy to mark, a fraction.
 
     Returns:
         A figure of its own, outside pyplot's global state.
     """
     result = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(result)
     axes = result.add_subplot()
     # baselines in greys, so that the colours mean tricks
     greys = iter(("black", "dimgray", "darkgray"))
     colours = iter([f"C{i}" for i in range(10) if i != 7] * 2)  # C7 is a grey
     lines = []
-    for arm, baseline in comparison.baselines.items():
-        complete = comparison.complete(arm)
-        runs = complete or [run for run in comparison.runs if run.arm == arm and run.points][:1]
+    for arm, baseline in baselines.items():
         colour = next(greys if baseline is None else colours)
-        if not runs:
-            continue
-        seconds, mean, low, high = _curve(runs)
-        label = f"{arm}  {mean[-1]:.1f} %" + ("" if complete else " (interrupted)")
-        width = 2.6 if baseline is None else 1.8
-        style = ":" if not complete else "--" if baseline is None and arm != "plain" else "-"
-        (line,) = axes.plot(seconds, mean, style, color=colour, linewidth=width, label=label, marker="o", markersize=3)
-        axes.fill_between(seconds, low, high, color=colour, alpha=0.10, linewidth=0)
-        lines.append((mean[-1], line))
-    target = next((comparison.target_of(arm) for arm in comparison.baselines), None)
+        begun = [run for run in runs if run.arm == arm and run.points]
+        shown = [run for run in begun if run.complete] or begun[:1]
+        if shown:
+            lines.append(_draw_arm(axes, shown, baseline=baseline is None, colour=colour))
     if target is not None:
         axes.axhline(100 * target, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
         axes.annotate(
             f"target {100 * target:.1f} %", (1, 100 * target), xycoords=("axes fraction", "data"),
             xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=8,
         )  # fmt: skip
-    settings = comparison.settings
     axes.set(
         xlabel="training seconds, without evaluation",
         ylabel="test accuracy, %",
@@ -141,8 +133,7 @@ def figure(comparison: Comparison) -> Figure:
     axes.title.set_parse_math(False)  # a file's name may hold a dollar sign
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
-    if lines:
-        # in the order in which the lines end, so that the legend reads like labels beside them
-        lines.sort(key=lambda entry: -entry[0])
-        axes.legend(handles=[line for _, line in lines], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    # in the order in which the lines end, so that the legend reads like labels beside them
+    handles = [line for _, line in sorted(lines, key=lambda entry: -entry[0])]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return result

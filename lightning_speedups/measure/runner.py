@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,22 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_speedups.measure.arms import Arm, Situation, choose_arms
+from lightning_speedups.measure.arms import Arm, Ingredients, Situation, choose_arms
 from lightning_speedups.measure.digits import digit_collages
-from lightning_speedups.measure.errors import CompareError
+from lightning_speedups.measure.errors import CompareError, as_compare_error
 from lightning_speedups.measure.images import ImageData, quarter_turns
 from lightning_speedups.measure.loading import load_data
 from lightning_speedups.measure.machine import machine_facts, versions
-from lightning_speedups.measure.networks import DEFAULT_MODEL, build_network, load_backbone
+from lightning_speedups.measure.networks import build_network, load_backbone
 from lightning_speedups.measure.progress import Bars
-from lightning_speedups.measure.results import Comparison, Run
-from lightning_speedups.measure.settings import Settings
+from lightning_speedups.measure.results import Comparison
+from lightning_speedups.measure.runs import Run
+from lightning_speedups.measure.settings import DEFAULT_MODEL, Settings
 from lightning_speedups.measure.stopwatch import Stopwatch
 from lightning_speedups.measure.training import Classifier, quiet, seeded, train
 
-__all__ = ["compare", "interleaved"]
-
 WARM_UP_BATCHES = 8
-TEST_LIMIT = 2000
-"""Test images that the caller's own data are limited to unless asked otherwise; they are looked at every epoch."""
+TEST_LIMIT = 2000  # of the caller's own images, unless asked otherwise: they are looked at every epoch
 
 
 def interleaved(arms: Sequence[Arm], seeds: Sequence[int]) -> list[tuple[int, Arm]]:
@@ -59,87 +57,60 @@ class _Workbench:
 
     def __init__(self, data: ImageData, settings: Settings) -> None:
         self.data, self.settings = data, settings
+        count, batch_size = len(data.y_train), settings.batch_size
+        if count < batch_size:
+            raise CompareError(f"`batch_size` {batch_size} is more than the {count} training images")
+        self.batches_per_epoch = count // batch_size
+        self._first = self._network(0, data, weights=settings.weights)
         self._pretrained: dict[int, tuple[nn.Module, float]] = {}
-        if len(data.y_train) < settings.batch_size:
-            raise CompareError(
-                f"--batch-size {settings.batch_size} is more than the {len(data.y_train)} training images"
-            )
-        self.batches_per_epoch = len(data.y_train) // settings.batch_size
-        with seeded(0):
-            self._network()
-            self._given = None if settings.weights is None else self._network(weights=settings.weights)
 
-    def _network(self, data: ImageData | None = None, weights: str | None = None) -> nn.Module:
-        return build_network(self.settings.model, data or self.data, width=self.settings.width, weights=weights)
-
-    def module(self, seed: int, arm: Arm, criterion: nn.Module) -> Classifier:
-        """The LightningModule of a run; its initial weights depend on the seed and ``arm.pretrained`` alone."""
+    def _network(self, seed: int, data: ImageData, weights: str | None = None) -> nn.Module:
         with seeded(seed):
-            network = self._network()
-        if arm.pretrained:
-            load_backbone(network, self._pretrained[seed][0])
-        return Classifier(network, self.data.num_classes, lr=self.settings.lr, criterion=criterion)
+            return build_network(self.settings.model, data, width=self.settings.width, weights=weights)
 
-    def pretrain(self, seed: int, bars: Bars) -> float:
-        """Train the seed's network on quarter turns once, unless weights are given; gives the seconds that took."""
-        if self._given is not None:
-            self._pretrained = {seed: (self._given, 0.0)}
+    def _train(self, network: nn.Module, data: ImageData, recipe: Ingredients, **run: Any) -> None:
+        settings = self.settings
+        module = Classifier(network, data.num_classes, lr=settings.lr, criterion=recipe.criterion)
+        trainer = {"accelerator": settings.accelerator, **recipe.trainer}
+        train(module, data, batch_size=settings.batch_size, callbacks=recipe.callbacks, trainer=trainer, **run)
+
+    def pretrained(self, seed: int, bars: Bars) -> tuple[nn.Module, float]:
+        """What a seed's pretrained arms start from, and the seconds that took: weights, or once a run on turns."""
+        if self.settings.weights is not None:
+            return self._first, 0.0
         if seed not in self._pretrained:
-            task = quarter_turns(self.data, seed)
-            epochs = self.settings.run_pretrain_epochs
-            with seeded(seed):
-                network = self._network(task)
-            watch = bars.watch(f"seed {seed}, pretraining", self.settings.batch_size, epochs * self.batches_per_epoch)
-            module = Classifier(network, task.num_classes, lr=self.settings.lr)
-            points = self._train(module, task, epochs, seed, {}, watch=watch)
-            self._pretrained = {seed: (network.cpu(), points[-1].seconds)}
-        return self._pretrained[seed][1]
+            task, epochs = quarter_turns(self.data, seed), self.settings.run_pretrain_epochs
+            network = self._network(seed, task)
+            watch = bars.watch(f"seed {seed}, pretraining", epochs)
+            self._train(network, task, Ingredients(), epochs=epochs, seed=seed, watch=watch)
+            self._pretrained = {seed: (network.cpu(), watch.points[-1].seconds)}
+        return self._pretrained[seed]
 
-    def _train(
-        self, module: Classifier, data: ImageData, epochs: int, seed: int, trainer: dict[str, Any], **more: Any
-    ) -> Any:
-        arguments = {"accelerator": self.settings.accelerator, **trainer}
-        size = self.settings.batch_size
-        return train(module, data, batch_size=size, epochs=epochs, seed=seed, trainer=arguments, **more)
-
-    def run(self, seed: int, arm: Arm, watch: Stopwatch, epochs: int, **trainer: Any) -> None:
-        """Train one arm; the points are in the stopwatch."""
+    def run(self, seed: int, arm: Arm, epochs: int, watch: Stopwatch, source: nn.Module | None, **trainer: Any) -> None:
+        """Train one arm from a seed's weights and those of the source's backbone; the points are in the stopwatch."""
         backbone = "model.backbone" if self.settings.model == DEFAULT_MODEL else None
         recipe = arm.build(Situation(epochs, self.settings.lr, self.settings.accelerator, backbone, seed))
-        module = self.module(seed, arm, recipe.criterion)
-        arguments = {**recipe.trainer, **trainer}
-        self._train(module, self.data, epochs, seed, arguments, callbacks=recipe.callbacks, watch=watch)
+        network = self._network(seed, self.data)
+        if source is not None:
+            load_backbone(network, source)
+        recipe = replace(recipe, trainer={**recipe.trainer, **trainer})
+        self._train(network, self.data, recipe, epochs=epochs, seed=seed, watch=watch)
 
     def warm_up(self, arms: Sequence[Arm]) -> None:
         """A few steps of every arm: what torch prepares once is prepared, and an arm that can't run fails now."""
+        few = {"limit_train_batches": WARM_UP_BATCHES, "limit_val_batches": 1}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a run of a few steps gives the tricks reasons to warn
             for arm in arms:
-                if arm.pretrained:
-                    with seeded(0):
-                        self._pretrained = {0: (self._network() if self._given is None else self._given, 0.0)}
-                try:
-                    watch = Stopwatch(self.settings.batch_size)
-                    self.run(0, arm, watch, 1, limit_train_batches=WARM_UP_BATCHES, limit_val_batches=1)
-                except MisconfigurationException as error:
-                    raise CompareError(f"the arm {arm.name!r} can't run: {' '.join(str(error).split())}") from error
-        self._pretrained = {}
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+                source = self._first if arm.pretrained else None
+                with as_compare_error(f"the arm {arm.name!r} can't run: ", MisconfigurationException):
+                    self.run(0, arm, 1, Stopwatch(self.settings.batch_size), source, **few)
 
 
 def _images(data: ImageData | str | Path | None, settings: Settings) -> ImageData:
     if data is None:
         if settings.image_size is not None:
-            raise CompareError("--image-size is for folders of images; it needs --data FOLDER")
+            raise CompareError("`image_size` is for folders of images; it needs `data`, the path of a folder")
         return digit_collages(*settings.collages)
     if not isinstance(data, ImageData):
         data = load_data(data, image_size=settings.image_size, samples=settings.samples)
@@ -150,13 +121,11 @@ def _folder(out: str | Path | None) -> Path | None:
     if out is None:
         return None
     folder = Path(out)
-    try:
+    with as_compare_error(f"can't write to the folder {folder}: ", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / "compare.json.part"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise CompareError(f"can't write to the folder {folder}: {error.strerror or error}") from error
     return folder
 
 
@@ -197,15 +166,17 @@ def compare(
     settings = replace(settings, **options) if settings else Settings(**options)
     chosen = choose_arms([arms] if isinstance(arms, str) else arms)
     if settings.weights is not None and not any(arm.pretrained for arm in chosen):
-        raise CompareError("--weights is what finetune and freeze start from, but neither is among the arms")
+        raise CompareError("`weights` is what finetune and freeze start from, but neither is among the arms")
     images = _images(data, settings)
     bench = _Workbench(images, settings)
     folder = _folder(out)
     seeds, epochs = settings.run_seeds, settings.run_epochs
-    batches = len(seeds) * sum(arm.epochs(epochs) for arm in chosen) * bench.batches_per_epoch
-    if settings.weights is None and any(arm.pretrained for arm in chosen):
-        batches += len(seeds) * settings.run_pretrain_epochs * bench.batches_per_epoch
-    with quiet(), _threads(settings.threads):
+    pretrains = settings.weights is None and any(arm.pretrained for arm in chosen)
+    epochs_a_seed = sum(arm.epochs(epochs) for arm in chosen) + pretrains * settings.run_pretrain_epochs
+    with quiet(), contextlib.ExitStack() as put_back:
+        if settings.threads is not None:
+            put_back.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(settings.threads)
         result = Comparison(
             baselines={arm.name: arm.baseline for arm in chosen},
             settings=_described(settings, images, chosen),
@@ -214,18 +185,15 @@ def compare(
             chance=images.chance,
             target=settings.target,
         )
-        with Bars(batches, progress) as bars:
+        with Bars(len(seeds) * epochs_a_seed, bench.batches_per_epoch, settings.batch_size, shown=progress) as bars:
             bench.warm_up(chosen)
             try:
                 for seed, arm in interleaved(chosen, seeds):
-                    seconds = bench.pretrain(seed, bars) if arm.pretrained else 0.0
-                    length = arm.epochs(epochs)
-                    watch = bars.watch(
-                        f"seed {seed}, {arm.name}", settings.batch_size, length * bench.batches_per_epoch
-                    )
+                    source, seconds = bench.pretrained(seed, bars) if arm.pretrained else (None, 0.0)
+                    watch = bars.watch(f"seed {seed}, {arm.name}", arm.epochs(epochs))
                     run = Run(arm.name, seed, watch.points, pretrain_seconds=seconds)
                     result.runs.append(run)
-                    bench.run(seed, arm, watch, length)
+                    bench.run(seed, arm, arm.epochs(epochs), watch, source)
                     run.complete = True
                     if folder is not None:
                         result.save_json(folder)
@@ -240,23 +208,17 @@ def compare(
 
 
 def _described(settings: Settings, images: ImageData, arms: Sequence[Arm]) -> dict[str, Any]:
-    count, channels, height, width = images.x_train.shape
+    """The settings as they came out for these images."""
     return {
+        **asdict(settings),
         "data": images.name,
-        "samples": count,
+        "samples": len(images.y_train),
         "test_samples": len(images.y_test),
-        "image": [channels, height, width],
+        "image": list(images.x_train.shape[1:]),
         "classes": images.num_classes,
-        "model": settings.model,
-        "width": settings.width,
         "seeds": len(settings.run_seeds),
         "epochs": settings.run_epochs,
-        "weights": settings.weights,
         "pretrain_epochs": settings.run_pretrain_epochs if settings.weights is None else None,
-        "batch_size": settings.batch_size,
-        "lr": settings.lr,
         "optimizer": "SGD, Nesterov momentum 0.9, weight decay 5e-4",
-        "target": settings.target,
-        "accelerator": settings.accelerator,
         "arms": {arm.name: arm.description for arm in arms},
     }

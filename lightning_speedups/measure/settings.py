@@ -1,82 +1,110 @@
-"""What can be asked of a comparison: every number checked before anything is loaded or trained."""
+"""What can be asked of a comparison: a setting is one field, from which its check, its help and the command line's
+option come.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lightning_speedups.measure.errors import CompareError
-from lightning_speedups.measure.networks import DEFAULT_MODEL
+from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.measure.errors import CompareError, as_compare_error
 
-__all__ = ["ACCELERATORS", "Settings"]
-
+DEFAULT_MODEL = "convnet"
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Size and choices of a comparison; ``None`` leaves a number to the workload.
+class Option:
+    """What is told of one setting, and asked of its value.
 
     Attributes:
-        model: ``"convnet"`` or a timm name.
-        weights: What finetune and freeze start from: a weight file, or ``"pretrained"`` for timm's own; ``None``: a
-            network trained on quarter turns of the images.
-        seeds: Runs of each arm, 1..100; the seeds are 0, 1, ...; 3, or 1 for a quick comparison.
-        epochs: Epochs of each run, 1..1000; 8, or 7 for a quick comparison.
-        batch_size: Training batch size, 2..65536.
-        lr: Constant learning rate of the plain arm, in (0, 10].
-        samples: Training images, 10..10 million; 2000 collages (1600 quick), or all of the caller's.
-        test_samples: Test images, 10..10 million; 1000 collages (500 quick), or up to 2000 of the caller's.
-        width: Channels of the convnet's stem, 4..1024.
-        image_size: Side in pixels to which a folder's images are resized, 8..512.
-        target: Accuracy to reach as a fraction, in (0, 1].
-        pretrain_epochs: Epochs on quarter turns before finetune and freeze, 1..1000; half of ``epochs``.
-        accelerator: The Trainer's accelerator.
-        threads: Torch's threads, 1..1024; torch's own choice when ``None``.
-        quick: Whether to use the smaller defaults.
+        default: Its value unless something is asked for.
+        meaning: What it is, in the words of the help.
+        range: Lowest and highest value of a number; the lowest itself is forbidden to a ``float``.
+        unset: What the default ``None`` stands for.
+        kind: Type of its value; a ``bool`` is a switch that is off.
+        metavar: What stands for its value in the help.
+        choices: The words to choose from; ``None`` where any will do.
+    """
+
+    default: Any
+    meaning: str
+    range: tuple[int, int] | None = None
+    unset: str | None = None
+    kind: type = int
+    metavar: str = "N"
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def help(self) -> str:
+        """Meaning, range and default in one line."""
+        numbers = f", {'above ' * (self.kind is float)}{self.range[0]} to {self.range[1]}" if self.range else ""
+        words = f", one of {', '.join(self.choices)}" if self.choices else ""
+        default = f" (default: {self.unset or self.default})" if self.kind is not bool else ""
+        return self.meaning + numbers + words + default
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a number out of range and a word that is no choice.
+
+        Args:
+            name: The setting's name.
+            value: What was given.
+
+        Raises:
+            ValueError: If the value breaks the rule.
+        """
+        if value is None and self.default is None:
+            return
+        if self.range:
+            check_number(name, value, *self.range, above=self.kind is float, whole=self.kind is int)
+        if self.choices:
+            check_choice(name, value, self.choices)
+
+
+def _option(default: Any, meaning: str, *rule: Any, **more: Any) -> Any:
+    return field(default=default, metadata={"option": Option(default, meaning, *rule, **more)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Size and choices of a comparison; ``None`` leaves a value to the images and the model.
 
     Raises:
         CompareError: If a value is out of its range, or two do not go together.
     """
 
-    model: str = DEFAULT_MODEL
-    weights: str | None = None
-    seeds: int | None = None
-    epochs: int | None = None
-    batch_size: int = 64
-    lr: float = 0.02
-    samples: int | None = None
-    test_samples: int | None = None
-    width: int | None = None
-    image_size: int | None = None
-    target: float | None = None
-    pretrain_epochs: int | None = None
-    accelerator: str = "auto"
-    threads: int | None = None
-    quick: bool = False
+    model: str = _option(DEFAULT_MODEL, "a timm model, or the small network convnet", kind=str, metavar="NAME")
+    weights: str | None = _option(
+        None, "what finetune and freeze start from: a weight file, or 'pretrained' for timm's own",
+        unset="a network trained on quarter turns of the images", kind=str, metavar="PATH",
+    )  # fmt: skip
+    seeds: int | None = _option(None, "runs of each arm", (1, 100), "3, quick 1")
+    epochs: int | None = _option(None, "epochs of each run", (1, 1000), "8, quick 7")
+    batch_size: int = _option(64, "samples in a training batch", (2, 65536))
+    lr: float = _option(0.02, "constant rate of plain", (0, 10), kind=float)
+    samples: int | None = _option(None, "training images", (10, 10**7), "2000, quick 1600; yours: all")
+    test_samples: int | None = _option(None, "test images", (10, 10**7), "1000, quick 500; yours: 2000")
+    width: int | None = _option(None, "channels of convnet's stem", (4, 1024), "24 grey, 32 colour")
+    image_size: int | None = _option(None, "side of a folder's images, in pixels", (8, 512), "64 or less")
+    target: float | None = _option(None, "accuracy to reach", (0, 1), "the lowest that a plain run ends with", float)
+    pretrain_epochs: int | None = _option(None, "epochs before finetune and freeze", (1, 1000), "half of the epochs")
+    accelerator: str = _option("auto", "what to train on", kind=str, metavar="NAME", choices=ACCELERATORS)
+    threads: int | None = _option(None, "torch's threads", (1, 1024), "torch's choice")
+    quick: bool = _option(False, "one seed, fewer samples and epochs: under a minute on two cores", kind=bool)
 
     def __post_init__(self) -> None:
-        _whole("seeds", self.seeds, 1, 100)
-        _whole("epochs", self.epochs, 1, 1000)
-        _whole("batch-size", self.batch_size, 2, 65536)
-        _whole("samples", self.samples, 10, 10_000_000)
-        _whole("test-samples", self.test_samples, 10, 10_000_000)
-        _whole("width", self.width, 4, 1024)
-        _whole("image-size", self.image_size, 8, 512)
-        _whole("pretrain-epochs", self.pretrain_epochs, 1, 1000)
-        _whole("threads", self.threads, 1, 1024)
+        if isinstance(self.target, int | float) and 1 < self.target <= 100:
+            raise CompareError(
+                f"Expected `target` to be a fraction, but got {self.target:g} (write {self.target / 100:g})."
+            )
+        with as_compare_error("", ValueError):
+            for name, option in OPTIONS.items():
+                option.check(name, getattr(self, name))
         if self.weights == "pretrained" and self.model == DEFAULT_MODEL:
-            raise CompareError(f"--weights pretrained needs a timm --model; {DEFAULT_MODEL} takes the path of a file")
+            raise CompareError(f"`weights` pretrained needs a timm `model`; {DEFAULT_MODEL} takes the path of a file")
         if self.weights is not None and self.pretrain_epochs is not None:
-            raise CompareError("--weights and --pretrain-epochs are two sources of one backbone: choose one of them")
-        if not 0 < self.lr <= 10:
-            raise CompareError(f"--lr must be above 0 and at most 10, got {self.lr}")
-        if self.target is not None and not 0 < self.target <= 1:
-            hint = f" (write {self.target / 100:g})" if 1 < self.target <= 100 else ""
-            raise CompareError(f"--target must be a fraction above 0 and at most 1, got {self.target:g}{hint}")
-        if self.accelerator not in ACCELERATORS:
-            raise CompareError(f"--accelerator must be one of {', '.join(ACCELERATORS)}, got {self.accelerator!r}")
+            raise CompareError("`weights` and `pretrain_epochs` are two sources of one backbone: choose one of them")
 
     @property
     def run_seeds(self) -> range:
@@ -100,8 +128,6 @@ class Settings:
         return self.samples or train, self.test_samples or test
 
 
-def _whole(option: str, value: Any, low: int, high: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high or math.isnan(value):
-        raise CompareError(f"--{option} must be a whole number from {low} to {high}, got {value}")
+OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Settings)}
+_lines = [f"        {name}: {option.help}." for name, option in OPTIONS.items()]
+Settings.__doc__ = "\n".join([f"{Settings.__doc__}", "    Attributes:", *_lines])

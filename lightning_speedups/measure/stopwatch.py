@@ -12,8 +12,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-__all__ = ["Point", "Stopwatch"]
-
 
 @dataclass(frozen=True)
 class Point:
@@ -53,47 +51,40 @@ class Stopwatch(Callback):
     def __init__(
         self,
         samples_per_batch: int,
-        on_batch: Callable[[int], None] | None = None,
-        on_point: Callable[[Point], None] | None = None,
+        on_batch: Callable[[int], object] = lambda batches: None,
+        on_point: Callable[[Point], object] = lambda point: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.points: list[Point] = []
-        self.interrupted = False
         self._samples_per_batch = samples_per_batch
         self._on_batch, self._on_point, self._clock = on_batch, on_point, clock
         self._seconds, self._started = 0.0, math.nan
         self._batches, self._epoch_batches = 0, 0
         self._loss: Tensor | float = 0.0
 
-    def _resume(self, trainer: Trainer) -> None:
-        _finish_device(trainer)
-        self._started = self._clock()
-
-    def _pause(self, trainer: Trainer) -> None:
-        _finish_device(trainer)
-        self._seconds += self._clock() - self._started
+    def _now(self, trainer: Trainer) -> float:
+        """The clock's seconds, once the device has done all that it was given."""
+        if trainer.strategy.root_device.type != "cpu":
+            torch.accelerator.synchronize(trainer.strategy.root_device)
+        return self._clock()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._resume(trainer)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last epoch's loss."""
-        self._loss, self._epoch_batches = 0.0, 0
+        self._started = self._now(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch; its loss stays on the device."""
         self._batches += 1
-        self._epoch_batches += 1
-        self._loss = self._loss + outputs["loss"].detach()
-        if self._on_batch is not None and self._batches % 16 == 0:
+        self._epoch_batches = batch_idx + 1
+        self._loss = (self._loss if batch_idx else 0.0) + outputs["loss"].detach()
+        if self._batches % 16 == 0:
             self._on_batch(self._batches)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
-        self._pause(trainer)
+        self._seconds += self._now(trainer) - self._started
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what was measured, and start the clock again."""
@@ -104,20 +95,9 @@ class Stopwatch(Callback):
             samples=self._batches * self._samples_per_batch,
             accuracy=round(float(metrics["test_accuracy"]), 6),  # 0.9 in float32 is below 0.9
             test_loss=float(metrics["test_loss"]),
-            train_loss=float(self._loss) / max(1, self._epoch_batches),
+            train_loss=float(self._loss) / self._epoch_batches,
         )
         self.points.append(point)
-        if self._on_batch is not None:
-            self._on_batch(self._batches)
-        if self._on_point is not None:
-            self._on_point(point)
-        self._resume(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remember a Ctrl-C, which the Trainer turns into an exit of the whole program."""
-        self.interrupted = isinstance(exception, KeyboardInterrupt)
-
-
-def _finish_device(trainer: Trainer) -> None:
-    if trainer.strategy.root_device.type != "cpu":
-        torch.accelerator.synchronize(trainer.strategy.root_device)
+        self._on_batch(self._batches)
+        self._on_point(point)
+        self._started = self._now(trainer)

@@ -18,8 +18,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_speedups.measure.images import ImageData
 from lightning_speedups.measure.stopwatch import Point, Stopwatch
 
-__all__ = ["Classifier", "loaders", "quiet", "seeded", "train"]
-
 EVALUATION_BATCH = 500
 
 
@@ -31,25 +29,13 @@ class Classifier(LightningModule):
         num_classes: For the accuracy.
         lr: Constant learning rate of SGD.
         criterion: Training loss of (logits, targets).
-        momentum: Momentum of SGD (Nesterov).
-        weight_decay: Weight decay of SGD.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        num_classes: int,
-        *,
-        lr: float,
-        criterion: nn.Module | None = None,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-    ) -> None:
+    def __init__(self, model: nn.Module, num_classes: int, *, lr: float, criterion: nn.Module | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.lr = model, lr
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch of (images, labels)."""
@@ -67,17 +53,14 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum."""
-        return torch.optim.SGD(
-            self.parameters(), self.lr, momentum=self.momentum, nesterov=True, weight_decay=self.weight_decay
-        )
+        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
 class _Images(Dataset[tuple[Tensor, Tensor]]):
     """Normalised images in whole batches: a small network would spend its time on collating single ones."""
 
-    def __init__(self, images: Tensor, labels: Tensor, statistics: tuple[Tensor, Tensor]) -> None:
-        self.images, self.labels = images, labels
-        self.mean, self.std = statistics
+    def __init__(self, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor) -> None:
+        self.images, self.labels, self.mean, self.std = images, labels, mean, std
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -85,10 +68,6 @@ class _Images(Dataset[tuple[Tensor, Tensor]]):
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         index = torch.tensor(rows)
         return (self.images[index].float() - self.mean) / self.std, self.labels[index]
-
-
-def _whole(batch: Any) -> Any:
-    return batch
 
 
 def loaders(data: ImageData, batch_size: int, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -102,12 +81,12 @@ def loaders(data: ImageData, batch_size: int, seed: int) -> tuple[DataLoader[Any
     Returns:
         (training loader, test loader), with normalised float32 images and int64 labels.
     """
-    statistics = data.statistics()
+    train_set = _Images(data.x_train, data.y_train, *data.statistics())
+    test_set = _Images(data.x_test, data.y_test, *data.statistics())
     shuffle = torch.Generator().manual_seed(seed)
-    train_set = _Images(data.x_train, data.y_train, statistics)
-    test_set = _Images(data.x_test, data.y_test, statistics)
-    train_loader = DataLoader(train_set, batch_size, shuffle=True, drop_last=True, generator=shuffle, collate_fn=_whole)
-    return train_loader, DataLoader(test_set, EVALUATION_BATCH, collate_fn=_whole)
+    # a batch is a tuple already
+    train_loader = DataLoader(train_set, batch_size, shuffle=True, drop_last=True, generator=shuffle, collate_fn=tuple)
+    return train_loader, DataLoader(test_set, EVALUATION_BATCH, collate_fn=tuple)
 
 
 @contextlib.contextmanager
@@ -124,31 +103,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_autotuning() -> Iterator[None]:
-    """Start without cuDNN's autotuning and put it back: a Trainer that is asked for it switches it on for good."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence Lightning's chatter for a while; the tricks' own warnings still come through."""
-    levels = {}
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning_speedups"):
-        levels[name] = logging.getLogger(name).level
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            # few workers for the loaders, fewer batches than the logging interval, an unused GPU
-            warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric)")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    with warnings.catch_warnings(), contextlib.ExitStack() as put_back:
+        for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric", "lightning_speedups")):
+            put_back.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
+        # few workers for the loaders, fewer batches than the logging interval, an unused GPU
+        warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric)")
+        yield
 
 
 def train(
@@ -194,14 +157,17 @@ def train(
         **(trainer or {}),
     }
     handler = signal.getsignal(signal.SIGINT)
-    with quiet(), seeded(seed), _own_autotuning():
+    with quiet(), seeded(seed), contextlib.ExitStack() as put_back:
+        # a Trainer that is asked for cuDNN's autotuning switches it on for good
+        put_back.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+        torch.backends.cudnn.benchmark = False
         train_loader, test_loader = loaders(data, batch_size, seed)
         try:
             Trainer(callbacks=[watch, *callbacks], **arguments).fit(module, train_loader, test_loader)
-        except SystemExit:
-            if not watch.interrupted:
+        except SystemExit as exit_:
+            # what the Trainer makes of a Ctrl-C, after it has switched Ctrl-C off for good
+            if not isinstance(exit_.__context__, KeyboardInterrupt):
                 raise
-            # the Trainer has switched Ctrl-C off for good
             signal.signal(signal.SIGINT, handler)
             raise KeyboardInterrupt from None
     return watch.points

@@ -17,10 +17,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.weights import shortened
-from lightning_speedups.losses.label_smoothing_loss import LabelSmoothingLoss
+from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.models.weight_files import load_weights
+from lightning_speedups.modules.weights import shortened
+from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
 
 Optimizer = Literal["adamw", "sgd"]
 OWN_OPTIONS = {"pretrained", "checkpoint_path", "num_classes", "in_chans", "drop_rate"}
@@ -31,64 +31,54 @@ WEIGHT_DECAY: Mapping[str, float] = {"adamw": 0.05, "sgd": 5e-4}
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
     """Let torch read files as data for a while, whatever it is asked for: older timm does not ask everywhere."""
-    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    before = {name: os.environ.pop(name, None) for name in names}
-    os.environ[names[0]] = "1"
+    force, unforce = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name) for name in (force, unforce) if name in os.environ}
+    os.environ[force] = "1"
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        del os.environ[force]
+        os.environ.update(before)
 
 
 def _check_name(model: str, pretrained: bool) -> None:
     """Refuse what timm does not know; a name with a source (``"hf-hub:..."``) is left to timm."""
     import timm
-    from timm.models import get_pretrained_cfg
 
-    if not (isinstance(model, str) and model):
-        raise ValueError(f"Expected `model` to be the name of a timm network, but got {model!r}.")
-    if ":" in model:
+    name, _, tag = str(model).partition(".")
+    if ":" in name:
         return
-    name, _, tag = model.partition(".")
-    if "/" in model or not timm.is_model(name):
+    if not timm.is_model(name):
         near = difflib.get_close_matches(name.rpartition("/")[2], timm.list_models(), n=3)
         hint = f"Did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
         raise ValueError(
             f"Expected `model` to be the name of a timm network, but got {model!r}. {hint} Names on a hub begin with "
             "'hf-hub:'."
         )
-    known = timm.list_pretrained(f"{name}.*")
-    try:
-        config = get_pretrained_cfg(model)
-    except RuntimeError as error:
-        raise ValueError(
-            f"Expected `model` to be the name of a timm network, but {name} has no weights {tag!r}. timm knows "
-            f"{shortened(known) or 'none for it'}."
-        ) from error
-    if pretrained and not (config and config.has_weights):
-        raise ValueError(
-            f"timm has no pretrained weights for {model!r}{f', but {shortened(known)}' * bool(known)}. {WAYS_OUT}"
-        )
+    is_unknown = tag and model not in timm.list_models(f"{name}.*", include_tags=True)
+    if is_unknown or (pretrained and not timm.is_model_pretrained(model)):
+        known = shortened(timm.list_pretrained(f"{name}.*")) or "none for it"
+        raise ValueError(f"timm has no pretrained weights for {model!r}; for {name} it knows {known}. {WAYS_OUT}")
 
 
-def _create_network(model: str, pretrained: bool, options: Mapping[str, Any]) -> Any:
-    """Create one of timm's networks, at random or with the hub's weights."""
+def _create_network(
+    model: str, pretrained: bool, own: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[Any, str, dict[str, Any]]:
+    """Create one of timm's networks; return with it the name and the options that do so without a hub."""
     import timm
 
     _check_name(model, pretrained)
     try:
         with _weights_only():
-            return timm.create_model(model, pretrained=pretrained, **options)
+            name, options = _without_hub(model, options)
+            return timm.create_model(name, pretrained=pretrained, **own, **options), name, dict(options)
     except Exception as error:  # timm, hub and network fail in more ways than can be listed
         cause, at_fault = error, "its options"
         if ":" in model:
             at_fault = "its files on the hub, or its options"
         elif pretrained:
             try:
-                timm.create_model(model, pretrained=False, **options)
+                timm.create_model(model, **own, **options)
                 at_fault = "its pretrained weights"
             except Exception as again:
                 cause = again
@@ -96,20 +86,17 @@ def _create_network(model: str, pretrained: bool, options: Mapping[str, Any]) ->
     raise ValueError(f"timm can't create {model!r} ({reason}). At fault: {at_fault}. {WAYS_OUT}") from cause
 
 
-def _without_hub(model: str, network: Any, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the name and the options that create the same network without its description on a hub."""
+def _without_hub(model: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Look up a network's description on a hub, and return the name and the options that create it without that."""
     source, separator, place = model.partition(":")
     if not separator:
-        return model, dict(options)
+        return model, options
     from timm.models import _hub
 
     load = _hub.load_model_config_from_path if source == "local-dir" else _hub.load_model_config_from_hf
-    described = {name: value for name, value in load(place)[2].items() if name not in OWN_OPTIONS}
-    return network.pretrained_cfg["architecture"], {
-        **described,
-        **options,
-        "pretrained_cfg": dict(network.pretrained_cfg),
-    }
+    config, name, described = load(place)
+    described = {option: value for option, value in described.items() if option not in OWN_OPTIONS}
+    return name, {**described, **options, "pretrained_cfg": config}
 
 
 class TransferClassifier(LightningModule):
@@ -178,10 +165,7 @@ class TransferClassifier(LightningModule):
         check_number("momentum", momentum, 0, 1, below=True)
         check_number("smoothing", smoothing, 0, 1, below=True)
         check_number("drop_rate", drop_rate, 0, 1, below=True)
-        if optimizer not in get_args(Optimizer):
-            raise ValueError(
-                f"Expected `optimizer` to be one of {', '.join(get_args(Optimizer))}, but got {optimizer!r}."
-            )
+        check_choice("optimizer", optimizer, get_args(Optimizer))
         if weights is not None and not (isinstance(weights, (str, Path)) and str(weights)):
             raise ValueError(f"Expected `weights` to be 'pretrained', the path of a file or None, but got {weights!r}.")
         options = dict(model_options or {})
@@ -191,10 +175,8 @@ class TransferClassifier(LightningModule):
             )
         assert num_classes is not None
         pretrained = weights == "pretrained"
-        dropout = {"drop_rate": drop_rate} if drop_rate else {}  # not every network takes it
-        self.model = _create_network(
-            model, pretrained, {"num_classes": num_classes, "in_chans": in_chans, **dropout, **options}
-        )
+        own = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate or None}  # not all take it
+        self.model, name, options = _create_network(model, pretrained, own, options)
         if not pretrained and weights is not None:
             load_weights(self.model, weights)
         self.criterion = LabelSmoothingLoss(smoothing)
@@ -204,13 +186,11 @@ class TransferClassifier(LightningModule):
         self.weight_decay = WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
         self.save_hyperparameters()
         # A checkpoint has all weights in it: what made the first ones must not be fetched again.
-        name, options = _without_hub(model, self.model, options)
         self.hparams.update(model=name, weights=None, model_options=options)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, ``(N, num_classes)``, of images, ``(N, C, H, W)``."""
-        logits: Tensor = self.model(images)
-        return logits
+        return self.model(images)  # type: ignore[no-any-return]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one batch."""
@@ -236,8 +216,8 @@ class TransferClassifier(LightningModule):
         """AdamW or SGD; norms and biases without weight decay."""
         from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
-        exempt: Callable[[], Any] = getattr(self.model, "no_weight_decay", set)
-        groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt())
+        exempt: set[str] = getattr(self.model, "no_weight_decay", set)()
+        groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         groups = [group for group in groups if group["params"]]
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
@@ -280,8 +260,7 @@ class TransferClassifier(LightningModule):
         config["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
         if channels == 1:
             config.update({name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")})
-        random: dict[str, Any] = {"is_training": True, "color_jitter": None} if train else {}
-        transform = create_transform(**config, **random)
+        transform = create_transform(**config, is_training=train, color_jitter=None)  # type: ignore[arg-type]
         return Compose([Grayscale(), transform]) if channels == 1 else transform  # type: ignore[no-any-return]
 
     def _evaluate(self, batch: Any, stage: str, accuracy: MulticlassAccuracy) -> None:

@@ -8,15 +8,17 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_speedups.core.weights import (
+from lightning_speedups.modules.weights import (
     WeightReport,
     find_prefixes,
     find_state,
@@ -36,8 +38,7 @@ class _Unneeded:
     def __init__(self, *content: object) -> None:
         pass
 
-    def __setstate__(self, content: object) -> None:
-        pass
+    __setstate__ = __init__
 
 
 UNNEEDED = [
@@ -71,19 +72,18 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"Expected weights in a file, but {path} is a folder. Name the file in it.")
     try:
-        content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
-        state = find_state(content)
+        state = find_state(load_file(path) if _is_safetensors(path) else _read_torch(path))
         # Tensors that are mapped from the file would end the program once the file is written again.
         return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+    except PermissionError:
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: {_why_unsafe(path, error)}. Nothing in it has been run. Save its weights again, where "
             "you trust it, with safetensors or as torch.save(model.state_dict(), ...); or allow its classes yourself "
             "with torch.serialization.add_safe_globals."
         ) from error
-    except (ValueError, RuntimeError, EOFError, KeyError, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
+    except (ValueError, RuntimeError, EOFError, KeyError, OSError, SafetensorError) as error:
         reason = "it is no such file" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         reason = reason if path.stat().st_size else "it is empty"
         raise ValueError(
@@ -96,16 +96,6 @@ def _is_safetensors(path: Path) -> bool:
     """Whether it begins as safetensors does: the length of a header, then the header in JSON."""
     with path.open("rb") as file:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -166,32 +156,35 @@ def load_weights(
         >>> report.loaded, report.fresh
         (('0.weight', '0.bias'), ('2.weight', '2.bias'))
     """
-    state = read_weights(source)
-    if head is not None:
-        try:
-            heads = [module.get_submodule(head)]
-        except AttributeError as error:
-            children = [name for name, _ in module.named_children()]
-            raise ValueError(
-                f"Expected `head` to be the path of a submodule, but {type(module).__name__} has no {head!r}. It has "
-                f"{children}."
-            ) from error
-    else:
-        network = _timm_network(module)
-        heads = last_layer(module) if network is None else _classifiers(network)
-    own = module.state_dict()
-    names = head_names(module, heads)
+    state, own = read_weights(source), module.state_dict()
+    names = head_names(module, _heads(module, head))
     fitting, report = fit_state(state, own, names, str(source))
     if report.missing or report.wrong:
-        translated = _translated(state, module)
-        if translated is not None:
-            other, other_report = fit_state(translated, own, names, str(source))
-            if len(other) > len(fitting):
-                fitting, report = other, other_report
+        other, other_report = fit_state(_translated(state, module), own, names, str(source))
+        if len(other) > len(fitting):
+            fitting, report = other, other_report
     require_fit(report, [name for name in own if name not in names], strict)
     module.load_state_dict(fitting, strict=False)
     rank_zero_info(str(report))
     return report
+
+
+def _heads(module: nn.Module, path: str | None) -> list[nn.Module]:
+    """Return the classifier: what stands at a path, or else that of timm's network, or what looks like one."""
+    network = _timm_network(module)
+    if path is not None:
+        try:
+            return [module.get_submodule(path)]
+        except AttributeError as error:
+            children = [name for name, _ in module.named_children()]
+            raise ValueError(
+                f"Expected `head` to be the path of a submodule, but {type(module).__name__} has no {path!r}. It has "
+                f"{children}."
+            ) from error
+    if network is None:
+        return last_layer(module)
+    classifier = network.get_classifier()
+    return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
 
 
 def _timm_network(module: nn.Module) -> Any:
@@ -199,28 +192,22 @@ def _timm_network(module: nn.Module) -> Any:
     return next((part for part in module.modules() if hasattr(part, "get_classifier")), None)
 
 
-def _classifiers(network: Any) -> list[nn.Module]:
-    classifier = network.get_classifier()
-    return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
-
-
-def _translated(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any] | None:
-    """Rename and resize what timm knows how to, for the network in a module; None if there is nothing to do."""
+def _translated(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    """Rename and resize what timm knows how to, for the network in a module."""
     network = _timm_network(module)
     if network is None or not getattr(network, "pretrained_cfg", None):
-        return None
+        return state
     from timm.models import adapt_input_conv
 
     own = network.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     prefix, _ = find_prefixes(tensors, own)
     result = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-    translate: Callable[..., Any] | None = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if translate is not None:
-        with contextlib.suppress(Exception):  # made for the original files; another is left as it is
-            result = dict(translate(dict(result), network))
-    first = network.pretrained_cfg.get("first_conv")
-    for name in [f"{first}.weight"] if isinstance(first, str) else [f"{each}.weight" for each in first or ()]:
+    with contextlib.suppress(Exception):  # there is none, or it is made for the original files, and this is another
+        translate = sys.modules[type(network).__module__].checkpoint_filter_fn
+        result = dict(translate(dict(result), network))
+    first = network.pretrained_cfg.get("first_conv") or ()
+    for name in [f"{each}.weight" for each in ([first] if isinstance(first, str) else first)]:
         if name in result and name in own and result[name].shape[1:2] != own[name].shape[1:2]:
             with contextlib.suppress(NotImplementedError):  # only from 3 channels to others
                 result[name] = adapt_input_conv(own[name].shape[1], result[name])

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_speedups import MixupCallback, WarmupLRScaler
-from lightning_speedups.attach.batches import BatchTrick, Order, batch_number, rest_of_pipeline, transferred
+from lightning_speedups.attach.batches import BatchOrder, BatchTrick, batch_number, rest_of_pipeline, transferred
 from lightning_speedups.core.batch import get_part, replace_part
 from zoo import Batches, Classifier, loader, trainer, weights
 
@@ -26,7 +26,7 @@ from zoo import Batches, Classifier, loader, trainer, weights
 class Linear(BatchTrick):
     """x → times·x + plus, so that the order of two of them shows."""
 
-    def __init__(self, times, plus, order=Order.MIX, place=0):
+    def __init__(self, times, plus, order=BatchOrder.MIX, place=0):
         super().__init__()
         self.times, self.plus, self.batch_order, self.place = times, plus, order, place
         self.numbers = []
@@ -203,7 +203,11 @@ def test_the_users_transfer_hooks_run_and_come_first(owner):
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_tricks_apply_in_their_order_however_they_are_listed(listed):
-    tricks = [Linear(10.0, 0.0, Order.RESIZE), Linear(1.0, 1.0, Order.MEMORY_FORMAT), Linear(-1.0, 0.0, Order.MIX)]
+    tricks = [
+        Linear(10.0, 0.0, BatchOrder.RESIZE),
+        Linear(1.0, 1.0, BatchOrder.MEMORY_FORMAT),
+        Linear(-1.0, 0.0, BatchOrder.MIX),
+    ]
     module = Seer()
     trainer(max_epochs=1, callbacks=tricks[::-1] if listed else tricks).fit(module, batches("tuple")[0])
     for seen, (x, _) in zip(module.trained, batches("tuple")[2], strict=True):
@@ -481,7 +485,11 @@ def test_the_rest_of_the_pipeline_can_be_run_by_itself_and_is_not_noticed():
             self.calls += 1
             return super().change_batch(trainer, pl_module, batch)
 
-    earlier, first, later = Linear(7, 0, Order.LOOK), First(2, 0, Order.RESIZE), Counting(1, 5, Order.MIX)
+    earlier, first, later = (
+        Linear(7, 0, BatchOrder.LOOK),
+        First(2, 0, BatchOrder.RESIZE),
+        Counting(1, 5, BatchOrder.MIX),
+    )
     module = Seer()
     trainer(callbacks=[later, first, earlier], max_epochs=1).fit(module, Batches([torch.ones(2, 2)]))
     assert torch.equal(first.rest[0], torch.full((2, 2), 19.0))

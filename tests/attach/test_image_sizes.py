@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_speedups.attach.image_sizes import ask_for_sizes, full_batches
-from lightning_speedups.attach.loaders import LoaderTrick
+from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.attach.trick import Trick
 from lightning_speedups.core.dataset_sizes import UnknownSizeError
 from zoo import Classifier, trainer
 
@@ -28,20 +29,32 @@ class Sized(Dataset):
         return torch.full((2, self.size, self.size), float(i)), i % 4
 
 
-class Asks(LoaderTrick):
+class Asking(LoaderGrip):
+    def change_loader(self, trainer, loader, epoch):
+        self.trick.ask(trainer, loader)
+
+
+class Asks(Trick):
     """Asks before the first epoch, and loads some samples at full size in each epoch."""
 
     def __init__(self, smallest=4, evaluated=(), place=0):
+        super().__init__()
         self.smallest, self.evaluated, self.place = smallest, evaluated, place
         self.settings, self.error, self.loaded, self.states = None, None, [], []
+        self.grips = (Asking(self),)
 
-    def change_loader(self, trainer, loader, epoch):
+    def ask(self, trainer, loader):
         if self.settings is not None or self.error is not None:
             return
         self.loader = loader
         try:
             self.settings = ask_for_sizes(
-                self, trainer, loader, [self.place], lambda full: (self.smallest, self.smallest), self.evaluated
+                self.grips[0],
+                trainer,
+                loader,
+                [self.place],
+                lambda full: (self.smallest, self.smallest),
+                self.evaluated,
             )
         except UnknownSizeError as error:
             self.error = str(error)

@@ -10,24 +10,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import patched
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
-from lightning_speedups.attach.batches import BatchTrick, Order
-from lightning_speedups.attach.loaders import LoaderTrick, find_batcher
-from lightning_speedups.attach.trick import batches_in_epoch, steps_in_epochs, total_batches
+from lightning_speedups.attach.batches import BatchOrder, BatchTrick
+from lightning_speedups.attach.loaders import LoaderGrip, find_batcher
+from lightning_speedups.attach.run_length import batches_in_epoch, run_length
 from zoo import Batches, Classifier, OrderOfEpoch, ReplayLoader, fit_interrupted, images, resume, trainer
 
 
-class Plan(LoaderTrick, BatchTrick):
-    """Epochs by a plan of (share of the samples, batch size), then full ones; notes what it is told of each batch."""
-
-    batch_order = Order.LOOK
-
-    def __init__(self, *plan, any_loader=False):
-        super().__init__()
-        self.plan, self.takes_any_loader = plan, any_loader
-        self.told, self.changed = [], []
-
+class Planned(LoaderGrip):
     def of(self, epoch):
-        return self.plan[epoch] if epoch < len(self.plan) else (1.0, None)
+        plan = self.trick.plan
+        return plan[epoch] if epoch < len(plan) else (1.0, None)
 
     def samples_in_epoch(self, epoch, samples):
         return round(self.of(epoch)[0] * samples)
@@ -39,11 +31,24 @@ class Plan(LoaderTrick, BatchTrick):
         return order[len(order) - self.samples_in_epoch(epoch, len(order)) :]
 
     def change_loader(self, trainer, loader, epoch):
-        self.changed.append((loader, epoch))
+        self.trick.changed.append((loader, epoch))
+
+
+class Plan(BatchTrick):
+    """Epochs by a plan of (share of the samples, batch size), then full ones; notes what it is told of each batch."""
+
+    batch_order = BatchOrder.LOOK
+
+    def __init__(self, *plan, any_loader=False):
+        super().__init__()
+        self.plan = plan
+        self.told, self.changed = [], []
+        self.loader = Planned(self, any_loader)
+        self.grips = (self.loader,)
 
     def change_batch(self, trainer, pl_module, batch):
-        if not self.takes_any_loader:
-            self.told.append(self.samples_of_batch(trainer))
+        if not self.loader.any_loader:
+            self.told.append(self.loader.samples_of_batch())
         return batch
 
 
@@ -61,8 +66,8 @@ class Numbered(Classifier):
         run = self.trainer
         epochs = run.max_epochs
         self.totals = [
-            total_batches(run),
-            steps_in_epochs(run, epochs),
+            run_length(run).batches,
+            run_length(run).steps_in_epochs(epochs),
             [batches_in_epoch(run, e) for e in range(epochs)],
         ]
 

@@ -697,7 +697,7 @@ class Uncopyable(Classifier):
         (Lambda, "`read` is a function that has captured"),
         (LambdaOnAMethod, "`make` is a function that has captured"),
         (Hook, "`backbone._forward_hooks` is a function that has captured"),
-        (Uncopyable, "Uncopyable, which cannot be copied .*generator"),
+        (Uncopyable, "Uncopyable cannot be copied .*generator"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_with_the_way_out(kind, told):

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_speedups.attach.rehearsal import NoRehearsalError, fresh_statistics, norms_of, rehearsal, swap_statistics
+from lightning_speedups.attach.copies import NoCopyError
+from lightning_speedups.attach.rehearsal import fresh_statistics, norms_of, rehearsal, swap_statistics
 from zoo import Classifier, Manual, images, loader, trainer, weights
 
 
@@ -202,7 +203,7 @@ class Uncopied(Classifier):
 @pytest.mark.parametrize(("module", "reason"), [(Manual, "optimizes manually"), (Uncopied, "cannot be copied")])
 def test_what_cannot_be_rehearsed_says_why(module, reason):
     def rehearse(trainer, pl_module):
-        with pytest.raises(NoRehearsalError, match=reason), rehearsal(trainer, pl_module):
+        with pytest.raises(NoCopyError, match=reason), rehearsal(trainer, pl_module):
             pass
         return True
 

@@ -1,217 +1,19 @@
-"""The run's length as it is really trained, the batch size as it really comes, and methods put back as they were."""
+"""The life of a run: what belongs to it begins with it, and everything is put back at its end."""
 
-import pickle
-import random
-from functools import partial
+from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from patches import patched
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
-from lightning_speedups.attach.trick import (
-    Trick,
-    accumulation,
-    batches_in_epoch,
-    callbacks_of,
-    loader_batch_size,
-    patch,
-    random_states,
-    raw_optimizers,
-    steps_in_epochs,
-    total_batches,
-    total_steps,
-    unpatch,
-)
-from zoo import Classifier, images, loader, trainer
-
-
-class Looks(Callback):
-    def __init__(self, look):
-        self.look, self.seen = look, []
-
-    def on_train_start(self, trainer, pl_module):
-        self.seen.append(self.look(trainer))
-
-
-def looked(look, data=None, **arguments):
-    eye = Looks(look)
-    one = trainer(callbacks=[*arguments.pop("callbacks", []), eye], **arguments)
-    one.fit(Classifier(), data if data is not None else loader(32, 8))
-    return eye.seen[0], one
-
-
-class Endless(IterableDataset):
-    def __init__(self, batches=5):
-        self.batches = batches
-
-    def __iter__(self):
-        for i in range(self.batches):
-            yield tuple(part[0] for part in images(1, seed=i))
-
-
-RUNS = {
-    "by epochs": {"max_epochs": 3},
-    "by steps": {"max_epochs": -1, "max_steps": 7},
-    "steps come first": {"max_epochs": 3, "max_steps": 5},
-    "epochs come first": {"max_epochs": 2, "max_steps": 50},
-    "accumulating": {"max_epochs": 3, "accumulate_grad_batches": 2},
-    "accumulating with a rest": {"max_epochs": 3, "accumulate_grad_batches": 3},
-    "some of the batches": {"max_epochs": 3, "limit_train_batches": 3},
-    "a fraction of the batches": {"max_epochs": 3, "limit_train_batches": 0.5},
-    "one batch over and over": {"max_epochs": 3, "overfit_batches": 1},
-    "fast_dev_run": {"max_epochs": 3, "fast_dev_run": 2},
-}
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_the_total_is_the_number_of_steps_that_the_run_takes(run):
-    total, one = looked(total_steps, **RUNS[run])
-    assert total == one.global_step > 0
-
-
-@pytest.mark.parametrize("schedule", [{0: 1, 1: 2, 2: 4}, {1: 3}, {0: 4, 2: 1}])
-def test_the_total_is_right_under_an_accumulation_schedule(schedule):
-    total, one = looked(total_steps, callbacks=[GradientAccumulationScheduler(schedule)], max_epochs=4)
-    assert total == one.global_step > 0
-
-
-def test_the_total_counts_from_the_start_of_the_run_after_a_resume():
-    _, one = looked(total_steps, max_epochs=1)
-    one.save_checkpoint("first.ckpt")
-    eye = Looks(total_steps)
-    two = trainer(max_epochs=3, callbacks=[eye])
-    two.fit(Classifier(), loader(32, 8), ckpt_path="first.ckpt")
-    assert eye.seen == [12]
-    assert two.global_step == 12
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"), [({"max_epochs": 2}, None), ({"max_epochs": -1, "max_steps": 4}, 4)]
-)
-def test_a_loader_without_a_length_leaves_the_total_to_max_steps(arguments, expected):
-    total, _ = looked(total_steps, DataLoader(Endless(), batch_size=2), **arguments)
-    assert total == expected
-
-
-def test_an_endless_run_has_no_total():
-    class Stops(Callback):
-        def on_train_batch_end(self, trainer, *args):
-            trainer.should_stop = True
-
-    total, _ = looked(total_steps, max_epochs=-1, callbacks=[Stops()])
-    assert total is None
-
-
-def test_an_epoch_without_a_length_is_none():
-    assert looked(partial(batches_in_epoch, epoch=0), DataLoader(Endless(), batch_size=2), max_epochs=1)[0] is None
-    assert looked(lambda one: steps_in_epochs(one, 2.0), DataLoader(Endless(), batch_size=2), max_epochs=1)[0] is None
-    assert looked(partial(batches_in_epoch, epoch=0), max_epochs=1)[0] == 4
-
-
-@pytest.mark.parametrize(
-    ("epochs", "accumulate", "expected"),
-    [(0.0, 1, 0), (1.0, 1, 4), (2.5, 1, 10), (0.25, 1, 1), (2.0, 3, 4), (1.5, 2, 3), (0.75, 2, 2)],
-)
-def test_parts_of_an_epoch_count_in_proportion(epochs, accumulate, expected):
-    steps, _ = looked(lambda one: steps_in_epochs(one, epochs), max_epochs=1, accumulate_grad_batches=accumulate)
-    assert steps == expected
-
-
-def test_epochs_beyond_the_run_count_as_the_schedule_goes_on():
-    schedule = GradientAccumulationScheduler({0: 1, 1: 2})
-    steps, _ = looked(lambda one: steps_in_epochs(one, 3.5), max_epochs=1, callbacks=[schedule])
-    assert steps == 4 + 2 + 2 + 1
-
-
-def dataset():
-    return TensorDataset(*images(12))
-
-
-class Plain:
-    """A loader that says nothing about itself."""
-
-    def __iter__(self):
-        yield images(4)
-
-
-LOADERS = {
-    "batch_size": (lambda: DataLoader(dataset(), batch_size=4), 4),
-    "batch_sampler": (lambda: DataLoader(dataset(), batch_sampler=BatchSampler(SequentialSampler(dataset()), 3, False)), 3),
-    "batches as samples": (
-        lambda: DataLoader(dataset(), sampler=BatchSampler(SequentialSampler(dataset()), 6, False), batch_size=None), 6,
-    ),
-    "no batching": (lambda: DataLoader([images(4)], batch_size=None), None),
-    "without a length": (lambda: DataLoader(Endless(), batch_size=2), 2),
-    "not a DataLoader": (Plain, None),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", LOADERS)
-def test_the_batch_size_is_the_one_that_comes_or_none(kind):
-    make, expected = LOADERS[kind]
-    module, eye = Classifier(), Looks(loader_batch_size)
-    trainer(max_epochs=1, callbacks=[eye]).fit(module, make())
-    assert eye.seen == [expected]
-    assert expected is None or len(module.seen[0][0]) == expected
-
-
-class TwoLoaders(Classifier):
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch["a"], batch_idx)
-
-
-def test_several_loaders_have_no_one_batch_size():
-    eye = Looks(loader_batch_size)
-    trainer(max_epochs=1, callbacks=[eye]).fit(TwoLoaders(), {"a": loader(8, 4), "b": loader(8, 2)})
-    assert eye.seen == [None]
-
-
-def test_optimizers_come_without_lightnings_wrapper():
-    (optimizers, callbacks), one = looked(lambda one: (raw_optimizers(one), callbacks_of(one)), max_epochs=1)
-    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.SGD]
-    assert callbacks == one.callbacks
-
-
-class Owner:
-    def method(self):
-        return "its own"
-
-
-def test_unpatching_gives_back_the_method_of_the_class():
-    owner = Owner()
-    original = owner.method
-    patch(owner, "method", lambda: "patched")
-    assert owner.method() == "patched"
-    unpatch(owner, "method", original)
-    assert owner.method() == "its own"
-    assert vars(owner) == {}
-    pickle.dumps(owner)
-
-
-def test_unpatching_gives_back_a_method_that_someone_else_had_put_there():
-    owner = Owner()
-    theirs = owner.method = lambda: "theirs"
-    patch(owner, "method", lambda: "patched")
-    unpatch(owner, "method", theirs)
-    assert owner.method() == "theirs"
-
-
-def test_unpatching_a_method_of_the_base_class_leaves_nothing():
-    class Heir(Owner):
-        pass
-
-    owner = Heir()
-    original = owner.method
-    patch(owner, "method", lambda: "patched")
-    unpatch(owner, "method", original)
-    assert vars(owner) == {}
+from lightning_speedups.attach.trick import Grip, Trick
+from zoo import Classifier, loader, trainer
 
 
 class Counts(Trick):
     def __init__(self):
+        super().__init__()
         self.undone = 0
         self.active = []
 
@@ -219,6 +21,7 @@ class Counts(Trick):
         self.active.append(self.is_active(trainer))
 
     def undo(self, trainer, pl_module):
+        super().undo(trainer, pl_module)
         self.undone += 1
 
 
@@ -240,57 +43,105 @@ class Fails(Classifier):
         raise ZeroDivisionError
 
 
-class SeesBatches(Callback):
-    def __init__(self):
-        self.count = 0
+@dataclass
+class Counted:
+    batches: int = 0
+    seen: list[int] = field(default_factory=list)
 
+
+@dataclass
+class Held:
+    last: object = None
+
+
+class Remembers(Trick):
+    saved_as, run_as = Counted, Held
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.saved.batches += 1
+        self.saved.seen.append(batch_idx)
+        self.run.last = batch
+
+
+def state(path):
+    return torch.load(path, weights_only=True)["callbacks"]["Remembers"]
+
+
+def test_what_is_saved_outlives_the_run_until_the_next_one_begins():
+    trick = Remembers()
+    one = trainer(callbacks=[trick], max_epochs=2)
+    one.fit(Classifier(), loader())
+    assert trick.run == Held()
+    one.save_checkpoint("after.ckpt")
+    assert state("after.ckpt") == {"batches": 8, "seen": [0, 1, 2, 3] * 2}
+    trainer(callbacks=[trick], max_steps=3).fit(Classifier(), loader())
+    assert trick.saved == Counted(3, [0, 1, 2])
+
+
+class FailsAtBatch(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.count += 1
+        if batch_idx == 2:
+            raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_the_total_of_batches_is_the_number_that_the_run_takes(run):
-    eye, counter = Looks(total_batches), SeesBatches()
-    trainer(callbacks=[eye, counter], **RUNS[run]).fit(Classifier(), loader(32, 8))
-    assert eye.seen == [counter.count]
+def test_a_checkpoint_that_is_saved_after_an_exception_has_it():
+    trick = Remembers()
+    checkpoint = ModelCheckpoint(".", filename="failed", save_on_exception=True, every_n_epochs=5)
+    with pytest.raises(ZeroDivisionError):
+        trainer(callbacks=[trick, FailsAtBatch(), checkpoint], enable_checkpointing=True).fit(Classifier(), loader())
+    assert trick.run == Held()
+    (path,) = (name for name in __import__("pathlib").Path().iterdir() if name.suffix == ".ckpt")
+    assert state(path) == {"batches": 2, "seen": [0, 1]}
 
 
-@pytest.mark.parametrize("max_steps", [-1, 4, 5, 7])
-@pytest.mark.parametrize("schedule", [{0: 3}, {0: 1, 1: 2, 2: 4}])
-def test_the_total_of_batches_is_right_under_an_accumulation_schedule(schedule, max_steps):
-    eye, counter = Looks(total_batches), SeesBatches()
-    accumulation_schedule = GradientAccumulationScheduler(schedule)
-    trainer(callbacks=[eye, accumulation_schedule, counter], max_epochs=5, max_steps=max_steps).fit(
-        Classifier(), loader(32, 8)
-    )
-    assert eye.seen == [counter.count]
+def test_a_resumed_run_goes_on_and_a_checkpoint_shares_nothing_with_the_trick():
+    trick = Remembers()
+    trainer(callbacks=[trick], max_steps=2).fit(Classifier(), loader())
+    saved = trick.state_dict()
+    other = Remembers()
+    other.load_state_dict({**saved, "of another version": 3})
+    assert other.saved == trick.saved
+    assert other.resumed
+    other.saved.seen.append(9)
+    assert saved["seen"] == trick.saved.seen == [0, 1]
+    older = Remembers()
+    older.load_state_dict({"batches": 5})
+    assert older.saved == Counted(5, [])
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_the_accumulation_of_an_epoch_is_known_before_the_schedule_had_its_turn(first):
-    schedule, told = GradientAccumulationScheduler({0: 1, 1: 2, 3: 4}), []
+class Notes(Grip):
+    def __init__(self, trick, notes):
+        super().__init__(trick)
+        self.notes = notes
 
-    class Asks(Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            told.append(accumulation(trainer, trainer.current_epoch))
+    def join(self, trainer):
+        self.notes.append("join")
 
-    callbacks = [Asks(), schedule] if first else [schedule, Asks()]
-    trainer(max_epochs=5, callbacks=callbacks).fit(Classifier(), loader(32, 8))
-    assert told == [1, 2, 2, 4, 4]
+    def on_fit_start(self, trainer):
+        self.notes.append("fit")
+
+    def on_train_start(self, trainer):
+        self.notes.append("train")
+
+    def on_train_epoch_start(self, trainer):
+        self.notes.append("epoch")
+
+    def leave(self, trainer):
+        self.notes.append("leave")
 
 
-@pytest.mark.parametrize(
-    ("draw", "same"),
-    [
-        (lambda: None, True),
-        (lambda: torch.rand(3, generator=torch.Generator()), True),
-        (lambda: torch.rand(1), False),
-        (random.random, False),
-        (lambda: np.random.rand(), False),  # noqa: NPY002
-    ],
-)
-def test_random_states_are_equal_as_long_as_nobody_draws(draw, same):
-    one = trainer()
-    before = random_states(one)
-    draw()
-    assert (random_states(one) == before) == same
+def test_grips_follow_the_trick_through_a_fit():
+    trick, notes = Remembers(), []
+    trick.grips = (Notes(trick, notes),)
+    one = trainer(callbacks=[trick], max_epochs=2)
+    one.fit(Classifier(), loader())
+    assert notes == ["join", "fit", "train", "epoch", "epoch", "leave"]
+    one.validate(Classifier(), loader(), verbose=False)
+    assert notes[6:] == ["leave"]  # which says nothing where nobody has joined
+
+
+def test_every_hook_of_a_grip_is_passed_on():
+    hooks = {name for name in vars(Grip) if hasattr(Callback, name) and not name.startswith("_")}
+    assert hooks <= vars(Trick).keys()
+    assert {"on_fit_start", "on_train_start", "on_train_epoch_start"} <= hooks

@@ -12,7 +12,8 @@ from torchvision import transforms as v1
 from torchvision.datasets import FakeData
 from torchvision.transforms import v2
 
-from lightning_speedups.core.dataset_sizes import UnknownSizeError, find_settings, take_batch
+from lightning_speedups.attach.loaders import take_batch
+from lightning_speedups.core.dataset_sizes import UnknownSizeError, find_settings
 
 
 class Pictures(Dataset):

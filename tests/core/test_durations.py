@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_speedups.core.durations import Duration, Run
+from lightning_speedups.core.durations import Duration, RunFacts
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_anything_else_is_refused_with_the_arguments_name_and_the_rule(value):
 
 
 def run(steps=200, an_epoch=20):
-    return Run(steps=steps, steps_in_epochs=lambda epochs: None if an_epoch is None else round(an_epoch * epochs))
+    return RunFacts(steps=steps, steps_in_epochs=lambda epochs: None if an_epoch is None else round(an_epoch * epochs))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))

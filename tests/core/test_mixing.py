@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_speedups.core.labels import mix_targets, soft_targets
 from lightning_speedups.core.mixing import (
     Mixture,
     blend,
@@ -25,6 +24,7 @@ from lightning_speedups.core.mixing import (
     paste,
 )
 from lightning_speedups.core.randomness import generator_for
+from lightning_speedups.tensors.labels import mix_targets, soft_targets
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 8.0])

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import (
 from lightning_speedups.core.schedules import (
     SHAPES,
     Course,
+    OneCycle,
     anneal_between,
     constant,
     cosine,
@@ -28,7 +29,6 @@ from lightning_speedups.core.schedules import (
     exponential,
     join,
     linear,
-    one_cycle,
     pick_shape,
     polynomial,
     ramp,
@@ -61,18 +61,18 @@ def test_one_cycle_equals_torch_at_every_step(total, pct, three_phase, anneal):
         "div_factor": 17.0,
         "final_div_factor": 300.0,
     }
-    ours = [one_cycle(step, total, max_lr=0.7, **shape) for step in range(total)]
+    ours = [OneCycle(**shape).at(step, total, max_lr=0.7) for step in range(total)]
     np.testing.assert_allclose(ours, list(torch_one_cycle(total, **shape)), rtol=1e-9)
 
 
 def test_one_cycle_begins_at_its_peak_where_torch_divides_by_zero():
-    assert one_cycle(0, 4, max_lr=0.5, pct_start=0.25) == (0.5, 0.85)
+    assert OneCycle(pct_start=0.25).at(0, 4, max_lr=0.5) == (0.5, 0.85)
 
 
 def test_one_cycle_stays_at_its_end_where_torch_climbs_again():
     end = 0.5 / 25 / 1e4
-    assert one_cycle(9, 10, max_lr=0.5)[0] == pytest.approx(end, rel=1e-9)
-    assert one_cycle(10, 10, max_lr=0.5) == one_cycle(1000, 10, max_lr=0.5) == one_cycle(9, 10, max_lr=0.5)
+    assert OneCycle().at(9, 10, max_lr=0.5)[0] == pytest.approx(end, rel=1e-9)
+    assert OneCycle().at(10, 10, max_lr=0.5) == OneCycle().at(1000, 10, max_lr=0.5) == OneCycle().at(9, 10, max_lr=0.5)
 
 
 @given(
@@ -85,10 +85,30 @@ def test_one_cycle_stays_at_its_end_where_torch_climbs_again():
 def test_one_cycle_is_finite_and_inside_its_bounds_for_any_length(total, pct, three_phase, anneal, place):
     pct = pct / 2 if three_phase else pct
     step = int(place * total)
-    lr, momentum = one_cycle(step, total, max_lr=0.3, pct_start=pct, three_phase=three_phase, anneal=anneal)
+    cycle = OneCycle(pct_start=pct, three_phase=three_phase, anneal=anneal)
+    lr, momentum = cycle.at(step, total, max_lr=0.3)
     assert math.isfinite(lr)
     assert 0.3 / 25 / 1e4 * (1 - 1e-6) <= lr <= 0.3 * (1 + 1e-9)
     assert 0.85 - 1e-9 <= momentum <= 0.95 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"pct_start": 1.0}, "`pct_start` to be a number in (0, 1), but got 1.0."),
+        ({"pct_start": 0.6, "three_phase": True}, "`pct_start` to be a number in (0, 0.5], but got 0.6."),
+        ({"anneal": "sine"}, "`anneal` to be 'cos' or 'linear', but got 'sine'."),
+        ({"div_factor": 0}, "`div_factor`"),
+        ({"final_div_factor": -1}, "`final_div_factor`"),
+        ({"base_momentum": 1.0}, "`base_momentum`"),
+        ({"max_momentum": -0.1}, "`max_momentum`"),
+    ],
+)
+def test_a_cycle_out_of_range_is_refused_and_equal_ones_have_one_hash(arguments, told):
+    with pytest.raises(ValueError) as caught:
+        OneCycle(**arguments)
+    assert told in str(caught.value)
+    assert hash(OneCycle(pct_start=0.2)) == hash(OneCycle(pct_start=0.2))
 
 
 def test_ramp_is_linear_then_constant():
@@ -303,6 +323,12 @@ def test_at_a_joint_the_next_piece_holds():
     assert [join(t, pieces) for t in (0, 1, 2, 5, 10, 11)] == [10, 10.5, 20, 30, 31, 31]
 
 
+def test_a_piece_of_no_length_is_passed_over_and_one_below_0_lets_the_next_begin_earlier():
+    rise, fall = (lambda p: 10 + p), (lambda p: 20 + p)
+    assert [join(t, [(0, rise), (4, fall)]) for t in (0, 1, 4)] == [20, 20.25, 21]
+    assert [join(t, [(-1, rise), (4, fall)]) for t in (0, 1, 3)] == [20.25, 20.5, 21]
+
+
 @given(lengths, lengths, st.floats(0, 1), st.floats(0, 1))
 def test_an_extended_course_has_no_jump_and_ends_at_the_new_total(length, total, at, between):
     step = int(at * min(length, total - 1))
@@ -336,12 +362,12 @@ def test_a_course_of_no_length_stands_at_its_end():
 @given(lengths, st.booleans())
 def test_one_cycle_begins_peaks_and_ends_where_it_should(total, three_phase):
     assume(total >= 20)
-    shape = {"max_lr": 0.5, "pct_start": 0.4, "three_phase": three_phase}
-    assert one_cycle(0, total, **shape) == pytest.approx((0.02, 0.95))
-    assert one_cycle(0.4 * total - 1, total, **shape) == pytest.approx((0.5, 0.85))
+    cycle = OneCycle(pct_start=0.4, three_phase=three_phase)
+    assert cycle.at(0, total, max_lr=0.5) == pytest.approx((0.02, 0.95))
+    assert cycle.at(0.4 * total - 1, total, max_lr=0.5) == pytest.approx((0.5, 0.85))
     if three_phase:
-        assert one_cycle(0.8 * total - 2, total, **shape) == pytest.approx((0.02, 0.95))
-    assert one_cycle(total - 1, total, **shape) == pytest.approx((2e-6, 0.95))
+        assert cycle.at(0.8 * total - 2, total, max_lr=0.5) == pytest.approx((0.02, 0.95))
+    assert cycle.at(total - 1, total, max_lr=0.5) == pytest.approx((2e-6, 0.95))
 
 
 def test_a_picked_shape_has_the_options_it_was_given():

@@ -32,7 +32,7 @@ def test_samples_per_second():
 
 @pytest.mark.parametrize(("samples", "seconds"), [(-1, 1.0), (1, 0.0), (1, -2.0), (1, math.inf), (1, math.nan)])
 def test_samples_per_second_refuses_nonsense(samples, seconds):
-    with pytest.raises(ValueError, match="Expected argument"):
+    with pytest.raises(ValueError, match="Expected `s"):
         samples_per_second(samples, seconds)
 
 

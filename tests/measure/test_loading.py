@@ -77,7 +77,7 @@ def test_grey_npz_without_a_channel_axis(tmp_path):
             {"y_train": np.full(12, 2**63, np.uint64)},
             "labels must be class indices from 0, y_train has 9223372036854775808",
         ),
-        ({"y_train": np.arange(12) % 3 - 1}, "labels must be >= 0, y_train has -1"),
+        ({"y_train": np.arange(12) % 3 - 1}, "labels must be class indices from 0, y_train has -1"),
         ({"x_test": np.zeros((6, 7, 5, 3), np.uint8)}, "differ in shape"),
         ({"y_test": np.array([0, 1, 2, 0, 1, 9])}, "y_test has label 9, which y_train lacks"),
         ({"y_train": np.zeros(12, int), "y_test": np.zeros(6, int)}, "one class only"),

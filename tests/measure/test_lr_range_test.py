@@ -171,7 +171,7 @@ def test_a_curve_that_ends_in_infinity_can_be_drawn(result):
     spoilt = dataclasses.replace(
         result, losses=(*result.losses[:-1], float("inf")), smoothed=(*result.smoothed[:-1], float("inf"))
     )
-    spoilt.figure().canvas.draw()
+    spoilt.figure().savefig("spoilt.png")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ from lightning_speedups.measure.lr_range_test import RangeTestResult
 
 assert RangeTestResult is measure.RangeTestResult
 LRRangeTest()
-heavy = {"arms", "digits", "images", "loading", "networks", "progress", "report", "results", "runner", "training"}
+heavy = {"digits", "loading", "networks", "progress", "report", "results", "runner", "training"}
 assert not heavy & {name.rpartition(".")[2] for name in sys.modules if name.startswith("lightning_speedups.measure.")}
 try:
     measure.compare
@@ -222,7 +222,7 @@ except ImportError as error:
 def test_the_rooms_names_are_there_and_others_are_not():
     assert measure.LRRangeTest is LRRangeTest
     assert measure.RangeTestResult is RangeTestResult
-    assert set(measure.__all__) == set(measure._FILES)
+    assert set(measure._FILES) < set(measure.__all__)
     assert set(measure.__all__) <= set(dir(measure))
     for name in measure.__all__:
         assert name == "ARMS" or getattr(measure, name).__module__.startswith("lightning_speedups.measure.")

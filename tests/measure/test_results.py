@@ -6,7 +6,8 @@ import math
 import pytest
 from rich.console import Console
 
-from lightning_speedups.measure.results import Comparison, Run
+from lightning_speedups.measure.results import Comparison
+from lightning_speedups.measure.runs import Run
 from lightning_speedups.measure.stopwatch import Point
 
 ARMS = {"plain": None, "trick": "plain", "late": "plain", "finetune": None, "freeze": "finetune"}

@@ -249,11 +249,11 @@ def test_an_arm_that_can_not_run_is_found_before_anything_trains(monkeypatch, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 81}, "--batch-size 81 is more than the 80 training images"),
-        ({"image_size": 32}, "--image-size is for folders"),
+        ({"batch_size": 81}, "`batch_size` 81 is more than the 80 training images"),
+        ({"image_size": 32}, "`image_size` is for folders"),
         ({"model": "resnet81"}, "unknown model"),
-        ({"weights": "w.pt"}, "neither is among the arms"),
-        ({"seeds": 0}, "--seeds"),
+        ({"weights": "w.pt"}, "`weights` .* neither is among the arms"),
+        ({"seeds": 0}, "`seeds`"),
         ({"data": "/nowhere"}, "no such file or folder: /nowhere"),
         ({"out": "/dev/null/results"}, "can't write to the folder /dev/null/results"),
     ],

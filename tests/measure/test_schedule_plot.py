@@ -19,8 +19,8 @@ from lightning_speedups import (
     WarmupLRScaler,
     plot_schedule,
 )
-from lightning_speedups.attach.schedules import ScheduleTrick
 from lightning_speedups.measure.schedule_plot import schedule_values
+from lightning_speedups.tricks.rates.base import ScheduleTrick
 from zoo import Classifier, loader, trainer
 
 LISTS = {

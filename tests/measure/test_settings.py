@@ -1,34 +1,37 @@
 import pytest
 
 from lightning_speedups.measure.errors import CompareError
-from lightning_speedups.measure.settings import Settings
+from lightning_speedups.measure.settings import OPTIONS, Settings
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seeds": 0}, "--seeds must be a whole number from 1 to 100, got 0"),
-        ({"seeds": 101}, "--seeds"),
-        ({"seeds": 1.5}, "--seeds must be a whole number"),
-        ({"epochs": -3}, "--epochs"),
-        ({"epochs": True}, "--epochs"),
-        ({"batch_size": 1}, "--batch-size"),
-        ({"samples": 9}, "--samples must"),
-        ({"test_samples": 0}, "--test-samples"),
-        ({"width": 3}, "--width"),
-        ({"image_size": 7}, "--image-size"),
-        ({"image_size": 513}, "--image-size"),
-        ({"pretrain_epochs": 0}, "--pretrain-epochs"),
-        ({"threads": 0}, "--threads"),
-        ({"lr": 0.0}, "--lr must be above 0"),
-        ({"lr": float("nan")}, "--lr"),
-        ({"lr": 11.0}, "--lr"),
-        ({"target": 0.0}, "--target must be a fraction"),
-        ({"target": 90.0}, r"got 90 \(write 0.9\)"),
-        ({"target": float("nan")}, "--target"),
-        ({"weights": "pretrained"}, "--weights pretrained needs a timm --model; convnet takes the path"),
-        ({"weights": "w.pt", "pretrain_epochs": 2}, "--weights and --pretrain-epochs are two sources"),
-        ({"accelerator": "abacus"}, "--accelerator must be one of auto, cpu.*got 'abacus'"),
+        ({"seeds": 0}, r"Expected `seeds` to be a whole number in \[1, 100\], but got 0\."),
+        ({"seeds": 101}, "`seeds`"),
+        ({"seeds": 1.5}, "`seeds` to be a whole number"),
+        ({"epochs": -3}, "`epochs`"),
+        ({"epochs": True}, "`epochs`"),
+        ({"batch_size": 1}, r"Expected `batch_size` to be a whole number in \[2, 65536\], but got 1\."),
+        ({"batch_size": None}, "`batch_size`"),
+        ({"samples": 9}, "`samples` to be"),
+        ({"test_samples": 0}, "`test_samples`"),
+        ({"width": 3}, "`width`"),
+        ({"image_size": 7}, "`image_size`"),
+        ({"image_size": 513}, "`image_size`"),
+        ({"pretrain_epochs": 0}, "`pretrain_epochs`"),
+        ({"threads": 0}, "`threads`"),
+        ({"lr": 0.0}, r"`lr` to be a number in \(0, 10\]"),
+        ({"lr": float("nan")}, "`lr`"),
+        ({"lr": 11.0}, "`lr`"),
+        ({"lr": "0.1"}, "`lr`"),
+        ({"target": "0.9"}, "`target`"),
+        ({"target": 0.0}, r"`target` to be a number in \(0, 1\]"),
+        ({"target": 90.0}, r"`target` to be a fraction, but got 90 \(write 0.9\)"),
+        ({"target": float("nan")}, "`target`"),
+        ({"weights": "pretrained"}, "`weights` pretrained needs a timm `model`; convnet takes the path"),
+        ({"weights": "w.pt", "pretrain_epochs": 2}, "`weights` and `pretrain_epochs` are two sources"),
+        ({"accelerator": "abacus"}, "`accelerator` to be 'auto', 'cpu'.*but got 'abacus'"),
     ],
 )
 def test_nonsense_is_refused_by_name(options, message):
@@ -45,3 +48,10 @@ def test_quick_is_smaller_and_what_is_asked_for_wins():
     assert (list(asked.run_seeds), asked.run_epochs, asked.collages) == ([0, 1, 2, 3], 9, (777, 55))
     assert asked.run_pretrain_epochs == 3
     assert Settings(epochs=1).run_pretrain_epochs == 1
+
+
+def test_every_setting_is_told_of():
+    for name, option in OPTIONS.items():
+        assert f"    {name}: {option.meaning}" in Settings.__doc__
+    assert "seeds: runs of each arm, 1 to 100 (default: 3, quick 1)." in Settings.__doc__
+    assert "lr: constant rate of plain, above 0 to 10 (default: 0.02)." in Settings.__doc__

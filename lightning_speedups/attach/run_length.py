@@ -1,0 +1,98 @@
+"""What a Trainer says of the length of its run; valid from ``on_train_start`` on, and without loading data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_speedups.attach.packages import is_a
+from lightning_speedups.attach.stations import Station
+from lightning_speedups.attach.trick import callbacks_of
+from lightning_speedups.core.durations import RunFacts
+from lightning_speedups.core.run_length import RunLength
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class PlansEpochs:
+    """Who stands at the training loader, and makes epochs of other lengths than the loader's own."""
+
+    @property
+    def own_batch_size(self) -> int | None:
+        """The loader's batch size without that, or None where it does not change it."""
+        raise NotImplementedError
+
+    def batches_in_epoch(self, epoch: int) -> int | None:
+        """Return the batches of an epoch, or None where the loader does not say."""
+        raise NotImplementedError
+
+
+def run_length(trainer: Trainer) -> RunLength:
+    """Return what the run's length follows from.
+
+    Unlike ``trainer.estimated_stepping_batches`` it is right under ``GradientAccumulationScheduler``, and it neither
+    loads data nor disturbs a resumed loader.
+
+    Args:
+        trainer: A fitting Trainer, in ``on_train_start`` or later.
+    """
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    return RunLength(
+        None if epochs is None or epochs < 0 else epochs,
+        None if steps < 0 else steps,
+        lambda epoch: batches_in_epoch(trainer, epoch),
+        lambda epoch: accumulation(trainer, epoch),
+    )
+
+
+def batches_in_epoch(trainer: Trainer, epoch: int) -> int | None:
+    """Return the number of training batches in an epoch, or None when the loader does not know."""
+    if planned := Station.of(trainer.strategy, "process_dataloader").find(PlansEpochs):
+        return planned.batches_in_epoch(epoch)
+    batches = trainer.num_training_batches
+    return None if batches == float("inf") else int(batches)
+
+
+def accumulation(trainer: Trainer, epoch: int) -> int:
+    """Return how many batches make one optimizer step in an epoch.
+
+    ``trainer.accumulate_grad_batches`` follows a ``GradientAccumulationScheduler`` only once that had its turn.
+    """
+    for callback in callbacks_of(trainer):
+        if is_a(callback, "GradientAccumulationScheduler"):
+            return callback.get_accumulate_grad_batches(epoch)  # type: ignore[attr-defined,no-any-return]
+    return trainer.accumulate_grad_batches
+
+
+def loader_batch_size(trainer: Trainer) -> int | None:
+    """Return the batch size of the training loader in one process, in samples, or None where it does not say.
+
+    Tricks that change it from epoch to epoch do not count.
+    """
+    planned, loader = Station.of(trainer.strategy, "process_dataloader").find(PlansEpochs), trainer.train_dataloader
+    # The last one: whole batches as samples, so that the loader itself does not batch.
+    holders = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
+    sizes = [planned and planned.own_batch_size, *(getattr(holder, "batch_size", None) for holder in holders)]
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def raw_optimizers(trainer: Trainer) -> list[Optimizer]:
+    """Return the run's torch optimizers, without Lightning's wrapper."""
+    return [getattr(optimizer, "_optimizer", optimizer) for optimizer in trainer.strategy.optimizers]
+
+
+def facts(trainer: Trainer, pl_module: LightningModule) -> RunFacts:
+    """Return what schedules can know of a run.
+
+    In manual optimization the steps are the module's own: nobody knows how many there will be, and an epoch is taken to
+    have one in each batch.
+    """
+    size, length = loader_batch_size(trainer), run_length(trainer)
+    return RunFacts(
+        steps=length.steps if pl_module.automatic_optimization else None,
+        steps_in_epochs=length.steps_in_epochs,
+        batch_size=size and size * trainer.world_size * accumulation(trainer, trainer.current_epoch),
+        optimizers=tuple(type(optimizer).__name__ for optimizer in raw_optimizers(trainer)),
+    )

@@ -1,1 +1,0 @@
-"""One trick, one file, named after its class."""

@@ -1,1 +1,0 @@
-"""Loaders and samplers, one in a file."""

@@ -1,1 +1,0 @@
-"""Loss modules; no Lightning in here."""

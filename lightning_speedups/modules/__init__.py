@@ -1,0 +1,1 @@
+"""What is done to nn.Modules, without Lightning."""

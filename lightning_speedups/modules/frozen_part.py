@@ -1,0 +1,205 @@
+"""What of a network is frozen, and where its frozen part ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_speedups.core.batch import tensors_in
+
+
+def find_cuts(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the largest modules of which every parameter trains, by name; lists of modules, which nobody calls, count
+    as their parts.
+
+    Args:
+        module: Where to look.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
+        >>> list(find_cuts(net)), list(find_cuts(net.requires_grad_(True)))
+        (['1'], [''])
+    """
+    found: dict[str, nn.Module] = {}
+    for name, part in module.named_modules():
+        flags = [parameter.requires_grad for parameter in part.parameters()]
+        is_list = isinstance(part, (nn.ModuleList, nn.ModuleDict))
+        if flags and all(flags) and not is_list and not any(_is_in(name, cut) for cut in found):
+            found[name] = part
+    return found
+
+
+def find_outside(module: nn.Module, cuts: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the modules that are in none of the cuts, by name.
+
+    Args:
+        module: Where to look.
+        cuts: Names of modules in it.
+
+    Example:
+        >>> list(find_outside(nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(2, 2))), ["1"]))
+        ['', '0']
+    """
+    return {name: part for name, part in module.named_modules() if not any(_is_in(name, cut) for cut in cuts)}
+
+
+def _is_in(name: str, cut: str) -> bool:
+    return name == cut or not cut or name.startswith(f"{cut}.")
+
+
+def different(one: Tensor, other: Tensor) -> Tensor:
+    """Return, for each sample, how far two computations of one feature are apart, relative to its size.
+
+    Args:
+        one: ``(N, ...)``.
+        other: The same.
+
+    Example:
+        >>> different(torch.tensor([[1.0, 0.0], [4.0, 3.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        tensor([0.0000, 0.8000])
+    """
+    one, other = (values.reshape(len(values), -1).double() for values in (one, other))
+    same = ((one == other) | (one.isnan() & other.isnan())).all(1)
+    apart = (one - other).norm(dim=1) / torch.maximum(one.norm(dim=1), other.norm(dim=1))
+    return torch.where(same, 0.0, apart.nan_to_num(1.0)).float()
+
+
+def is_untrained(values: Any) -> bool:
+    """Tell whether there are tensors of which none depends on what trains.
+
+    Args:
+        values: Tensors and other things, nested as they may be.
+
+    Example:
+        >>> is_untrained([torch.ones(2)]), is_untrained([torch.ones(2), torch.ones(2, requires_grad=True)])
+        (True, False)
+    """
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return bool(tensors) and not any(tensor.requires_grad for tensor in tensors)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Tell whether nothing in a module trains.
+
+    Args:
+        module: Which module.
+
+    Example:
+        >>> is_frozen(nn.Linear(2, 2)), is_frozen(nn.Linear(2, 2).requires_grad_(False)), is_frozen(nn.ReLU())
+        (False, True, True)
+    """
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def memories(values: Any) -> set[int]:
+    """Return where tensors have their values: the same for a tensor and its views.
+
+    Args:
+        values: Tensors and other things, nested as they may be.
+
+    Example:
+        >>> ones = torch.ones(4)
+        >>> memories([ones]) == memories([ones.view(2, 2), None]), memories([ones]) == memories([ones.clone()])
+        (True, False)
+    """
+    return {tensor.untyped_storage()._cdata for tensor in tensors_in(values) if tensor.layout == torch.strided}
+
+
+def checksum(tensors: Iterable[Tensor]) -> bytes:
+    """Return something that changes when values do, at a small part of the cost of comparing them: their sums.
+
+    Args:
+        tensors: Of any kinds.
+
+    Example:
+        >>> weight = torch.ones(3)
+        >>> before = checksum([weight])
+        >>> weight.data.mul_(2)
+        tensor([2., 2., 2.])
+        >>> checksum([weight]) == before
+        False
+    """
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        values = tensor.detach()
+        values = torch.view_as_real(values) if values.is_complex() else values
+        sums.setdefault(values.device, []).append(values.sum(dtype=torch.float32))
+    return b"".join(torch.stack(found).cpu().numpy().tobytes() for found in sums.values())
+
+
+@contextmanager
+def before(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], Any]) -> Iterator[None]:
+    """Call a function before each of some modules is called, while the context lasts.
+
+    Args:
+        modules: The modules, by name.
+        see: Takes name, module, and what the module is given, as ``(args, kwargs)``; it may return these changed.
+    """
+
+    def hook(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return see(name, module, (args, kwargs))
+
+    handles = [
+        module.register_forward_pre_hook(partial(hook, name), prepend=True, with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def after(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
+    """Call a function after each of some modules was called, while the context lasts.
+
+    Args:
+        modules: The modules, by name.
+        see: Takes name, module, and what the module returned.
+    """
+
+    def hook(name: str, module: nn.Module, args: Any, made: Any) -> None:
+        see(name, module, made)
+
+    handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def random_transforms(dataset: Any) -> list[str]:
+    """Return the class names of a dataset's transforms that sound random.
+
+    Args:
+        dataset: With attributes such as torchvision's datasets have, or ``Subset``.
+
+    Example:
+        >>> class RandomCrop: ...
+        >>> class Compose: transforms = [RandomCrop(), str]
+        >>> class Photos: transform = Compose()
+        >>> random_transforms(torch.utils.data.Subset(Photos(), []))
+        ['RandomCrop']
+    """
+    found, left = [], [dataset]
+    for thing in left:  # which grows
+        name = type(thing).__name__
+        if any(word in name for word in ("Random", "Jitter", "Augment", "AugMix", "Erasing")):
+            found.append(name)
+        for key in ("dataset", "transform", "transforms", "_modules"):
+            inner = getattr(thing, key, None)
+            several = (
+                inner.values() if isinstance(inner, dict) else inner if isinstance(inner, (list, tuple)) else [inner]
+            )
+            left += [one for one in several if one is not None and not any(one is other for other in left)]
+        if len(left) > 100:
+            break
+    return found

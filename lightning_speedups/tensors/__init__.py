@@ -1,0 +1,1 @@
+"""Tensors that pretend, and tensors that are kept by sample."""

@@ -1,0 +1,339 @@
+"""A tensor with shape, type, strides and device, but without values: what is computed from it costs next to nothing.
+
+It says exactly what depends on values that are not there: nothing real can be made of it by accident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+_aten = torch.ops.aten
+_FROM_SHAPE = {  # their values depend on the shape alone
+    getattr(_aten, name).default
+    for name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+}
+
+
+class Origin:
+    """What all tensors without values have in common that were made for the same step.
+
+    Args:
+        error: Makes the exception, from what was tried.
+    """
+
+    def __init__(self, error: Callable[[str], Exception] = RuntimeError) -> None:
+        self.error = error
+        self.loaded = set[int]()  # memories of tensors that have their values by now
+        self.is_written = False  # into something of which the values can be computed
+        self.alive = WeakSet[Unloaded]()
+
+
+class _MissingError(Exception):
+    """An operation cannot do without values."""
+
+
+class Unloaded(Tensor):
+    """Stands in for a tensor whose values nobody needs.
+
+    Every operation on it gives tensors of the same kind, of the right shape, type and device. What needs values is
+    refused, by name: reading them, writing them into a real tensor, mixing them with a tensor that trains, an operation
+    that draws random numbers. If it was given a way to get them, they and what is made of them alone, without other
+    tensors, are computed then, rather than refused. With `load` it gets values, and is as good as real from then on.
+
+    Make it with [of][lightning_speedups.tensors.unloaded.Unloaded.of].
+    """
+
+    _meta: Tensor
+    _origin: Origin
+    _loaded: Tensor | None
+    _source: Callable[[], Any] | None
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(
+        tensor: Tensor,
+        origin: Origin | None = None,
+        device: torch.device | None = None,
+        values: Callable[[], Tensor] | None = None,
+    ) -> Unloaded:
+        """Make a stand-in.
+
+        Args:
+            tensor: What it looks like.
+            origin: What it has in common with others.
+            device: Its device; None: that of the tensor.
+            values: Returns its values, where they can be had at need.
+
+        Example:
+            >>> picture = Unloaded.of(torch.zeros(2, 3, 8, 8))
+            >>> nn.Conv2d(3, 5, 3).requires_grad_(False)(picture).relu()
+            Unloaded(shape=(2, 5, 6, 6), dtype=torch.float32, device=cpu)
+        """
+        made: Unloaded = Tensor._make_wrapper_subclass(
+            Unloaded,
+            tensor.shape,
+            strides=tensor.stride(),
+            dtype=tensor.dtype,
+            device=device or tensor.device,
+        )
+        made._meta, made._origin, made._loaded = _on_meta(tensor), origin or Origin(), None
+        made._source = values
+        made._origin.alive.add(made)
+        return made
+
+    def load(self, values: Tensor) -> Tensor:
+        """Give it its values, and return them.
+
+        Args:
+            values: Of the same shape; on its device, and in its memory format, if possible.
+        """
+        self._origin.loaded.add(_memory(self._meta))
+        if values.stride() != self.stride() or values.device != self.device:
+            values = torch.empty_like(self._meta, dtype=values.dtype, device=self.device).copy_(values)
+        self._loaded = values
+        return values
+
+    @property
+    def origin(self) -> Origin:
+        """What it has in common with others."""
+        return self._origin
+
+    @property
+    def loaded(self) -> Tensor | None:
+        """Its values, if it was given any."""
+        return self._loaded
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Compute what comes out but for the values."""
+        args, kwargs = tree_map_only(Unloaded, lambda one: one if one._loaded is None else one._loaded, (args, kwargs))
+        leaves, spec = tree_flatten((args, dict(kwargs or {})))
+        missing = [leaf for leaf in leaves if isinstance(leaf, Unloaded)]
+        if not missing:
+            args, kwargs = tree_unflatten(leaves, spec)
+            return func(*args, **kwargs)
+        args, kwargs = tree_unflatten(leaves, spec)
+
+        def real() -> Any:
+            return func(*tree_map_only(Unloaded, _real, args), **tree_map_only(Unloaded, _real, kwargs))
+
+        can_be_had = all(one._can_be_had for one in missing)
+        try:
+            made = cls._imagine(func, args, kwargs, leaves, missing)
+        except _MissingError as error:
+            if not can_be_had:
+                raise missing[0]._origin.error(str(error)) from None
+            return real()
+        is_alone = len(missing) == sum(isinstance(leaf, Tensor) for leaf in leaves)
+        for place, one in enumerate(tree_leaves(made) if can_be_had and is_alone else ()):
+            if isinstance(one, Unloaded) and one._source is None:
+                one._source = partial(lambda at: tree_leaves(real())[at], place)
+        return made
+
+    @classmethod
+    def _imagine(
+        cls, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any], missing: list[Unloaded]
+    ) -> Any:
+        _check(func, args, kwargs, leaves, missing[0]._origin)
+        device = kwargs.get("device") or missing[0].device
+        if func in _FROM_SHAPE:
+            return func(*tree_map_only(Tensor, _meta_of, args), **{**kwargs, "device": device})
+        margs, mkwargs = tree_map_only(Tensor, _meta_of, (args, kwargs))
+        if mkwargs.get("device") is not None:
+            mkwargs["device"] = torch.device("meta")
+        try:
+            made = func(*margs, **mkwargs)
+        except NotImplementedError as error:  # an operation of which torch does not know what comes out
+            if torch.Tag.dynamic_output_shape in func.tags:
+                raise _MissingError(f"`{func}` needs them ({error})") from error
+            made = func(*tree_map_only(Unloaded, _zeros, args), **tree_map_only(Unloaded, _zeros, kwargs))
+        except RuntimeError as error:
+            raise _MissingError(f"`{func}` needs them ({error})") from error
+        if any(one._meta.shape != one.shape for one in missing):
+            _refuse(missing[0]._origin, f"`{func}` changes their shape in place")
+        own = {id(one._meta): one for one in missing}  # an operation in place gives back what it was given
+        return tree_map_only(
+            Tensor, lambda one: own[id(one)] if id(one) in own else cls.of(one, missing[0]._origin, device), made
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Unloaded(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __deepcopy__(self, memo: Any) -> Unloaded:
+        return self
+
+    @property
+    def _can_be_had(self) -> bool:
+        return self._source is not None and not self._origin.is_written
+
+    def _real(self, name: str) -> Tensor:
+        if self._loaded is None and not self._can_be_had:
+            _refuse(self._origin, f"`{name}` needs them")
+        return _real(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._real("pickle").__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def numpy(self, **options: Any) -> Any:
+        """Return the values, if there are any."""
+        return self._real("numpy").numpy(**options)
+
+    def tolist(self) -> Any:
+        """Return the values, if there are any."""
+        return self._real("tolist").tolist()
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: nothing that trains went into it."""
+        self._real("backward").backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _check(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any], origin: Origin) -> None:
+    """Refuse what cannot be done without values."""
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        _refuse(origin, f"`{func}` mixes them with what trains")  # also if they can be had: the graph has kept these
+    if torch.Tag.data_dependent_output in func.tags:
+        raise _MissingError(f"`{func}` needs them")
+    arguments = func._schema.arguments
+    given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    given |= {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
+    if torch.Tag.nondeterministic_seeded in func.tags and func is not _aten._fused_sdp_choice.default:
+        is_off = any(given.get(name) == 0 for name in ("p", "dropout_p", "train", "training"))
+        if not is_off:
+            _refuse(origin, f"`{func}` draws random numbers")
+    if given.get("training") and given.get("running_mean") is not None:
+        _refuse(origin, f"`{func}` takes the statistics of the batch")
+    for argument in arguments:
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        for target in tree_leaves(given.get(argument.name)):
+            if isinstance(target, Tensor) and not isinstance(target, Unloaded):
+                raise _MissingError(f"`{func}` writes them into another tensor")
+            if isinstance(target, Unloaded) and _memory(target._meta) in origin.loaded:
+                _refuse(origin, f"`{func}` writes into what a trainable module has already seen")
+            if isinstance(target, Unloaded) and target._source is not None:
+                origin.is_written = True
+
+
+def _refuse(origin: Origin, what: str) -> NoReturn:
+    raise origin.error(what)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "meta":
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _meta_of(tensor: Tensor) -> Tensor:
+    return tensor._meta if isinstance(tensor, Unloaded) else _on_meta(tensor)
+
+
+def _real(tensor: Unloaded) -> Tensor:
+    if tensor._loaded is not None:
+        return tensor._loaded
+    assert tensor._source is not None
+    values: Tensor = tensor._source()
+    return values
+
+
+def _zeros(tensor: Unloaded) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).zero_()
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class Shortcuts:
+    """Lets modules return at once what they made of tensors without values when they were called like that before.
+
+    No shortcuts are taken over modules in which somebody listens with hooks, or which leave tensors elsewhere than in
+    what they return.
+
+    Args:
+        modules: Modules without anything that trains.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU()).requires_grad_(False)
+        >>> shortcuts = Shortcuts([net])
+        >>> with shortcuts.taken():
+        ...     one, two = (net(Unloaded.of(torch.zeros(4, 2))) for _ in range(2))
+        >>> two, shortcuts.count
+        (Unloaded(shape=(4, 3), dtype=torch.float32, device=cpu), 1)
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.count = 0
+        self._modules = [module for module in modules if not _is_watched(module)]
+        self._made: dict[Any, Any] = {}
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take them, until the context ends."""
+        own = [vars(module).get("forward") for module in self._modules]
+        for module in self._modules:
+            vars(module)["forward"] = partial(self._call, module, module.forward)
+        try:
+            yield
+        finally:
+            for module, forward in zip(self._modules, own, strict=True):
+                del vars(module)["forward"]
+                if forward is not None:
+                    vars(module)["forward"] = forward
+
+    def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        given = [leaf for leaf in leaves if isinstance(leaf, Unloaded) and leaf.loaded is None]
+        if not given or len(given) < sum(isinstance(leaf, Tensor) for leaf in leaves):
+            return forward(*args, **kwargs)
+        origin, device = given[0]._origin, given[0].device
+        casts = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        key = (id(module), module.training, casts, str(spec), *(_look(leaf) for leaf in leaves))
+        if key in self._made:
+            self.count += 1
+            looks, spec = self._made[key]
+            return tree_unflatten([_remade(look, origin) for look in looks], spec)
+        before = set(map(id, origin.alive))
+        made = forward(*args, **kwargs)
+        leaves, spec = tree_flatten(made)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        fresh = [leaf for leaf in tensors if isinstance(leaf, Unloaded) and leaf.loaded is None]
+        memories = {_memory(leaf._meta) for leaf in (*given, *fresh)}
+        # One that is another one's view gets its values, and is written to, together with it.
+        separate = len(memories) == len({id(leaf) for leaf in given}) + len(fresh)
+        # What is still there was left elsewhere: in an attribute, a list, a cache; or what is returned is a view of it.
+        left = {id(one) for one in origin.alive} - before - {id(one) for leaf in fresh for one in (leaf, leaf._base)}
+        simple = not left and all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves)
+        if separate and simple and len(fresh) == len(tensors):
+            self._made[key] = [_look(leaf) for leaf in leaves], spec
+        return made
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module)
+
+
+def _look(leaf: Any) -> Any:
+    if isinstance(leaf, Unloaded):
+        return (Unloaded, leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+    return (type(leaf), leaf if isinstance(leaf, Hashable) else id(leaf))
+
+
+def _remade(look: Any, origin: Origin) -> Any:
+    if look[0] is not Unloaded:
+        return look[1]
+    _, shape, stride, dtype, device = look
+    return Unloaded.of(torch.empty_strided(shape, stride, dtype=dtype, device="meta"), origin, device)

@@ -1,0 +1,1 @@
+"""The tricks, a wing for each theme."""

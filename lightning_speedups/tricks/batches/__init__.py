@@ -1,0 +1,1 @@
+"""Batches: what is in them, how large they are, and where they come from."""

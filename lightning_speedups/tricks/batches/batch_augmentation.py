@@ -1,0 +1,184 @@
+"""Crops and flips of a whole batch on its device, with airbench's alternating flip (Jordan, arXiv:2404.00498)."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick
+from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.augmentation import coins, flip_some, shifted_crops
+from lightning_speedups.core.batch import Place, check_place, path_of, replace_part
+
+
+def crop_range(crop: int, strength: float) -> int:
+    """Return how far a crop may move, in pixels.
+
+    Args:
+        crop: The range at full strength.
+        strength: Share of it, in [0, 1].
+
+    Example:
+        >>> [crop_range(4, strength) for strength in (0.0, 0.3, 1.0)]
+        [0, 1, 4]
+    """
+    return round(crop * strength)
+
+
+class BatchAugmentation(SeededBatchTrick):
+    """Crops and flips the images of each training batch at random, all at once and on the device they train on.
+
+    Each image is padded by ``crop`` pixels and cut back to its size at a place of its own. Then some are mirrored left
+    to right: with ``flip="random"`` each with probability 0.5; with ``"alternating"`` a coin for each sample of the
+    dataset says whether it is mirrored in the first epoch, and from then on it is in every other one, so that any two
+    epochs in a row show both sides of every image. That is worth it in short runs. It replaces transforms that workers
+    do image by image; together with ``InMemoryLoader`` no Python is run for a single image.
+
+    It changes training batches alone, so it does not normalise: put that into the model, where validation and export
+    have it too, as ``torchvision.transforms.v2.ToDtype(torch.float32, scale=True)`` and ``v2.Normalize(mean, std)``
+    before the first layer; uint8 images then stay small until there. Richer augmentation (RandAugment, colours,
+    erasing) is in ``torchvision.transforms.v2``, timm and Kornia.
+
+    When not to use it: images whose meaning mirroring changes, such as digits and text (``flip=None``); loaders whose
+    workers augment while the device is busy, which costs nothing; boxes or keypoints, which it does not move.
+
+    Args:
+        crop: How far an image may move in each direction, in pixels, 0 or more and below its sides; 0: no crop.
+        padding: What stands outside the image: ``"reflect"``: the image mirrored at its border; ``"zeros"``.
+        flip: ``"random"``, ``"alternating"``, or None for no flip. ``"alternating"`` needs one training loader, a
+            DataLoader over a map-style dataset, and one image in the batch for each sample.
+        inputs: Where the images, ``(N, C, H, W)`` of any type, stand in the batch: index, key or attribute; a tuple of
+            these is a path into a nested batch.
+        maps: Where maps ``(N, H, W)`` or ``(N, C, H, W)``, such as segmentation masks, stand, to be moved and mirrored
+            with the images: one place, or a list of them.
+        ignore_index: What stands outside the maps with ``padding="zeros"``.
+        seed: Seed of the draws, which depend on it, the rank and the batch's number (the coins: on it and the sample)
+            alone. None: the seed of torch's generator (what ``seed_everything`` sets), kept in checkpoints.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: If the batch has no such parts, if images are too small, if the alternating flip
+            cannot know the samples, or if ``training_step`` fetches its own batches.
+
+    Source:
+        Jordan, arXiv:2404.00498.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[BatchAugmentation(crop=2, flip="alternating")])
+    """
+
+    batch_order = BatchOrder.AUGMENT
+
+    def __init__(
+        self,
+        crop: int = 4,
+        padding: Literal["reflect", "zeros"] = "reflect",
+        flip: Literal["random", "alternating"] | None = "random",
+        inputs: Place = 0,
+        maps: Place | list[Place] | None = None,
+        ignore_index: int = -100,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(seed)
+        check_number("crop", crop, 0, whole=True)
+        check_number("ignore_index", ignore_index, whole=True)
+        check_choice("padding", padding, ("reflect", "zeros"))
+        check_choice("flip", flip, ("random", "alternating"), optional=True)
+        if crop == 0 and flip is None:
+            raise ValueError("Expected `crop` above 0 or a `flip`, but got crop=0 and flip=None, which change nothing.")
+        places = [] if maps is None else list(maps) if isinstance(maps, list) else [maps]
+        check_place("inputs", inputs)
+        for place in places:
+            check_place("maps", place)
+        if len({path_of(place) for place in (inputs, *places)}) <= len(places):
+            raise ValueError(f"Expected `inputs` and `maps` to be different places, but got {inputs!r} and {maps!r}.")
+        self.crop, self.padding, self.flip, self.ignore_index = int(crop), padding, flip, int(ignore_index)
+        self.inputs, self.maps = inputs, tuple(places)
+        self._loader = LoaderGrip(self, name=f'{self.name}(flip="alternating")')
+        if flip == "alternating":  # which must know the samples
+            self.grips = (self._loader,)
+
+    def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+        """Move and mirror the images, and their maps alike."""
+        images = self._images(batch)
+        generator, device, pad = self.generator(trainer), images.device, crop_range(self.crop, self.strength)
+        offsets = torch.randint(2 * pad + 1, (2, len(images)), generator=generator).to(device, non_blocking=True)
+        flipped = self._flipped(trainer, len(images), generator)
+        flipped = flipped if flipped is None else flipped.to(device, non_blocking=True)
+        for place in (self.inputs, *self.maps):
+            part = images if place == self.inputs else self._map(batch, place, images)
+            fill = None if self.padding == "reflect" else 0 if place == self.inputs else self.ignore_index
+            if pad:
+                part = shifted_crops(part, offsets, pad, fill)
+            if flipped is not None:
+                part = flip_some(part, flipped)
+            batch = replace_part(batch, place, part)
+        return batch
+
+    def _flipped(self, trainer: Trainer, count: int, generator: torch.Generator) -> Tensor | None:
+        """Return which images to mirror, on the CPU."""
+        if self.flip != "alternating":
+            return None if self.flip is None else torch.rand(count, generator=generator) < 0.5
+        try:
+            samples = [operator.index(sample) for sample in self._loader.samples_of_batch()]
+        except TypeError as error:
+            raise MisconfigurationException(
+                'BatchAugmentation(flip="alternating") needs a sampler of whole numbers, which tell the samples. Use '
+                '`flip="random"` with this one.'
+            ) from error
+        if len(samples) != count:
+            raise MisconfigurationException(
+                f'BatchAugmentation(flip="alternating") needs one image for each sample, but a batch of {len(samples)} '
+                f'samples has {count} images. Use `flip="random"`, or name the images\' place with `inputs=`.'
+            )
+        return (coins(self.run_seed(trainer), torch.tensor(samples)) + trainer.current_epoch) % 2 == 1
+
+    def _images(self, batch: Any) -> Tensor:
+        images = self._tensor(batch, self.inputs, "inputs")
+        if images.ndim != 4:
+            raise MisconfigurationException(
+                f"BatchAugmentation(inputs={self.inputs!r}) expected images (N, C, H, W), but found the shape "
+                f"{tuple(images.shape)}. Name the right place, or stack the images into one tensor."
+            )
+        if self.crop >= min(images.shape[-2:]):
+            raise MisconfigurationException(
+                f"BatchAugmentation(crop={self.crop}) needs images (N, C, H, W) with sides above {self.crop} pixels, "
+                f"but found the shape {tuple(images.shape)}. Lower `crop`, or put the channels second."
+            )
+        return images
+
+    def _map(self, batch: Any, place: Place, images: Tensor) -> Tensor:
+        part = self._tensor(batch, place, "maps")
+        if part.ndim not in (3, 4) or len(part) != len(images) or part.shape[-2:] != images.shape[-2:]:
+            raise MisconfigurationException(
+                f"BatchAugmentation(maps={place!r}) expected a map (N, H, W) or (N, C, H, W) as large as the images "
+                f"{tuple(images.shape)}, but found the shape {tuple(part.shape)}. Name the right place."
+            )
+        if self.padding == "zeros" and self.crop and not _holds(part.dtype, self.ignore_index):
+            raise MisconfigurationException(
+                f"BatchAugmentation(ignore_index={self.ignore_index}) pads maps with a value that {part.dtype} at "
+                f'maps={place!r} cannot hold. Give another `ignore_index`, or use `padding="reflect"`.'
+            )
+        return part
+
+    def _tensor(self, batch: Any, place: Place, argument: str) -> Tensor:
+        part = self.part_of(batch, place, argument)
+        if not isinstance(part, Tensor):
+            raise MisconfigurationException(
+                f"BatchAugmentation({argument}={place!r}) expected a tensor, but found {type(part).__name__}. Name the "
+                "right place."
+            )
+        return part
+
+
+def _holds(dtype: torch.dtype, value: int) -> bool:
+    if dtype == torch.bool:
+        return value in (0, 1)
+    return dtype.is_floating_point or torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max

@@ -1,0 +1,275 @@
+"""Mixup (Zhang et al., arXiv:1710.09412) and CutMix (Yun et al., arXiv:1905.04899): train on blends of two samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick, batch_number
+from lightning_speedups.attach.run_length import run_length
+from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.batch import Place, check_place, get_part, path_of, replace_part
+from lightning_speedups.core.mixing import NO_BOX, Mixture, draw_mixture, mix_values
+from lightning_speedups.tensors.labels import MixedLabels, Reads, mix_targets, soft_targets
+
+
+@dataclass
+class Mixing:
+    """What belongs to a run.
+
+    Attributes:
+        mixed_batches: How many batches are mixed, from the first one on.
+        checked: Whether something has read the mixture.
+        unread: What tells whether something reads it, in the steps before.
+    """
+
+    mixed_batches: float = math.inf
+    checked: bool = False
+    unread: Reads | None = None
+
+
+class MixupCallback(SeededBatchTrick):
+    """Mixes the samples of each training batch, and their labels, without a change to ``training_step``.
+
+    ``training_step`` receives blended inputs and, with ``targets="labels"``, labels that are still an integer tensor:
+    they index, compare, and enter metrics as the label with the larger share. Only ``F.cross_entropy``, ``F.nll_loss``,
+    ``F.one_hot``, the modules built on them and ``LabelSmoothingLoss`` see the mixture. If nothing reads it in the
+    first step, the run stops with an error rather than train on the wrong target. Targets that are floating point
+    (regression, multi-label, one-hot) are mixed directly. With class weights take ``LabelSmoothingLoss``: torch divides
+    the loss of mixed and of unmixed labels by different sums.
+
+    Targets of three dimensions or more are maps ``(N, ..., H, W)``, as in segmentation: mixup blends each pixel,
+    CutMix pastes the same box, scaled to the map's own size, so that integer maps stay plain labels.
+
+    What was done to the last training batch stands in ``last``, a
+    [Mixture][lightning_speedups.core.mixing.Mixture], None before the first.
+
+    When not to use it: in short runs (in imagenette's experience it pays from about 80 epochs on, and before that costs
+    accuracy), with few classes and little overfitting, or where a blend of two inputs has no meaning. It saves no time
+    in a step: it lets a long run go on improving.
+
+    Args:
+        alpha: Concentration of mixup's λ ~ Beta(alpha, alpha), 0 or more; 0 for no mixup.
+        cutmix_alpha: The same for CutMix, which needs images ``(N, ..., H, W)``; 0 for no CutMix.
+        prob: Probability, in [0, 1], that a batch (or sample) is mixed at all; multiplied by the attribute
+            ``strength``, 1 unless another trick lets it grow.
+        switch_prob: Probability, in [0, 1], of CutMix where both alphas are above 0.
+        per_element: Draw λ and method for each sample instead of once for the batch.
+        targets: ``"labels"``: as above; ``"soft"``: hand over class probabilities, float32, ``(N, C, ...)``.
+        num_classes: C, for ``targets="soft"`` with integer labels.
+        stop_after: Fraction of the run, in [0, 1], after which batches stay unmixed.
+        inputs: Where the inputs stand in the batch: index, key or attribute, or a tuple of these, a path such as
+            ``("views", 0)``. A list of places: several inputs, mixed alike; CutMix takes λ from the box in the first.
+            (In YAML ``[a, b]`` is a path, ``[[a], [b]]`` are two places.)
+        labels: Where the labels stand in the batch: index, key, attribute or path.
+        log: Whether to log ``mixup/lam``, the mean share that samples keep of themselves, and ``mixup/cutmix``, the
+            share of samples with a box, in each step; about 0.4 ms each.
+        seed: Seed of the draws, which depend on it, the rank and the batch's number alone. None: the seed of torch's
+            generator (what ``seed_everything`` sets), kept in checkpoints.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: If the batch has no such parts, if nothing reads the mixture, or if ``training_step``
+            fetches its own batches.
+
+    Source:
+        Zhang et al., arXiv:1710.09412; Yun et al., arXiv:1905.04899.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[MixupCallback(alpha=0.2, stop_after=0.8)])
+    """
+
+    batch_order = BatchOrder.MIX
+    run_as = Mixing
+    run: Mixing
+
+    def __init__(
+        self,
+        alpha: float = 0.2,
+        cutmix_alpha: float = 0.0,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        per_element: bool = False,
+        targets: Literal["labels", "soft"] = "labels",
+        num_classes: int | None = None,
+        stop_after: float = 1.0,
+        inputs: Place | list[Place] = 0,
+        labels: Place = 1,
+        log: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(seed)
+        check_number("alpha", alpha, 0)
+        check_number("cutmix_alpha", cutmix_alpha, 0)
+        if alpha == cutmix_alpha == 0:
+            raise ValueError("Expected `alpha` or `cutmix_alpha` above 0, but got 0 for both, which mixes nothing.")
+        check_number("prob", prob, 0, 1)
+        check_number("switch_prob", switch_prob, 0, 1)
+        check_number("stop_after", stop_after, 0, 1)
+        check_choice("targets", targets, ("labels", "soft"))
+        check_number("num_classes", num_classes, 1, whole=True, optional=True)
+        places: list[Place] = [*inputs] if isinstance(inputs, list) else [inputs]
+        if not places:
+            raise ValueError("Expected `inputs` to name at least one place in the batch, but got [].")
+        for name, place in (*(("inputs", place) for place in places), ("labels", labels)):
+            check_place(name, place)
+        if len({path_of(place) for place in (*places, labels)}) <= len(places):
+            raise ValueError(
+                f"Expected `inputs` and `labels` to be different places in the batch, but got {inputs!r} and"
+                f" {labels!r}."
+            )
+        self.alpha, self.cutmix_alpha, self.prob, self.switch_prob = alpha, cutmix_alpha, prob, switch_prob
+        self.per_element, self.targets, self.num_classes = per_element, targets, num_classes
+        self.stop_after, self.inputs, self.labels, self.logs = stop_after, inputs, labels, bool(log)
+        self.last: Mixture | None = None
+        self._places = places
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the batch pipeline."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.last = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle the last mixed step."""
+        super().on_train_start(trainer, pl_module)
+        if self.stop_after < 1.0:
+            batches = run_length(trainer).batches
+            if batches is None:
+                raise MisconfigurationException(
+                    f"MixupCallback(stop_after={self.stop_after}) is a fraction of the run, but this run has no known"
+                    " length. Give the Trainer `max_steps`, or leave `stop_after` at 1.0."
+                )
+            self.run.mixed_batches = self.stop_after * batches
+
+    def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+        """Mix inputs and labels."""
+        mixes = batch_number(trainer) < self.run.mixed_batches
+        batch, self.last = self.mix(batch, self.generator(trainer) if mixes else None)
+        if not self.run.checked and isinstance(labels := get_part(batch, self.labels), MixedLabels):
+            self.run.unread = labels.reads
+        return batch
+
+    def mix(self, batch: Any, generator: torch.Generator | None) -> tuple[Any, Mixture]:
+        """Mix a batch without a Trainer.
+
+        Args:
+            batch: What ``training_step`` would receive; it is left alone.
+            generator: Source of randomness, on the CPU. None: mix nothing.
+
+        Returns:
+            The mixed batch, and what was done to it.
+
+        Example:
+            >>> batch = [torch.ones(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])]
+            >>> (inputs, labels), mixture = MixupCallback(0.4).mix(batch, torch.Generator().manual_seed(0))
+            >>> labels.shape, mixture.method, mixture.lam.shape
+            (torch.Size([4]), 'mixup', torch.Size([1]))
+        """
+        inputs, labels = [self._input(batch, place) for place in self._places], self._labels(batch)
+        for place, part in zip(self._places, inputs, strict=True):
+            if len(part) != len(labels):
+                raise MisconfigurationException(
+                    f"MixupCallback(inputs={place!r}) expected as many inputs as labels, but got shapes "
+                    f"{tuple(part.shape)} and {tuple(labels.shape)}. Name their places in the batch with `inputs=` and "
+                    "`labels=`."
+                )
+        mixture = Mixture("none")
+        if generator is not None:
+            mixture = draw_mixture(
+                inputs[0].shape,
+                generator,
+                alpha=self.alpha,
+                cutmix_alpha=self.cutmix_alpha,
+                prob=self.prob * self.strength,
+                switch_prob=self.switch_prob,
+                per_element=self.per_element,
+                device=inputs[0].device,
+            )
+        targets = mix_targets(labels, mixture)
+        if self._hands_over_soft(labels):
+            assert self.num_classes is not None
+            targets = soft_targets(targets, self.num_classes)[0]
+        for place, part in zip(self._places, inputs, strict=True):
+            if mixture.method != "none":
+                batch = replace_part(batch, place, mix_values(part, mixture))
+        return batch if targets is labels else replace_part(batch, self.labels, targets), mixture
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log what was mixed."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.logs and self.last is not None:
+            kept, boxes = self.last.lam, self.last.boxes
+            cut = sum(box != NO_BOX for box in boxes) / len(boxes) if boxes else 0.0
+            pl_module.log("mixup/lam", 1.0 if kept is None else kept.mean(), on_step=True, on_epoch=False)
+            pl_module.log("mixup/cutmix", cut, on_step=True, on_epoch=False)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop a run whose loss does not see the mixture."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.run.unread is None:
+            return
+        if self.run.unread.count == 0 and pl_module.automatic_optimization and not outputs:
+            self.run.unread = None  # training_step skipped the batch: the next one will tell
+            return
+        if self.run.unread.count == 0:
+            raise MisconfigurationException(
+                f"MixupCallback mixed the inputs, but nothing in {type(pl_module).__name__}.training_step read the"
+                " mixed labels: its loss used the dominant labels only, which is the wrong target. Use F.cross_entropy,"
+                " F.nll_loss, F.one_hot or LabelSmoothingLoss on the labels as they come, or"
+                ' MixupCallback(targets="soft", num_classes=...) with a loss that takes class probabilities.'
+            )
+        self.run.checked, self.run.unread = True, None
+
+    def _hands_over_soft(self, labels: Tensor) -> bool:
+        return self.targets == "soft" and not labels.is_floating_point()
+
+    def _input(self, batch: Any, place: Place) -> Tensor:
+        part = self._tensor(batch, place, "inputs")
+        if not (part.is_floating_point() or part.dtype == torch.uint8):
+            raise MisconfigurationException(
+                f"MixupCallback(inputs={place!r}) blends floating-point or uint8 inputs, but found {part.dtype}."
+                " Name the place of the inputs; codes such as token ids cannot be blended."
+            )
+        if self.cutmix_alpha > 0 and part.ndim < 3:
+            raise MisconfigurationException(
+                "CutMix cuts a box out of images (N, ..., H, W), but the inputs at"
+                f" MixupCallback(inputs={place!r}) have the shape {tuple(part.shape)}. Use `cutmix_alpha=0`."
+            )
+        return part
+
+    def _labels(self, batch: Any) -> Tensor:
+        part = self._tensor(batch, self.labels, "labels")
+        if part.dtype == torch.bool:
+            raise MisconfigurationException(
+                f"MixupCallback(labels={self.labels!r}) found bool labels. Make them integer class labels (`.long()`),"
+                " or floating-point targets (`.float()`), which are mixed directly."
+            )
+        if isinstance(part, MixedLabels):
+            raise MisconfigurationException(
+                f"MixupCallback(labels={self.labels!r}) found labels that are mixed already. Mix a batch once."
+            )
+        if self._hands_over_soft(part) and self.num_classes is None:
+            raise MisconfigurationException(
+                'MixupCallback(targets="soft") needs `num_classes` to turn integer labels into probabilities.'
+            )
+        return part
+
+    def _tensor(self, batch: Any, place: Place, argument: str) -> Tensor:
+        part = self.part_of(batch, place, argument)
+        if not isinstance(part, Tensor) or part.ndim == 0:
+            found = "a tensor without dimensions" if isinstance(part, Tensor) else type(part).__name__
+            raise MisconfigurationException(
+                f"MixupCallback({argument}={place!r}) expected a tensor with a batch dimension, but found {found}."
+                " Name the right place."
+            )
+        return part

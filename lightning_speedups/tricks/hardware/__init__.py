@@ -1,0 +1,1 @@
+"""The hardware, used fully."""

@@ -1,0 +1,1 @@
+"""Labels and the losses that read them."""

@@ -1,0 +1,101 @@
+"""What losses with label smoothing share: ε, one for all classes or one for each, and a factor that a schedule sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_speedups.core.arguments import check_choice, check_number
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+def as_smoothing(smoothing: float | Sequence[float] | Tensor) -> float | Tensor:
+    """Check ε and return it: a number as it is, one for each class as a new floating-point tensor ``(C,)``.
+
+    Args:
+        smoothing: ε in [0, 1), or one for each class.
+
+    Raises:
+        ValueError: If it is neither, or if an ε is out of range.
+
+    Example:
+        >>> as_smoothing(0.1), as_smoothing([0.0, 0.5])
+        (0.1, tensor([0.0000, 0.5000]))
+    """
+    if isinstance(smoothing, Real):
+        check_number("smoothing", smoothing, 0, 1, below=True)
+        return smoothing  # type: ignore[return-value]  # whatever kind of number it is
+    rule = "Expected `smoothing` to be a number in [0, 1), or such numbers for all classes, (C,),"
+    try:
+        values = torch.as_tensor(smoothing)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{rule} but got {smoothing!r}.") from error
+    if values.ndim != 1 or not len(values) or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{rule} but got {smoothing!r}.")
+    values = values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True)
+    for number, value in enumerate(values.tolist()):
+        if not 0 <= value < 1:
+            raise ValueError(f"{rule} but got {value:g} for class {number}.")
+    return values
+
+
+class Smoothing(nn.Module):
+    """Base of the losses that smooth labels.
+
+    ``smoothing`` is ε as it was given; one for each class is a buffer that moves with the module and is no part of
+    checkpoints. ``strength`` multiplies it while a schedule runs: None for 1, else a tensor without dimensions, as
+    torch.compile would compile a number anew for each of its values.
+
+    Args:
+        smoothing: ε in [0, 1), or one for each class, ``(C,)``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    smoothing: float | Tensor
+    strength: Tensor | None
+
+    def __init__(self, smoothing: float | Sequence[float] | Tensor, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        check_choice("reduction", reduction, ("none", "mean", "sum"))
+        self.reduction, self.strength = reduction, None
+        checked = as_smoothing(smoothing)
+        if isinstance(checked, Tensor):
+            self.register_buffer("smoothing", checked, persistent=False)
+        else:
+            self.smoothing = checked
+
+    @property
+    def highest(self) -> float:
+        """The largest ε, before any schedule."""
+        return float(self.smoothing.max()) if isinstance(self.smoothing, Tensor) else self.smoothing
+
+    def epsilon(self, scores: Tensor) -> float | Tensor:
+        """Return ε as it now stands for these scores.
+
+        Args:
+            scores: ``(N, C, ...)``.
+
+        Returns:
+            The number that was given; or a tensor in the scores' precision and place, ``()`` while a schedule changes
+            it, ``(C,)`` with one for each class.
+
+        Raises:
+            ValueError: If the scores have another number of classes.
+        """
+        smoothing = self.smoothing
+        if isinstance(smoothing, Tensor):
+            if scores.ndim < 2 or scores.shape[1] != len(smoothing):
+                raise ValueError(
+                    f"Expected scores of shape (N, {len(smoothing)}, ...) for a `smoothing` of {len(smoothing)} values,"
+                    f" one for each class, but got {tuple(scores.shape)}."
+                )
+            smoothing = smoothing.to(scores)
+        return smoothing if self.strength is None else smoothing * self.strength.to(scores)

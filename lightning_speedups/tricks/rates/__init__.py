@@ -1,0 +1,1 @@
+"""Learning rates, momentum, and when a run ends."""

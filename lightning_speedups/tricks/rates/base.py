@@ -1,0 +1,280 @@
+"""Schedules: tricks that own a value of the parameter groups for a whole run, and know how long that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, field
+from numbers import Real
+from typing import Any, ClassVar, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_speedups.attach.packages import is_a
+from lightning_speedups.attach.run_length import raw_optimizers
+from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
+from lightning_speedups.attach.trick import callbacks_of
+from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.durations import RunFacts
+from lightning_speedups.core.schedules import Course
+
+Rates = float | list[float]
+OnResume = Literal["stretch", "extend"]
+
+
+def get_value(group: Mapping[str, Any], key: str) -> Any:
+    """Return a value of a parameter group; ``"momentum"`` is ``betas[0]`` in the Adam family.
+
+    Args:
+        group: The parameter group.
+        key: The value's name.
+
+    Raises:
+        KeyError: If the group has no such value.
+
+    Example:
+        >>> get_value({"lr": 0.1, "betas": (0.9, 0.999)}, "momentum")
+        0.9
+    """
+    return group["betas"][0] if key == "momentum" and "betas" in group else group[key]
+
+
+def entry(group: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return the entry of a parameter group that holds a value, with a new one.
+
+    Args:
+        group: The parameter group.
+        key: The value's name; ``"momentum"`` is ``betas[0]`` in the Adam family.
+        value: The new value.
+
+    Example:
+        >>> entry({"betas": (0.9, 0.999)}, "momentum", 0.85)
+        {'betas': (0.85, 0.999)}
+    """
+    return {"betas": (value, *group["betas"][1:])} if key == "momentum" and "betas" in group else {key: value}
+
+
+def check_rates(name: str, rates: Any) -> None:
+    """Refuse what is not a learning rate, or one for each parameter group.
+
+    Args:
+        name: The argument's name.
+        rates: What was given.
+
+    Raises:
+        ValueError: If one is not a number above 0.
+    """
+    for rate in rates if isinstance(rates, (list, tuple)) and rates else [rates]:
+        check_number(name, rate, 0, above=True)
+
+
+def rate_of(rates: Rates, group: int) -> float:
+    """Return a group's rate; one that came later than the rates were given has the first one's.
+
+    Example:
+        >>> [rate_of([0.1, 0.4], group) for group in (0, 1, 2)], rate_of(0.3, 1)
+        ([0.1, 0.4, 0.1], 0.3)
+    """
+    if isinstance(rates, (list, tuple)):
+        return rates[group if group < len(rates) else 0]
+    return rates
+
+
+@dataclass
+class Schedule(Steps):
+    """What a checkpoint holds of a schedule.
+
+    Attributes:
+        courses: How each optimizer's steps go along the curve.
+        groups: How many groups each optimizer had when the schedule began.
+    """
+
+    courses: list[Course] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Leaders:
+    """What else belongs to a run of a schedule.
+
+    Attributes:
+        leading: Rate of each optimizer's first group before the schedule.
+    """
+
+    leading: dict[int, float] = field(default_factory=dict)
+
+
+class ScheduleTrick(OptimizerTrick):
+    """A trick that sets a value of the parameter groups as a function of the step and of the run's length.
+
+    A subclass says which values it owns (``keys``) and computes them at `position`. It saves where it stands, never the
+    curve: a resumed run goes on exactly, and one of another length gets the curve stretched over the new total or, with
+    ``on_resume="extend"``, goes on from where it stood and comes to the curve's end at the new total.
+
+    Args:
+        total_steps: Length in optimizer steps, 1 or more; None: from the Trainer.
+        optimizer: Index of the optimizer to drive; None: all of them.
+        on_resume: What to do when a resumed run has another length.
+    """
+
+    order = ValueOrder.ABSOLUTE
+    saved_as, run_as = Schedule, Leaders
+    saved: Schedule
+    run: Leaders
+
+    ends_before: ClassVar[int] = 0
+    """Steps between the curve's end and the end of the run: 1 if the last step stands at the end of the curve."""
+    way_without: ClassVar[Mapping[str, str]] = {}
+    """What to do when an optimizer lacks a value that it drives."""
+    ways_out: ClassVar[str] = "Give `total_steps=`, in optimizer steps, or `Trainer(max_steps=...)`."
+    """What to do when the length of the run is unknown."""
+
+    def __init__(self, total_steps: int | None, optimizer: int | None, on_resume: OnResume) -> None:
+        super().__init__()
+        check_number("total_steps", total_steps, 1, whole=True, optional=True)
+        check_number("optimizer", optimizer, 0, whole=True, optional=True)
+        check_choice("on_resume", on_resume, ("stretch", "extend"))
+        self.total_steps, self.optimizer, self.on_resume = total_steps, optimizer, on_resume
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the values that it owns."""
+        raise NotImplementedError
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the length of the run matters."""
+        return True
+
+    @property
+    def length(self) -> float:
+        """Length of the curve, in its own steps: that of the run when it began."""
+        return self.saved.courses[0].length + self.ends_before
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for each optimizer, as Lightning wants of two callbacks of a class."""
+        return self.name if self.optimizer is None else self._generate_state_key(optimizer=self.optimizer)
+
+    def drives(self, optimizer: int) -> bool:
+        """Tell whether it owns the values of an optimizer."""
+        return self.optimizer in (None, optimizer)
+
+    def position(self, optimizer: int, step: int) -> float:
+        """Return where the curve stands at a step of an optimizer, in the curve's own steps."""
+        return self.saved.courses[optimizer].position(step)
+
+    def ratio(self, optimizer: int, group: int, values: Mapping[str, Any]) -> float:
+        """Return the learning rate of a group that came later over that of the first group; 1 for the others."""
+        rate = float(values["lr"])
+        if group == 0:
+            self.run.leading[optimizer] = rate
+        if group < self.saved.groups[optimizer] or not self.run.leading[optimizer]:
+            return 1.0
+        return rate / self.run.leading[optimizer]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse another owner of the same values, and optimizers that lack them."""
+        super().on_fit_start(trainer, pl_module)
+        optimizers = raw_optimizers(trainer)
+        if self.optimizer is not None and self.optimizer >= len(optimizers):
+            raise MisconfigurationException(
+                f"{self.name}(optimizer={self.optimizer}) counts from 0, but `configure_optimizers` returned "
+                f"{len(optimizers)} optimizers."
+            )
+        if others := list(self._other_owners(trainer)):
+            what = "learning rate" if "lr" in self.keys else " and ".join(self.keys)
+            raise MisconfigurationException(
+                f"{self.name} sets the {what} of every step, and so does {' and '.join(others)}. Remove one of them"
+                " (WarmupLRScaler may stay: it multiplies)."
+            )
+        for i, optimizer in enumerate(optimizers):
+            for key in self.keys if self.drives(i) else ():
+                for group in optimizer.param_groups:
+                    try:
+                        value = get_value(group, key)
+                    except KeyError as error:
+                        has = [name for name in group if name != "params"]
+                        raise MisconfigurationException(
+                            f"{self.name} drives `{key}`, but {type(optimizer).__name__} has none, only {has}. "
+                            f"{self.way_without.get(key, 'Name one of these.')}"
+                        ) from error
+                    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+                        raise MisconfigurationException(
+                            f"{self.name} drives `{key}`, which must be a number, but {type(optimizer).__name__} has "
+                            f"{value!r} there."
+                        )
+
+    def require_rates(self, trainer: Trainer, **arguments: Any) -> None:
+        """Refuse lists of rates that do not fit the parameter groups that the optimizers began with."""
+        for i, optimizer in enumerate(raw_optimizers(trainer)):
+            count = self.saved.groups[i] if i < len(self.saved.groups) else len(optimizer.param_groups)
+            for name, rates in arguments.items():
+                if self.drives(i) and isinstance(rates, (list, tuple)) and len(rates) != count:
+                    raise MisconfigurationException(
+                        f"{self.name}({name}={rates}) has {len(rates)} values, but {type(optimizer).__name__} has "
+                        f"{count} parameter groups. Give one number, or one for each group."
+                    )
+
+    def _other_owners(self, trainer: Trainer) -> Iterator[str]:
+        for config in trainer.lr_scheduler_configs if "lr" in self.keys else ():
+            driven = getattr(config.scheduler, "optimizer", None)
+            if self.optimizer is None or driven in (None, raw_optimizers(trainer)[self.optimizer]):
+                yield f"the scheduler {type(config.scheduler).__name__} from configure_optimizers"
+        for callback in callbacks_of(trainer):
+            if is_a(callback, "StochasticWeightAveraging") and "lr" in self.keys:
+                yield "the callback StochasticWeightAveraging"
+            if isinstance(callback, ScheduleTrick) and callback is not self and self.clashes(callback):
+                yield f"the callback {callback.name}"
+
+    def clashes(self, other: ScheduleTrick) -> bool:
+        """Tell whether both own the same value of an optimizer."""
+        same = self.optimizer == other.optimizer or None in (self.optimizer, other.optimizer)
+        return same and bool(set(self.keys) & set(other.keys))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the groups that are there from the start, and settle the curve."""
+        groups = [len(optimizer.param_groups) for optimizer in raw_optimizers(trainer)]
+        if len(self.saved.groups) != len(groups):
+            self.saved.groups = groups
+        super().on_train_start(trainer, pl_module)
+
+    def plan(self, run: RunFacts) -> None:
+        """Settle the length of the curve; what stretched or extended it stands in a warning."""
+        if not self.needs_length:
+            return
+        total = self.total_steps or run.steps
+        if not total:
+            raise MisconfigurationException(
+                f"{self.name} needs the length of the run, and this one's is unknown (an endless loader, no "
+                f"`max_epochs`, or manual optimization, where the steps are the module's own). {self.ways_out}"
+            )
+        if not self.saved.groups:
+            self.saved.groups = [1] * len(run.optimizers)
+        end = total - self.ends_before
+        before = self.saved.courses
+        if len(before) != len(run.optimizers):
+            self.saved.courses = [Course(end, end)] * len(run.optimizers)
+        elif before[0].total != end:
+            if self.on_resume == "extend":
+                steps = zip(before, self.steps_done, strict=True)
+                self.saved.courses = [course.extended(step, end) for course, step in steps]
+                how = "the curve goes on from where it stood and ends at the new total"
+            else:
+                self.saved.courses = [Course(end, end)] * len(before)
+                how = "the curve is stretched over the new total"
+            rank_zero_warn(
+                f"{self.name}: the checkpoint's run had {before[0].total + self.ends_before} optimizer steps, this one"
+                f" has {total}; {how}."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counted steps and how they lie on the curve."""
+        return {**super().state_dict(), "courses": [list(astuple(course)) for course in self.saved.courses]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the same step."""
+        super().load_state_dict(state_dict)
+        self.saved.courses = [Course(*course) for course in state_dict["courses"]]

@@ -1,0 +1,280 @@
+"""Ends a run when it is good enough, and says what that took: time to accuracy (DAWNBench, arXiv:1806.01427)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_speedups.attach.run_length import facts
+from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
+from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.batch import count_samples
+from lightning_speedups.core.durations import Duration, RunFacts
+from lightning_speedups.core.schedules import anneal_between
+
+Mode = Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a target took.
+
+    Attributes:
+        value: The metric when it was reached.
+        epochs: Epochs begun.
+        steps: Real optimizer steps.
+        samples: Training samples, over all processes; None if they could not be counted.
+        seconds: Seconds since training began, validation included, breaks between resumed runs left out.
+    """
+
+    value: float
+    epochs: int
+    steps: int
+    samples: int | None
+    seconds: float
+
+
+def is_reached(value: float, target: float, mode: Mode) -> bool:
+    """Tell whether a metric is at its target; NaN never is.
+
+    Example:
+        >>> is_reached(0.91, 0.9, "max"), is_reached(0.91, 0.9, "min"), is_reached(math.nan, 0.9, "max")
+        (True, False, False)
+    """
+    return value >= target if mode == "max" else value <= target
+
+
+@dataclass
+class Way(Steps):
+    """What a checkpoint holds of the way to the target.
+
+    Attributes:
+        reached: What it took, as a dict; None as long as it is not reached.
+        samples: Training samples so far; None if they cannot be counted.
+        seconds: Those of the runs before this one.
+        last: For each optimizer: since which step it decays, and for how many.
+        rates: Indices of optimizer and group, and where its rate stood then.
+    """
+
+    reached: dict[str, Any] | None = None
+    samples: int | None = 0
+    seconds: float = 0.0
+    last: list[list[int]] = field(default_factory=list)
+    rates: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Watch:
+    """What else belongs to a run.
+
+    Attributes:
+        clock: When training began; NaN while there is none.
+        validates: Whether a validation is still to come that may log the metric.
+        ended_an_epoch: Whether an epoch has ended.
+    """
+
+    clock: float = math.nan
+    validates: bool = False
+    ended_an_epoch: bool = False
+
+
+class StopAtTarget(OptimizerTrick):
+    """Ends the run when a metric reaches its target, and reports seconds, steps and samples that it took.
+
+    With ``finish="anneal"`` the learning rate first goes from where it stands to 0 in a short line, whatever schedule
+    drove it, which mostly lifts the metric further. The report is in ``reached``, in the log and, as ``target/seconds``
+    and so on, in the Trainer's loggers. For a metric that stops improving there is Lightning's ``EarlyStopping``.
+
+    When not to use it: where the last bit of accuracy counts. A target on the test set is a choice made on the test
+    set.
+
+    Args:
+        monitor: Name of a logged metric, looked at after each validation and each training epoch. One that the module
+            logs in its ``on_train_epoch_end`` is seen when the next epoch starts; the run then does one batch of it.
+        target: The value to reach.
+        mode: ``"max"``: at least the target; ``"min"``: at most.
+        finish: ``"now"``: end at once; ``"anneal"``: after a last decay of the learning rate.
+        anneal: Length of that decay: a whole number of optimizer steps, 1 or more, a float in (0, 1] as a fraction of
+            the steps done so far, or a text like ``"1 epochs"``. It ends with the run at the latest.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: After the first epoch (that validates, if any does), if there is no such metric; at
+            fit start, if ``anneal`` is in epochs and their length is unknown.
+
+    Source:
+        Coleman et al., DAWNBench, arXiv:1806.01427; decay from any point: Hägele et al., arXiv:2405.18392.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[StopAtTarget("val_accuracy", 0.94, mode="max", finish="anneal")])
+    """
+
+    order = ValueOrder.FINAL
+    saved_as, run_as = Way, Watch
+    saved: Way
+    run: Watch
+
+    def __init__(
+        self,
+        monitor: str,
+        target: float,
+        mode: Mode,
+        finish: Literal["now", "anneal"] = "now",
+        anneal: int | float | str = 0.1,
+    ) -> None:
+        super().__init__()
+        if not isinstance(monitor, str) or not monitor:
+            raise ValueError(f"Expected `monitor` to be the name of a metric, but got {monitor!r}.")
+        check_number("target", target)
+        check_choice("mode", mode, get_args(Mode))
+        check_choice("finish", finish, ("now", "anneal"))
+        self.anneal = Duration.parse("anneal", anneal)
+        if not self.anneal.amount:
+            raise ValueError(f"Expected `anneal` to be above 0, but got {anneal!r}. Use `finish='now'`.")
+        self.monitor, self.target, self.mode, self.finish = monitor, target, mode, finish
+
+    @property
+    def reached(self) -> Reached | None:
+        """What the target took; None as long as it is not reached."""
+        return None if self.saved.reached is None else Reached(**self.saved.reached)
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for each metric and target."""
+        return self._generate_state_key(monitor=self.monitor, target=self.target)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self.run.clock = time.monotonic()
+        self.run.validates = trainer.enable_validation
+        self._stop_if_done(trainer)
+
+    def plan(self, run: RunFacts) -> None:
+        """Refuse a decay whose length nobody knows."""
+        if self.finish == "anneal" and self.anneal.in_steps(run, 1) is None:
+            raise MisconfigurationException(
+                f"StopAtTarget(anneal='{self.anneal.amount:g} epochs') needs the length of an epoch, but this training "
+                "data has none. Give `anneal` in optimizer steps or as a fraction."
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at what was logged after this callback's turn at the last epoch's end."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.run.ended_an_epoch:
+            self._look(trainer, pl_module, trainer.current_epoch)
+            if self._misses(trainer):
+                raise MisconfigurationException(self._missing(trainer))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the samples."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.saved.samples is not None and self.saved.reached is None:
+            count = count_samples(batch)
+            self.saved.samples = None if count is None else self.saved.samples + count * trainer.world_size
+
+    def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Decay the rate to 0 from where it stood when the target was reached."""
+        if not self.saved.last:
+            return {}
+        since, steps = self.saved.last[optimizer]
+        if not steps:  # a Trainer that must go on, as for its `min_epochs`
+            return {}
+        begin = next((rate for *place, rate in self.saved.rates if place == [optimizer, group]), None)
+        if begin is None:
+            begin = float(values["lr"])
+            self.saved.rates.append([optimizer, group, begin])
+        return {"lr": anneal_between(begin, 0.0, min(1.0, (step - since) / steps), "linear")}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the run after the decay."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._stop_if_done(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the metric."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._look(trainer, pl_module, trainer.current_epoch + 1)
+            self._stop_if_done(trainer)
+            self.run.validates = False  # what validation logs is there from now on
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the metric."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._look(trainer, pl_module, trainer.current_epoch + 1)
+        self._stop_if_done(trainer)
+        self.run.ended_an_epoch = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look once more, at what the last epoch's end logged."""
+        super().on_train_end(trainer, pl_module)
+        if self.run.ended_an_epoch:
+            self._look(trainer, pl_module, trainer.current_epoch)
+            if self._misses(trainer):
+                rank_zero_warn(self._missing(trainer))
+
+    def _misses(self, trainer: Trainer) -> bool:
+        return self.saved.reached is None and self.monitor not in trainer.callback_metrics and not self.run.validates
+
+    def _missing(self, trainer: Trainer) -> str:
+        return (
+            f"StopAtTarget(monitor={self.monitor!r}): no such metric was logged in the first epoch, only "
+            f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)`, or name one of these."
+        )
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule, epochs: int) -> None:
+        if self.saved.reached is not None:
+            return
+        value = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        # One rank's word is enough: a metric that is not synchronised differs between them, or is known to one alone.
+        if not trainer.strategy.reduce_boolean_decision(is_reached(value, self.target, self.mode), all=False):
+            return
+        seconds, steps = self._seconds_now(), max(self.steps_done, default=trainer.global_step)
+        reached = Reached(value, epochs, steps, self.saved.samples, seconds)
+        self.saved.reached = asdict(reached)
+        samples = "an unknown number of" if reached.samples is None else reached.samples
+        rank_zero_info(
+            f"StopAtTarget: {self.monitor} = {value:g} (target {self.target:g}) after {seconds:.1f} s, {steps} "
+            f"optimizer steps, {samples} samples."
+        )
+        report = {f"target/{name}": number for name, number in self.saved.reached.items() if number is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(report, step=trainer.global_step)
+        run = facts(trainer, pl_module)
+        left = math.inf if run.steps is None else run.steps - trainer.global_step
+        self.saved.last = [[done, self._decay(done, run, left)] for done in self.steps_done]
+
+    def _decay(self, done: int, run: RunFacts, left: float) -> int:
+        if self.finish == "now" or not done:  # an optimizer that does not step is not waited for
+            return 0
+        steps = max(1, round(self.anneal.in_steps(run, done) or 1))
+        return int(min(steps, max(0, left)))
+
+    def _stop_if_done(self, trainer: Trainer) -> None:
+        if self.saved.reached and all(
+            done >= since + steps for done, (since, steps) in zip(self.steps_done, self.saved.last, strict=True)
+        ):
+            trainer.should_stop = True
+
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the driver, and stop the clock."""
+        self.saved.seconds = self._seconds_now()
+        super().undo(trainer, pl_module)
+
+    def _seconds_now(self) -> float:
+        return self.saved.seconds + (0.0 if math.isnan(self.run.clock) else time.monotonic() - self.run.clock)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was counted, and how far the decay is."""
+        return {**super().state_dict(), "seconds": self._seconds_now()}

@@ -1,0 +1,1 @@
+"""Transfer learning: what is frozen, when, and what that saves."""

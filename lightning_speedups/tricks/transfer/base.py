@@ -1,0 +1,313 @@
+"""Layers that are frozen and thawed during the fit: in groups of their own in the optimizers, and known to DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_speedups.attach.run_length import raw_optimizers
+from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
+from lightning_speedups.attach.trick import callbacks_of
+from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
+from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs
+from lightning_speedups.modules.freezing import Frozen
+from lightning_speedups.modules.layers import Layer, is_norm, layers_by_child, layers_by_number, owners, unreserved
+
+Backbone = str | Callable[[LightningModule], nn.Module | Iterable[nn.Module]] | None
+
+
+@dataclass
+class GroupLabels(Steps):
+    """What a checkpoint holds of a trick that freezes.
+
+    Attributes:
+        labels: Names of the parameter groups that the layers are in, by the layers' names.
+    """
+
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Freezing:
+    """What else belongs to a run of a trick that freezes.
+
+    Attributes:
+        layers: The backbone's layers, from its input on.
+        layer_of_group: Those that have a parameter group, by the indices of optimizer and group.
+        frozen: Those that are frozen now, by name.
+        pairs: Convolutions and their norms in the backbone; None before they were looked for.
+        folded: Those that are folded now.
+        resting: Optimizers of which all parameters are frozen.
+    """
+
+    layers: list[Layer] = field(default_factory=list)
+    layer_of_group: dict[tuple[int, int], Layer] = field(default_factory=dict)
+    frozen: dict[str, Frozen] = field(default_factory=dict)
+    pairs: list[Pair] | None = None
+    folded: FoldedNorms = field(default_factory=lambda: FoldedNorms([]))
+    resting: list[torch.optim.Optimizer] = field(default_factory=list)
+
+
+class FreezingTrick(OptimizerTrick):
+    """A trick that freezes layers and thaws them, and may pace each of them.
+
+    A subclass calls `freeze_only` when something changes, at the same time on all ranks.
+
+    Args:
+        backbone: Attribute path in the LightningModule, a callable that takes it and returns one or several modules, or
+            None for a timm model: everything but its classifier.
+        train_norm: Leave norms as they are.
+        fold: Compute a frozen convolution and its frozen BatchNorm as one.
+    """
+
+    order = ValueOrder.FACTOR
+    saved_as, run_as = GroupLabels, Freezing
+    saved: GroupLabels
+    run: Freezing
+
+    def __init__(self, backbone: Backbone, train_norm: bool = False, fold: bool = True) -> None:
+        super().__init__()
+        if not (backbone is None or callable(backbone) or (isinstance(backbone, str) and backbone)):
+            raise ValueError(f"Expected `backbone` to be an attribute path, a callable or None, but got {backbone!r}.")
+        self.backbone, self.train_norm, self.fold = backbone, train_norm, fold
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The backbone's layers in the run under way, from its input on."""
+        return self.run.layers
+
+    def group_label(self, layer: Layer) -> str:
+        """Return the name of the parameter group that a layer is in; layers of one group are always paced alike."""
+        return layer.name
+
+    def find_layers(self, pl_module: LightningModule) -> list[Layer]:
+        """Return the backbone's layers, from its input on."""
+        return find_layers(pl_module, self.backbone, self.name)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the optimizer driver."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            require_rewrapping(trainer, self.name)
+
+    def settle_groups(self, pl_module: LightningModule) -> Callable[[Tensor], str | None]:
+        """Settle the layers; their parameters get groups of their own."""
+        self.run.layers = self.find_layers(pl_module)
+        self.settle_courses(pl_module)
+        labels = {layer.name: self.group_label(layer) for layer in self.layers}
+        if self.resumed and self.saved.labels != labels:  # torch would hand the state of one layer to another
+            raise MisconfigurationException(
+                f"{self.name} found other parameter groups in the checkpoint than its arguments make now: layers that "
+                "go together then and now are not the same. Resume with the arguments of that run, or load its weights"
+                " alone."
+            )
+        self.saved.labels = labels
+        label_of = {id(parameter): labels[layer.name] for layer in self.layers for parameter in layer.parameters()}
+        return lambda parameter: label_of.get(id(parameter))
+
+    def settle_courses(self, pl_module: LightningModule) -> None:
+        """Settle what the layers do when."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the optimizers have the layers in groups of their own, and that nobody else freezes them."""
+        super().on_fit_start(trainer, pl_module)
+        layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
+        for other in callbacks_of(trainer):
+            others = other.layers if isinstance(other, FreezingTrick) and other is not self else []
+            if any(id(parameter) in layer_of for layer in others for parameter in layer.parameters()):
+                raise MisconfigurationException(
+                    f"{self.name} and {type(other).__name__} both freeze the same layers. Use one of them, or give them"
+                    " different backbones."
+                )
+        lacking = {id(p) for layer in self.layers for p in layer.parameters() if p.requires_grad}
+        if not lacking:
+            raise MisconfigurationException(
+                f"{self.name}: no parameter of the backbone can be trained at all. Leave the freezing to this callback."
+            )
+        self.run.layer_of_group = {}
+        for i, optimizer in enumerate(raw_optimizers(trainer)):
+            for g, group in enumerate(optimizer.param_groups):
+                found = [layer_of.get(id(parameter)) for parameter in group["params"]]
+                lacking -= {id(parameter) for parameter in group["params"]}
+                if len({layer and self.group_label(layer) for layer in found}) > 1:
+                    raise MisconfigurationException(
+                        f"{self.name} found backbone and head in one parameter group, or layers that go apart: the "
+                        "optimizer was not made in `configure_optimizers`. Make it there."
+                    )
+                if found and found[0] is not None:
+                    self.run.layer_of_group[i, g] = found[0]
+        if lacking:
+            raise MisconfigurationException(
+                f"{self.name}: {len(lacking)} of the backbone's trainable parameters are in no optimizer and would "
+                "never train. Give all parameters to the optimizer in `configure_optimizers`, and leave the freezing to"
+                " this callback."
+            )
+
+    def freeze_only(self, trainer: Trainer, pl_module: LightningModule, names: Collection[str]) -> bool:
+        """Freeze the layers of these names, thaw the others, and tell whether that changed anything."""
+        if set(names) == set(self.run.frozen):
+            return False
+        self.run.folded.undo()
+        with rewrapped(trainer, pl_module):
+            for layer in self.layers:
+                if layer.name in names and layer.name not in self.run.frozen:
+                    frozen = self.run.frozen[layer.name] = Frozen(layer.modules, self.train_norm)
+                    forget_state(raw_optimizers(trainer), frozen.parameters)
+                elif layer.name not in names and layer.name in self.run.frozen:
+                    self.run.frozen.pop(layer.name).undo()
+            if not any(parameter.requires_grad for parameter in pl_module.parameters()):
+                raise MisconfigurationException(
+                    f"{self.name} froze every parameter: nothing is left to train. `backbone` must not contain the"
+                    " head."
+                )
+        if self.fold and not self.train_norm and self.run.frozen:
+            self._fold(trainer, pl_module)
+        self.run.resting = [
+            optimizer
+            for optimizer in raw_optimizers(trainer)
+            if not any(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"])
+        ]
+        return True
+
+    def rests(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Tell whether all of an optimizer's parameters are frozen."""
+        return optimizer in self.run.resting
+
+    def freezes_all(self, pl_module: LightningModule, names: Collection[str]) -> bool:
+        """Tell whether nothing would train if the layers of these names were frozen."""
+        modules = [module for layer in self.layers if layer.name in names for module in layer.modules]
+        resting = (module for module in modules if not (self.train_norm and is_norm(module)))
+        frozen = {id(parameter) for module in resting for parameter in module.parameters(recurse=False)}
+        return frozen.issuperset(id(p) for p in pl_module.parameters() if p.requires_grad)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Fold anew: averages of weights come and go in a way that leaves no trace on the tensors."""
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if batch_idx == 0:
+            self.run.folded.forget()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fold anew."""
+        super().on_validation_end(trainer, pl_module)
+        self.run.folded.forget()
+
+    def _fold(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        frozen = {module for layer in self.layers if layer.name in self.run.frozen for module in layer.modules}
+        if self.run.pairs is None:
+            children = [child for child in pl_module.children() if not frozen.isdisjoint(child.modules())]
+            self.run.pairs = [pair for child in children for pair in conv_norm_pairs(child, [pl_module, trainer])]
+        self.run.folded = FoldedNorms(pair for pair in self.run.pairs if frozen.issuperset(pair))
+
+    @property
+    def frozen_parameters(self) -> int:
+        """How many numbers are frozen now."""
+        return sum(parameter.numel() for frozen in self.run.frozen.values() for parameter in frozen.parameters)
+
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the module as it was handed in."""
+        self.run.folded.undo()
+        for frozen in self.run.frozen.values():
+            frozen.undo()
+        super().undo(trainer, pl_module)
+
+
+def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Free what optimizers remember of parameters; when these train again, they start anew.
+
+    Args:
+        optimizers: Torch's optimizers.
+        parameters: The parameters.
+    """
+    parameters = list(parameters)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Adagrad):  # which makes its state when it is made, and never again
+            for parameter in parameters:
+                optimizer.state.pop(parameter, None)
+
+
+def find_layers(pl_module: LightningModule, backbone: Backbone, name: str) -> list[Layer]:
+    """Return the layers of a backbone, from its input on.
+
+    timm's models say themselves what their layers are; of others each child is one; several modules are one each.
+
+    Args:
+        pl_module: The module that trains.
+        backbone: Attribute path, a callable that picks one or several modules, or None: the timm model in it without
+            its classifier.
+        name: Who asks, for the message.
+
+    Raises:
+        MisconfigurationException: If there is no such thing.
+    """
+    if backbone is None:
+        return _layers(*_timm_model(pl_module, name))
+    roots = find_modules(pl_module, backbone, name)
+    if len(roots) == 1:
+        return _layers(roots[0], [])
+    paths = {module: path for path, module in pl_module.named_modules()}
+    before = [roots[:i] for i in range(len(roots))]  # a module that is in two of them belongs to the first
+    held = [owners(root, without).values() for root, without in zip(roots, before, strict=True)]
+    return [
+        Layer(unreserved(paths.get(root, f"part {i}")), tuple(dict.fromkeys(found)))
+        for i, (root, found) in enumerate(zip(roots, held, strict=True))
+        if found
+    ]
+
+
+def find_modules(pl_module: LightningModule, picked: str | Callable[[LightningModule], Any], name: str) -> list[Any]:
+    """Return the modules at a path, or those that a callable picks."""
+    if isinstance(picked, str):
+        try:
+            return [pl_module.get_submodule(picked)]
+        except AttributeError as error:
+            raise MisconfigurationException(
+                f"{name}(backbone={picked!r}): {type(pl_module).__name__} has no such submodule. It has "
+                f"{[name for name, _ in pl_module.named_children()]}; name one, give a callable, or None for a timm"
+                " model."
+            ) from error
+    found = picked(pl_module)
+    roots = list(found) if isinstance(found, Iterable) and not isinstance(found, nn.Module) else [found]
+    if not roots or not all(isinstance(root, nn.Module) for root in roots):
+        raise MisconfigurationException(f"{name}: `backbone` must pick nn.Modules, but it picked {found!r}.")
+    return roots
+
+
+def _timm_model(pl_module: LightningModule, name: str) -> tuple[nn.Module, list[nn.Module]]:
+    model = next(
+        (m for m in pl_module.modules() if hasattr(m, "get_classifier") and hasattr(m, "reset_classifier")), None
+    )
+    if model is None:
+        raise MisconfigurationException(
+            f"{name}(backbone=None) looks for a timm model in {type(pl_module).__name__}, but found none. Give an "
+            "attribute path."
+        )
+    classifier: Any = model.get_classifier()  # type: ignore[operator]
+    heads: list[nn.Module] = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
+    if not any(True for head in heads for _ in head.parameters()):
+        raise MisconfigurationException(
+            f"{name}(backbone=None): the classifier of {type(model).__name__} has no parameters. Create it with "
+            "`num_classes`, or name the backbone by its attribute path."
+        )
+    return model, heads
+
+
+def _layers(root: nn.Module, heads: Sequence[nn.Module]) -> list[Layer]:
+    root = getattr(root, "_orig_mod", root)  # of a compiled module, under whose names no pattern fits
+    matcher: Any = getattr(root, "group_matcher", None)
+    if matcher is None:
+        return layers_by_child(root, heads)
+    from timm.models import group_parameters
+
+    try:
+        patterns = matcher(coarse=True)
+    except AssertionError:  # a family that has no coarse groups
+        patterns = matcher(coarse=False)
+    return layers_by_number(root, group_parameters(root, patterns, reverse=True), heads)

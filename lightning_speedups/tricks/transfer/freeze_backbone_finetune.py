@@ -1,0 +1,334 @@
+"""Transfer learning: train the head on a frozen backbone first, then the backbone too, at once or layer by layer, at a
+lower rate (fastai's ``fine_tune``; gradual unfreezing and rates by depth: ULMFiT, arXiv:1801.06146).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.durations import Duration, RunFacts
+from lightning_speedups.modules.layers import Layer, rates_by_depth
+from lightning_speedups.modules.unfreezing import Names, Stage, check_schedule, gradually, stages
+from lightning_speedups.tricks.transfer.base import Backbone, Freezing, FreezingTrick, GroupLabels
+
+
+@dataclass
+class Progress(GroupLabels):
+    """What a checkpoint holds.
+
+    Attributes:
+        stage: The stage under way.
+        due: With ``monitor``, the stage of the next epoch.
+        best: The best value of the metric so far; of one that shall grow, its negative.
+        waited: How many times in a row it has not improved.
+        thawed: The layers that began to train after the start, and the steps of each optimizer at that time.
+    """
+
+    stage: int = 0
+    due: int = 0
+    best: float = math.inf
+    waited: int = 0
+    thawed: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass
+class Stages(Freezing):
+    """What else belongs to a run.
+
+    Attributes:
+        stages: Which layers train when.
+        rate_of: Rate of each layer over the head's.
+        warmup_steps: Length of the ramp of what was thawed.
+        value_before: The metric before the validation under way.
+        validated: Whether the metric comes from validation.
+        awaits_validation: Whether there is a validation to come that may log it.
+    """
+
+    stages: list[Stage] = field(default_factory=list)
+    rate_of: dict[str, float] = field(default_factory=dict)
+    warmup_steps: float = 0.0
+    value_before: Any = None
+    validated: bool = False
+    awaits_validation: bool = False
+
+
+class FreezeBackboneFinetune(FreezingTrick):
+    """Freezes a backbone for the first epochs, then trains it too, its layers at fractions of the learning rate.
+
+    Frozen means frozen: no gradient, no graph up to the first layer that trains, weights and running statistics equal
+    to the bit, norms (and whatever else keeps buffers) in eval mode after every ``.train()``, no optimizer state.
+    Frozen convolutions take the BatchNorm behind them in for that time; checkpoints hold the weights as they are.
+    Optimizers are built with the backbone in parameter groups of its own from the start, so no scheduler or checkpoint
+    ever sees a group appear. DDP is re-wrapped when layers move: frozen parameters cost no communication, and ranks
+    stay equal. ``configure_optimizers`` gives all parameters to the optimizer, as without this callback.
+
+    Layers are timm's own (``"stem"``, ``"layer1"``, … of a ResNet, ``"blocks.0"``, … of a ViT), or the children of a
+    backbone that calls them one after the other; an error about a name lists them. Layers that always do the same share
+    a parameter group; a scheduler of yours that takes one value for each group needs one for each of these, which come
+    last, and a run resumes with the groups it was begun with.
+
+    When not to use it: from random weights, where the frozen phase is lost time; under FSDP or model parallelism (it
+    refuses).
+
+    Args:
+        backbone: Attribute path in the LightningModule, a callable that takes it and returns one or several modules (a
+            layer each), or None for a timm model: everything but its classifier.
+        unfreeze_at_epoch: First epoch, counted from 0, in which the backbone trains; 0 freezes nothing, None keeps it
+            frozen. With ``gradual`` the first epoch of the last layer; with ``schedule`` it says nothing.
+        backbone_lr_ratio: Backbone's learning rate over the head's, above 0; it multiplies whatever schedules give. A
+            pair: of the first and of the last layer, geometric between. None: 0.1, unless ``lr_decay`` is given.
+        train_norm: Let the backbone's norms go on training while it is frozen. Costs most of the saving, as the
+            backward pass must reach them.
+        lr_decay: In (0, 1]: rate of each layer over the next one's, and of the last one over the head's.
+        head_lr_ratio: Head's learning rate over its own while nothing else trains, above 0.
+        unfreeze_warmup: Ramp of what was thawed, to its rate: optimizer steps, a float as a fraction of the run, or a
+            text like ``"1 epochs"``.
+        schedule: Which layers begin to train in which epoch, such as ``{0: "head", 2: "layer4", 4: ["layer3",
+            "layer2"]}``; a path means all layers under it, ``"all"`` all. What is never named stays frozen.
+        refreeze: Which of them stop again, in the same form; their optimizer state is forgotten.
+        gradual: Thaw one layer after the other, from the last one down.
+        every_n_epochs: With ``gradual``: epochs from one to the next, 1 or more.
+        monitor: With ``gradual``: thaw the next one when this logged metric has not improved, instead; not before
+            ``unfreeze_at_epoch``.
+        mode: Whether the metric shall become ``"min"`` or ``"max"``.
+        patience: How many times in a row it must not have improved, 1 or more.
+        min_delta: What counts as an improvement, 0 or more.
+        fold: Compute a frozen convolution and its frozen BatchNorm as one.
+
+    Raises:
+        ValueError: If an argument is out of range, or two of them contradict each other.
+        MisconfigurationException: At fit start, if there is no such backbone or layer, the optimizer lacks its
+            parameters, nothing would be left to train, or the strategy cannot follow; after the first epoch, if there
+            is no such metric.
+
+    Source:
+        Howard & Gugger, fastai, arXiv:2002.04688; Howard & Ruder, ULMFiT, arXiv:1801.06146; ``lr_decay``: Bao et al.,
+        BEiT, arXiv:2106.08254.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune("backbone", unfreeze_at_epoch=2)])
+        >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune(None, gradual=True, lr_decay=0.65)])
+    """
+
+    saved_as, run_as = Progress, Stages
+    saved: Progress
+    run: Stages
+
+    def __init__(
+        self,
+        backbone: Backbone = "backbone",
+        unfreeze_at_epoch: int | None = 1,
+        backbone_lr_ratio: float | tuple[float, float] | None = None,
+        train_norm: bool = False,
+        *,
+        lr_decay: float | None = None,
+        head_lr_ratio: float = 1.0,
+        unfreeze_warmup: int | float | str = 0,
+        schedule: Mapping[int, Names] | None = None,
+        refreeze: Mapping[int, Names] | None = None,
+        gradual: bool = False,
+        every_n_epochs: int = 1,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        patience: int = 1,
+        min_delta: float = 0.0,
+        fold: bool = True,
+    ) -> None:
+        super().__init__(backbone, train_norm, fold)
+        check_number("unfreeze_at_epoch", unfreeze_at_epoch, 0, whole=True, optional=True)
+        self.rates = _checked_rates(backbone_lr_ratio, lr_decay)
+        check_number("head_lr_ratio", head_lr_ratio, 0, above=True)
+        check_schedule("schedule", schedule)
+        check_schedule("refreeze", refreeze)
+        check_number("every_n_epochs", every_n_epochs, 1, whole=True)
+        check_number("patience", patience, 1, whole=True)
+        check_number("min_delta", min_delta, 0)
+        check_choice("mode", mode, ("min", "max"))
+        _check_together(schedule, refreeze, gradual, monitor, unfreeze_at_epoch)
+        self.unfreeze_at_epoch, self.head_lr_ratio = unfreeze_at_epoch, head_lr_ratio
+        self.unfreeze_warmup = Duration.parse("unfreeze_warmup", unfreeze_warmup)
+        self.schedule, self.refreeze, self.gradual, self.every_n_epochs = schedule, refreeze, gradual, every_n_epochs
+        self.monitor, self.mode, self.patience, self.min_delta = monitor, mode, patience, min_delta
+
+    def settle_courses(self, pl_module: LightningModule) -> None:
+        """Settle the layers' rates, and the stages."""
+        super().settle_courses(pl_module)
+        layers, (decay, ends) = self.layers, self.rates
+        names = [layer.name for layer in layers]
+        self.run.rate_of = dict(zip(names, rates_by_depth(len(layers), decay=decay, ends=ends), strict=True))
+        thaw: Mapping[int, Names] = {} if self.unfreeze_at_epoch is None else {self.unfreeze_at_epoch: "all"}
+        if self.schedule is not None:
+            thaw = self.schedule
+        elif self.gradual and self.unfreeze_at_epoch is not None:
+            thaw = gradually(layers, self.unfreeze_at_epoch, self.every_n_epochs)
+        try:
+            self.run.stages = stages(layers, thaw, self.refreeze or {})
+        except LookupError as error:
+            raise MisconfigurationException(
+                f"{self.name}: the backbone has no layer {error.args[0]!r}. Its layers are {names}; `schedule` and "
+                "`refreeze` can name these, paths above them, 'head' and 'all'."
+            ) from error
+        except ValueError as error:
+            raise MisconfigurationException(f"{self.name}: {error}. Mend `schedule` and `refreeze`.") from error
+
+    def group_label(self, layer: Layer) -> str:
+        """Put layers that always do the same into one parameter group."""
+        return next(other.name for other in self.layers if self._course(other) == self._course(layer))
+
+    def _course(self, layer: Layer) -> tuple[float, list[bool]]:
+        return self.run.rate_of[layer.name], [layer.name in stage.training for stage in self.run.stages]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a stage in which nothing would train."""
+        super().on_fit_start(trainer, pl_module)
+        for stage in self.run.stages:
+            if self.freezes_all(pl_module, {layer.name for layer in self.layers} - stage.training):
+                raise MisconfigurationException(
+                    f"{self.name} would freeze every parameter in epoch {stage.epoch}: nothing is left to train. "
+                    "`backbone` must not contain the head, or the schedule must thaw it."
+                )
+
+    def plan(self, run: RunFacts) -> None:
+        """Settle the ramp."""
+        steps = self.unfreeze_warmup.in_steps(run)
+        if steps is None:
+            raise MisconfigurationException(
+                f"{self.name}(unfreeze_warmup=...) needs the length of the run, but this training data has none. Give "
+                "it in optimizer steps."
+            )
+        self.run.warmup_steps = steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze as the epoch wants it, also in a resumed run."""
+        super().on_train_start(trainer, pl_module)
+        self.run.awaits_validation = trainer.enable_validation
+        # To thaw as many layers one by one as there is time for is what some want.
+        change = self.run.stages[-1 if not self.gradual else min(1, len(self.run.stages) - 1)].epoch
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= change:
+            rank_zero_warn(
+                f"{self.name} thaws or freezes layers in epoch {change}, but the run ends before, after "
+                f"{trainer.max_epochs} epochs. Let it come earlier, or give None if the backbone shall stay frozen."
+            )
+        self._move(trainer, pl_module, self.saved.stage if self.monitor else self._stage_in(trainer.current_epoch))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Thaw and freeze what it is time for."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._move(trainer, pl_module, self.saved.due if self.monitor else self._stage_in(trainer.current_epoch))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the metric was before."""
+        super().on_validation_start(trainer, pl_module)
+        self.run.value_before = trainer.callback_metrics.get(self.monitor or "")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the metric, if validation has logged it."""
+        super().on_validation_end(trainer, pl_module)
+        value = trainer.callback_metrics.get(self.monitor or "")
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and value is not self.run.value_before:
+            self.run.validated = True
+            self._look(trainer)
+        self.run.awaits_validation = trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the metric, if validation does not log it."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.monitor is None or self.run.validated:
+            return
+        if self.monitor in trainer.callback_metrics:
+            self._look(trainer)
+        elif not self.run.awaits_validation:
+            raise MisconfigurationException(
+                f"{self.name}(monitor={self.monitor!r}): no such metric was logged, only "
+                f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)`, or name one of "
+                "these."
+            )
+
+    def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Pace the layers, and the head while it trains alone."""
+        layer = self.run.layer_of_group.get((optimizer, group))
+        if layer is None:
+            alone = bool(self.run.stages) and not self.run.stages[self.saved.stage].training
+            return {"lr": values["lr"] * self.head_lr_ratio} if alone and self.head_lr_ratio != 1.0 else {}
+        ratio = self.run.rate_of[layer.name]
+        since = self.saved.thawed.get(layer.name)
+        if since is not None and step - since[optimizer] < self.run.warmup_steps:
+            ratio *= (step - since[optimizer] + 1) / math.ceil(self.run.warmup_steps)
+        return {"lr": values["lr"] * ratio}
+
+    def _stage_in(self, epoch: int) -> int:
+        return max(i for i, stage in enumerate(self.run.stages) if stage.epoch <= epoch)
+
+    def _move(self, trainer: Trainer, pl_module: LightningModule, stage: int) -> None:
+        self.saved.stage = stage
+        self.saved.due = max(self.saved.due, stage)
+        training = self.run.stages[self.saved.stage].training
+        frozen = {layer.name for layer in self.layers} - training
+        since = {name: list(self.steps_done) for name in training - self.run.stages[0].training}
+        self.saved.thawed = {name: self.saved.thawed.get(name, steps) for name, steps in since.items()}
+        if self.freeze_only(trainer, pl_module, frozen):
+            self._tell(trainer, training)
+
+    def _tell(self, trainer: Trainer, training: frozenset[str]) -> None:
+        names = [layer.name for layer in self.layers if layer.name in training]
+        rank_zero_info(
+            f"{self.name}: in epoch {trainer.current_epoch} the head trains"
+            f"{' with ' + ', '.join(names) if names else ''}; {self.frozen_parameters:,} parameters are frozen."
+        )
+
+    def _look(self, trainer: Trainer) -> None:
+        next_one = self.saved.due + 1
+        if self.monitor is None or next_one >= len(self.run.stages) or self.saved.due > self.saved.stage:
+            return
+        # Ranks that decide for themselves would part.
+        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
+        value = value if self.mode == "min" else -value
+        if value < self.saved.best - self.min_delta:
+            self.saved.best, self.saved.waited = value, 0
+        else:
+            self.saved.waited += 1
+        if self.saved.waited >= self.patience and trainer.current_epoch + 1 >= (self.unfreeze_at_epoch or 0):
+            self.saved.due, self.saved.waited = next_one, 0
+
+
+def _checked_rates(
+    ratio: float | tuple[float, float] | None, decay: float | None
+) -> tuple[float | None, tuple[float, float]]:
+    """Return ``lr_decay`` and the ratios of the first and the last layer."""
+    check_number("lr_decay", decay, 0, 1, above=True, optional=True)
+    if ratio is None:
+        return decay, (0.1, 0.1)
+    if decay is not None:
+        raise ValueError(
+            f"Expected one of `backbone_lr_ratio` and `lr_decay`, but got {ratio!r} and {decay!r}: both set the layers'"
+            " rates."
+        )
+    ends = tuple(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio, ratio)
+    if len(ends) != 2:
+        raise ValueError(f"Expected `backbone_lr_ratio` to be a number or a pair of numbers, but got {ratio!r}.")
+    for end in ends:
+        check_number("backbone_lr_ratio", end, 0, above=True)
+    return None, (ends[0], ends[1])
+
+
+def _check_together(
+    schedule: Any, refreeze: Any, gradual: bool, monitor: str | None, unfreeze_at_epoch: int | None
+) -> None:
+    if schedule is not None and gradual:
+        raise ValueError("Expected one of `schedule` and `gradual=True`, but got both: each says when layers thaw.")
+    if gradual and unfreeze_at_epoch is None:
+        raise ValueError("Expected `unfreeze_at_epoch` to be an epoch with `gradual=True`, but got None.")
+    if monitor is not None and (not gradual or refreeze is not None):
+        raise ValueError(
+            f"Expected `monitor` with `gradual=True` and without `refreeze`, but got monitor={monitor!r}, "
+            f"gradual={gradual!r} and refreeze={refreeze!r}."
+        )

@@ -1,0 +1,217 @@
+"""The run's length as it is really trained, and the batch size as it really comes."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
+
+from lightning_speedups.attach.run_length import (
+    accumulation,
+    batches_in_epoch,
+    loader_batch_size,
+    raw_optimizers,
+    run_length,
+)
+from lightning_speedups.attach.trick import callbacks_of
+from zoo import Classifier, images, loader, trainer
+
+
+def steps_of(one):
+    return run_length(one).steps
+
+
+def batches_of(one):
+    return run_length(one).batches
+
+
+class Looks(Callback):
+    def __init__(self, look):
+        self.look, self.seen = look, []
+
+    def on_train_start(self, trainer, pl_module):
+        self.seen.append(self.look(trainer))
+
+
+def looked(look, data=None, **arguments):
+    eye = Looks(look)
+    one = trainer(callbacks=[*arguments.pop("callbacks", []), eye], **arguments)
+    one.fit(Classifier(), data if data is not None else loader(32, 8))
+    return eye.seen[0], one
+
+
+class Endless(IterableDataset):
+    def __init__(self, batches=5):
+        self.batches = batches
+
+    def __iter__(self):
+        for i in range(self.batches):
+            yield tuple(part[0] for part in images(1, seed=i))
+
+
+RUNS = {
+    "by epochs": {"max_epochs": 3},
+    "by steps": {"max_epochs": -1, "max_steps": 7},
+    "steps come first": {"max_epochs": 3, "max_steps": 5},
+    "epochs come first": {"max_epochs": 2, "max_steps": 50},
+    "accumulating": {"max_epochs": 3, "accumulate_grad_batches": 2},
+    "accumulating with a rest": {"max_epochs": 3, "accumulate_grad_batches": 3},
+    "some of the batches": {"max_epochs": 3, "limit_train_batches": 3},
+    "a fraction of the batches": {"max_epochs": 3, "limit_train_batches": 0.5},
+    "one batch over and over": {"max_epochs": 3, "overfit_batches": 1},
+    "fast_dev_run": {"max_epochs": 3, "fast_dev_run": 2},
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_total_is_the_number_of_steps_that_the_run_takes(run):
+    total, one = looked(steps_of, **RUNS[run])
+    assert total == one.global_step > 0
+
+
+@pytest.mark.parametrize("schedule", [{0: 1, 1: 2, 2: 4}, {1: 3}, {0: 4, 2: 1}])
+def test_the_total_is_right_under_an_accumulation_schedule(schedule):
+    total, one = looked(steps_of, callbacks=[GradientAccumulationScheduler(schedule)], max_epochs=4)
+    assert total == one.global_step > 0
+
+
+def test_the_total_counts_from_the_start_of_the_run_after_a_resume():
+    _, one = looked(steps_of, max_epochs=1)
+    one.save_checkpoint("first.ckpt")
+    eye = Looks(steps_of)
+    two = trainer(max_epochs=3, callbacks=[eye])
+    two.fit(Classifier(), loader(32, 8), ckpt_path="first.ckpt")
+    assert eye.seen == [12]
+    assert two.global_step == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [({"max_epochs": 2}, None), ({"max_epochs": -1, "max_steps": 4}, 4)]
+)
+def test_a_loader_without_a_length_leaves_the_total_to_max_steps(arguments, expected):
+    total, _ = looked(steps_of, DataLoader(Endless(), batch_size=2), **arguments)
+    assert total == expected
+
+
+def test_an_endless_run_has_no_total():
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = True
+
+    total, _ = looked(steps_of, max_epochs=-1, callbacks=[Stops()])
+    assert total is None
+
+
+def test_an_epoch_without_a_length_is_none():
+    assert looked(partial(batches_in_epoch, epoch=0), DataLoader(Endless(), batch_size=2), max_epochs=1)[0] is None
+    assert (
+        looked(lambda one: run_length(one).steps_in_epochs(2.0), DataLoader(Endless(), batch_size=2), max_epochs=1)[0]
+        is None
+    )
+    assert looked(partial(batches_in_epoch, epoch=0), max_epochs=1)[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accumulate", "expected"),
+    [(0.0, 1, 0), (1.0, 1, 4), (2.5, 1, 10), (0.25, 1, 1), (2.0, 3, 4), (1.5, 2, 3), (0.75, 2, 2)],
+)
+def test_parts_of_an_epoch_count_in_proportion(epochs, accumulate, expected):
+    steps, _ = looked(
+        lambda one: run_length(one).steps_in_epochs(epochs), max_epochs=1, accumulate_grad_batches=accumulate
+    )
+    assert steps == expected
+
+
+def test_epochs_beyond_the_run_count_as_the_schedule_goes_on():
+    schedule = GradientAccumulationScheduler({0: 1, 1: 2})
+    steps, _ = looked(lambda one: run_length(one).steps_in_epochs(3.5), max_epochs=1, callbacks=[schedule])
+    assert steps == 4 + 2 + 2 + 1
+
+
+def dataset():
+    return TensorDataset(*images(12))
+
+
+class Plain:
+    """A loader that says nothing about itself."""
+
+    def __iter__(self):
+        yield images(4)
+
+
+LOADERS = {
+    "batch_size": (lambda: DataLoader(dataset(), batch_size=4), 4),
+    "batch_sampler": (lambda: DataLoader(dataset(), batch_sampler=BatchSampler(SequentialSampler(dataset()), 3, False)), 3),
+    "batches as samples": (
+        lambda: DataLoader(dataset(), sampler=BatchSampler(SequentialSampler(dataset()), 6, False), batch_size=None), 6,
+    ),
+    "no batching": (lambda: DataLoader([images(4)], batch_size=None), None),
+    "without a length": (lambda: DataLoader(Endless(), batch_size=2), 2),
+    "not a DataLoader": (Plain, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_the_batch_size_is_the_one_that_comes_or_none(kind):
+    make, expected = LOADERS[kind]
+    module, eye = Classifier(), Looks(loader_batch_size)
+    trainer(max_epochs=1, callbacks=[eye]).fit(module, make())
+    assert eye.seen == [expected]
+    assert expected is None or len(module.seen[0][0]) == expected
+
+
+class TwoLoaders(Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"], batch_idx)
+
+
+def test_several_loaders_have_no_one_batch_size():
+    eye = Looks(loader_batch_size)
+    trainer(max_epochs=1, callbacks=[eye]).fit(TwoLoaders(), {"a": loader(8, 4), "b": loader(8, 2)})
+    assert eye.seen == [None]
+
+
+def test_optimizers_come_without_lightnings_wrapper():
+    (optimizers, callbacks), one = looked(lambda one: (raw_optimizers(one), callbacks_of(one)), max_epochs=1)
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.SGD]
+    assert callbacks == one.callbacks
+
+
+class SeesBatches(Callback):
+    def __init__(self):
+        self.count = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.count += 1
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_total_of_batches_is_the_number_that_the_run_takes(run):
+    eye, counter = Looks(batches_of), SeesBatches()
+    trainer(callbacks=[eye, counter], **RUNS[run]).fit(Classifier(), loader(32, 8))
+    assert eye.seen == [counter.count]
+
+
+@pytest.mark.parametrize("max_steps", [-1, 4, 5, 7])
+@pytest.mark.parametrize("schedule", [{0: 3}, {0: 1, 1: 2, 2: 4}])
+def test_the_total_of_batches_is_right_under_an_accumulation_schedule(schedule, max_steps):
+    eye, counter = Looks(batches_of), SeesBatches()
+    accumulation_schedule = GradientAccumulationScheduler(schedule)
+    trainer(callbacks=[eye, accumulation_schedule, counter], max_epochs=5, max_steps=max_steps).fit(
+        Classifier(), loader(32, 8)
+    )
+    assert eye.seen == [counter.count]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_accumulation_of_an_epoch_is_known_before_the_schedule_had_its_turn(first):
+    schedule, told = GradientAccumulationScheduler({0: 1, 1: 2, 3: 4}), []
+
+    class Asks(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            told.append(accumulation(trainer, trainer.current_epoch))
+
+    callbacks = [Asks(), schedule] if first else [schedule, Asks()]
+    trainer(max_epochs=5, callbacks=callbacks).fit(Classifier(), loader(32, 8))
+    assert told == [1, 2, 2, 4, 4]
