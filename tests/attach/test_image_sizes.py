@@ -10,7 +10,7 @@ from lightning_speedups.attach.image_sizes import ask_for_sizes, full_batches
 from lightning_speedups.attach.loaders import LoaderGrip
 from lightning_speedups.attach.trick import Trick
 from lightning_speedups.core.dataset_sizes import UnknownSizeError
-from small import Classifier, trainer
+from zoo import Classifier, trainer
 
 
 class Sized(Dataset):

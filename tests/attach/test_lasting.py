@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_speedups.attach.lasting import LastingTrick
-from small import Classifier, loader, trainer, weights
+from zoo import Classifier, loader, trainer, weights
 
 
 class Narrow(LastingTrick):

@@ -4,7 +4,7 @@ from torch import nn
 
 from lightning_speedups import BatchAugmentation, MixupCallback, OneCycleMomentum, ProgressiveResizing
 from lightning_speedups.attach.regularization import Regularization
-from small import Classifier, trainer
+from zoo import Classifier, trainer
 
 
 def parts():

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_speedups.measure as measure
 from lightning_speedups.core.range_test import smooth, suggest
 from lightning_speedups.measure.lr_range_test import LRRangeTest, RangeTestResult
-from small import Classifier, assert_same_weights, images, loader, trainer, weights
+from zoo import Classifier, assert_same_weights, images, loader, trainer, weights
 
 
 class Bowl(LightningModule):

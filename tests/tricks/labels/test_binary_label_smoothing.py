@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_speedups import BinaryLabelSmoothing, MixupCallback
 from lightning_speedups.core.mixing import blend
 from lightning_speedups.tensors.labels import MixedLabels
-from small import CLASSES, Classifier, OneHot, ReplayLoader, images, loader, trainer
+from zoo import CLASSES, Classifier, OneHot, ReplayLoader, images, loader, trainer
 
 C = 4
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25])
