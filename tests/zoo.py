@@ -279,7 +279,9 @@ class FreezesBackbone(Callback):
         pl_module.backbone.requires_grad_(False).eval()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.backbone.requires_grad_(True).train()
+        pl_module.backbone.requires_grad_(True)
+        for module in pl_module.backbone.modules():  # past whoever else keeps it from training
+            module.training = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
