@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_speedups.attach.run_length import facts
@@ -92,21 +91,24 @@ class WarmupLRScaler(OptimizerTrick):
 
     def plan(self, run: RunFacts) -> None:
         """Settle the factors and the length of the ramp."""
+        super().plan(run)
         steps = self.warmup_steps if self.warmup_steps is not None else run.steps_in_epochs(self.warmup_epochs)
         if steps is None:
-            raise MisconfigurationException(
-                f"WarmupLRScaler(warmup_epochs={self.warmup_epochs}) needs the length of an epoch, but this training "
-                "data has none. Give `warmup_steps` instead."
+            raise self.refusal(
+                "needs the length of an epoch, but this training data has none",
+                "Give `warmup_steps` instead.",
+                warmup_epochs=self.warmup_epochs,
             )
         self.run.steps = steps
         if self.scale is not None or self.base_batch_size is None:
             self.run.full = [self.scale or 1.0] * len(run.optimizers)
             return
         if run.batch_size is None:
-            raise MisconfigurationException(
-                f"WarmupLRScaler(base_batch_size={self.base_batch_size}) needs the batch size, but it cannot be read "
-                "from this training loader (it takes one DataLoader with a `batch_size`). Give `scale=`, the effective"
-                " batch size over the base batch size."
+            raise self.refusal(
+                "needs the batch size, but it cannot be read from this training loader (it takes one DataLoader with a "
+                "`batch_size`)",
+                "Give `scale=`, the effective batch size over the base batch size.",
+                base_batch_size=self.base_batch_size,
             )
         ratio = run.batch_size / self.base_batch_size
         self.run.full = [scaling_factor(ratio, self.rule, name) for name in run.optimizers]
