@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
@@ -53,10 +53,6 @@ def update(losses: Tensor, total: Tensor, count: Tensor) -> Tensor:
     return torch.where((count > 0) & total.isfinite(), total / count, losses)
 
 
-def _none() -> Tensor:
-    return torch.empty(0)
-
-
 @dataclass
 class Known(Seed):
     """What a checkpoint holds.
@@ -70,9 +66,9 @@ class Known(Seed):
         samples_saved: Samples left out in the epochs that have ended, in all processes.
     """
 
-    losses: Tensor = field(default_factory=_none)
-    total: Tensor = field(default_factory=_none)
-    count: Tensor = field(default_factory=_none)
+    losses: Tensor = field(default_factory=partial(torch.empty, 0))
+    total: Tensor = field(default_factory=partial(torch.empty, 0))
+    count: Tensor = field(default_factory=partial(torch.empty, 0))
     epoch: int = 0
     left_out: int = 0
     samples_saved: int = 0
@@ -92,7 +88,7 @@ class Epoch:
 
     full_from: float = math.inf
     new: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    indices: Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
     weights: Tensor | None = None
     shortened: int = -1
 
@@ -190,10 +186,8 @@ class SubsetTraining(SeededBatchTrick):
             return
         epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
         if epochs < 0 and self.stop_at < 1.0:
-            raise MisconfigurationException(
-                f"SubsetTraining(stop_at={self.stop_at}) is a fraction of the run's epochs, but this Trainer has no "
-                "`max_epochs`. Give it one, or use `stop_at=1.0`."
-            )
+            what = "is a fraction of the run's epochs, but this Trainer has no `max_epochs`"
+            raise self.refusal(what, "Give it one, or use `stop_at=1.0`.", stop_at=self.stop_at)
         self.run.full_from, self.kept = full_again(self.stop_at, epochs), 1.0
         if goes_on is not None:  # the same Trainer goes on, with what is known
             self.saved = goes_on
@@ -223,7 +217,7 @@ class SubsetTraining(SeededBatchTrick):
         if samples != known:
             if known:
                 rank_zero_warn(
-                    f"SubsetTraining knows the losses of {known} samples, but the training data has {samples} now. It "
+                    f"{self.name} knows the losses of {known} samples, but the training data has {samples} now. It "
                     "takes them all for new ones."
                 )
             self.saved.losses = torch.full((samples,), math.nan)
