@@ -169,17 +169,12 @@ class ScheduleTrick(OptimizerTrick):
         super().on_fit_start(trainer, pl_module)
         optimizers = raw_optimizers(trainer)
         if self.optimizer is not None and self.optimizer >= len(optimizers):
-            raise self.refusal(
-                f"counts from 0, but `configure_optimizers` returned {len(optimizers)} optimizers",
-                "Name one of these.",
-                optimizer=self.optimizer,
-            )
+            what = f"counts from 0, but `configure_optimizers` returned {len(optimizers)} optimizers"
+            raise self.refusal(what, "Name one of these.", optimizer=self.optimizer)
         if others := list(self._other_owners(trainer)):
-            what = "learning rate" if "lr" in self.keys else " and ".join(self.keys)
-            raise self.refusal(
-                f"sets the {what} of every step, and so does {' and '.join(others)}",
-                "Remove one of them (WarmupLRScaler may stay: it multiplies).",
-            )
+            mine = "learning rate" if "lr" in self.keys else " and ".join(self.keys)
+            what = f"sets the {mine} of every step, and so does {' and '.join(others)}"
+            raise self.refusal(what, "Remove one of them (WarmupLRScaler may stay: it multiplies).")
         for optimizer in (one for i, one in enumerate(optimizers) if self.drives(i)):
             self._require_numbers(optimizer)
         self.require_rates(trainer, **self.rates)
@@ -191,14 +186,11 @@ class ScheduleTrick(OptimizerTrick):
             try:
                 value = get_value(group, key)
             except KeyError as error:
-                has, way_out = [name for name in group if name != "params"], self.way_without.get(key)
-                raise self.refusal(
-                    f"drives `{key}`, but {kind} has none, only {has}", way_out or "Name one of these."
-                ) from error
+                what = f"drives `{key}`, but {kind} has none, only {[name for name in group if name != 'params']}"
+                raise self.refusal(what, self.way_without.get(key, "Name one of these.")) from error
             if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
-                raise self.refusal(
-                    f"drives `{key}`, which must be a number, but {kind} has {value!r} there", "Name another one."
-                )
+                what = f"drives `{key}`, which must be a number, but {kind} has {value!r} there"
+                raise self.refusal(what, "Name another one.")
 
     def require_rates(self, trainer: Trainer, **arguments: Any) -> None:
         """Refuse lists of rates that do not fit the parameter groups that the optimizers began with."""
@@ -206,11 +198,8 @@ class ScheduleTrick(OptimizerTrick):
             count = self.saved.groups[i] if i < len(self.saved.groups) else len(optimizer.param_groups)
             for name, rates in arguments.items():
                 if self.drives(i) and isinstance(rates, (list, tuple)) and len(rates) != count:
-                    raise self.refusal(
-                        f"has {len(rates)} values, but {type(optimizer).__name__} has {count} parameter groups",
-                        "Give one number, or one for each group.",
-                        **{name: rates},
-                    )
+                    what = f"has {len(rates)} values, but {type(optimizer).__name__} has {count} parameter groups"
+                    raise self.refusal(what, "Give one number, or one for each group.", **{name: rates})
 
     def _other_owners(self, trainer: Trainer) -> Iterator[str]:
         for config in trainer.lr_scheduler_configs if "lr" in self.keys else ():

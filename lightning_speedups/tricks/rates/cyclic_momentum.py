@@ -126,15 +126,13 @@ class CyclicMomentum(ScheduleTrick):
         whole = self.length if self.needs_length else None
         up, down = self.steps_of_parts(run, whole, step_size_up=self.up, step_size_down=self.down)
         if not up or not down:
-            raise self.refusal(
-                f"has step sizes of {self.up.amount:g} {self.up.unit} up and {self.down.amount:g} {self.down.unit} down"
-                ", less than one optimizer step",
-                "Give a longer `step_size_up`.",
-            )
+            sizes = f"{self.up.amount:g} {self.up.unit} up and {self.down.amount:g} {self.down.unit} down"
+            what = f"finds that step sizes of {sizes} are less than one optimizer step"
+            raise self.refusal(what, "Give a longer `step_size_up`.")
         self.run.sizes = (up, down)
         if up + down < 2:
             rank_zero_warn(
-                f"CyclicMomentum: a cycle of {up + down:g} optimizer steps is too short to leave `base_lr`. Give a "
+                f"{self.name}: a cycle of {up + down:g} optimizer steps is too short to leave `base_lr`. Give a "
                 "longer `step_size_up`."
             )
 

@@ -165,7 +165,7 @@ class LRCurve(ScheduleTrick):
         """
         check_number("steps", steps, 1, whole=True)
         if not self.run.pieces:
-            raise self.refusal("cools down a run that is going on, and none is", "Call `cool_down` from a hook.")
+            raise self.refusal("has no run: LRCurve.cool_down is for a run that is going on", "Call it from a hook.")
         here = [self._factor(i, done) for i, done in enumerate(self.steps_done)]
         self.saved.cooling = [(done, steps, factor) for done, factor in zip(self.steps_done, here, strict=True)]
         self.saved.stop = stop
@@ -177,11 +177,9 @@ class LRCurve(ScheduleTrick):
         warmup, cooldown = self.steps_of_parts(run, whole, warmup=self.warmup, cooldown=self.cooldown)
         if warmup + cooldown > whole * (1 + 1e-9):  # fractions that add up to 1 may pass it by a rounding error
             if not self.resumed:
-                raise self.refusal(
-                    f"has a warm-up of {warmup:g} and a cooldown of {cooldown:g} optimizer steps, which do not fit in "
-                    f"a run of {whole:g}",
-                    "Give shorter ones, or fractions of the run.",
-                )
+                parts = f"a warm-up of {warmup:g} and a cooldown of {cooldown:g} optimizer steps"
+                what = f"finds that {parts} do not fit in a run of {whole:g}"
+                raise self.refusal(what, "Give shorter ones, or fractions of the run.")
             # A resumed run that is too short for both: they share it.
             warmup, cooldown = (part * whole / (warmup + cooldown) for part in (warmup, cooldown))
         self.run.pieces = with_ends(self.shape, whole, warmup, self.warmup_factor, cooldown, self.cooldown_factor)

@@ -167,10 +167,8 @@ class StopAtTarget(OptimizerTrick):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at what was logged after this callback's turn at the last epoch's end."""
         super().on_train_epoch_start(trainer, pl_module)
-        if self.run.ended_an_epoch:
-            self._look(trainer, pl_module, trainer.current_epoch)
-            if missing := self._missing(trainer):
-                raise missing
+        if missing := self._look_late(trainer, pl_module):
+            raise missing
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the samples."""
@@ -181,10 +179,8 @@ class StopAtTarget(OptimizerTrick):
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Decay the rate to 0 from where it stood when the target was reached."""
-        if not self.saved.last:
-            return {}
-        since, steps = self.saved.last[optimizer]
-        if not steps:  # a Trainer that must go on, as for its `min_epochs`
+        since, steps = self.saved.last[optimizer] if self.saved.last else (0, 0)
+        if not steps:  # also of a Trainer that must go on, as for its `min_epochs`
             return {}
         begin = self._settle_begin(optimizer, group, float(values["lr"]))
         return {"lr": anneal_between(begin, 0.0, min(1.0, (step - since) / steps), "linear")}
@@ -223,20 +219,8 @@ class StopAtTarget(OptimizerTrick):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once more, at what the last epoch's end logged."""
         super().on_train_end(trainer, pl_module)
-        if self.run.ended_an_epoch:
-            self._look(trainer, pl_module, trainer.current_epoch)
-            if missing := self._missing(trainer):
-                rank_zero_warn(str(missing))
-
-    def _missing(self, trainer: Trainer) -> MisconfigurationException | None:
-        """Return what to say of a metric that should have been logged by now, if it was not."""
-        if self.saved.reached is not None or self.monitor in trainer.callback_metrics or self.run.validates:
-            return None
-        return self.refusal(
-            f"finds that no such metric was logged in the first epoch, only {sorted(trainer.callback_metrics)}",
-            f"Log it with `self.log({self.monitor!r}, ...)`, or name one of these.",
-            monitor=self.monitor,
-        )
+        if missing := self._look_late(trainer, pl_module):
+            rank_zero_warn(str(missing))
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, epochs: int) -> None:
         self._take_time()
@@ -250,6 +234,17 @@ class StopAtTarget(OptimizerTrick):
             run = facts(trainer, pl_module)
             left = math.inf if run.steps is None else run.steps - trainer.global_step
             self.saved.last = [[done, self._decay(done, run, left)] for done in self.steps_done]
+
+    def _look_late(self, trainer: Trainer, pl_module: LightningModule) -> MisconfigurationException | None:
+        """Look at what the last epoch's end logged after this callback's turn; return what to say of no such metric."""
+        if not self.run.ended_an_epoch:
+            return None
+        self._look(trainer, pl_module, trainer.current_epoch)
+        if self.saved.reached is not None or self.monitor in trainer.callback_metrics or self.run.validates:
+            return None
+        what = f"finds that no such metric was logged in the first epoch, only {sorted(trainer.callback_metrics)}"
+        way_out = f"Log it with `self.log({self.monitor!r}, ...)`, or name one of these."
+        return self.refusal(what, way_out, monitor=self.monitor)
 
     def _note(self, trainer: Trainer, reached: Reached) -> None:
         self.saved.reached = asdict(reached)

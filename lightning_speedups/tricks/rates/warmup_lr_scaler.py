@@ -94,22 +94,16 @@ class WarmupLRScaler(OptimizerTrick):
         super().plan(run)
         steps = self.warmup_steps if self.warmup_steps is not None else run.steps_in_epochs(self.warmup_epochs)
         if steps is None:
-            raise self.refusal(
-                "needs the length of an epoch, but this training data has none",
-                "Give `warmup_steps` instead.",
-                warmup_epochs=self.warmup_epochs,
-            )
+            what = "needs the length of an epoch, but this training data has none"
+            raise self.refusal(what, "Give `warmup_steps` instead.", warmup_epochs=self.warmup_epochs)
         self.run.steps = steps
         if self.scale is not None or self.base_batch_size is None:
             self.run.full = [self.scale or 1.0] * len(run.optimizers)
             return
         if run.batch_size is None:
-            raise self.refusal(
-                "needs the batch size, but it cannot be read from this training loader (it takes one DataLoader with a "
-                "`batch_size`)",
-                "Give `scale=`, the effective batch size over the base batch size.",
-                base_batch_size=self.base_batch_size,
-            )
+            what = "needs the batch size, which only a single training DataLoader with a `batch_size` tells"
+            way_out = "Give `scale=`, the effective batch size over the base batch size."
+            raise self.refusal(what, way_out, base_batch_size=self.base_batch_size)
         ratio = run.batch_size / self.base_batch_size
         self.run.full = [scaling_factor(ratio, self.rule, name) for name in run.optimizers]
 
@@ -119,12 +113,10 @@ class WarmupLRScaler(OptimizerTrick):
         run, steps, scaled = facts(trainer, pl_module), self.run.steps, self.base_batch_size and not self.scale
         size = f" (effective batch {run.batch_size}, base {self.base_batch_size})" if scaled else ""
         factors = ", ".join(f"× {self._start(full):g} → × {full:g}" for full in self.run.full)
-        rank_zero_info(
-            f"WarmupLRScaler: learning rate {factors}{size} over the first {self.run.steps} optimizer steps."
-        )
+        rank_zero_info(f"{self.name}: learning rate {factors}{size} over the first {steps} optimizer steps.")
         if run.steps is not None and steps > run.steps:
             rank_zero_warn(
-                f"WarmupLRScaler: the ramp takes {steps} optimizer steps, but the run has {run.steps} and never "
+                f"{self.name}: the ramp takes {steps} optimizer steps, but the run has {run.steps} and never "
                 "reaches the full rate. Give a shorter `warmup_epochs` or `warmup_steps`."
             )
 
