@@ -5,6 +5,7 @@ without a bias, Selective Backprop (Jiang et al., arXiv:1910.00762) prefers thos
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -204,47 +205,6 @@ class SubsetTraining(SeededBatchTrick):
         """Samples left out in the epochs that have ended, in all processes."""
         return self.saved.samples_saved
 
-    def samples_in_epoch(self, epoch: int, samples: int) -> int:
-        """Return how many samples an epoch has, of all that this process has in an epoch."""
-        if epoch == 0 or epoch >= self.run.full_from:
-            return samples
-        return min(samples, max(1, round(self.keep * samples)))
-
-    def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
-        """Make room for the losses of the loader's dataset."""
-        self.run_seed(trainer)  # on all ranks at once; workers may ask for the samples before `on_train_start`
-        samples, known = len(loader.dataset), len(self.saved.losses)
-        if samples != known:
-            if known:
-                rank_zero_warn(
-                    f"{self.name} knows the losses of {known} samples, but the training data has {samples} now. It "
-                    "takes them all for new ones."
-                )
-            self.saved.losses = torch.full((samples,), math.nan)
-            self.saved.total, self.saved.count = torch.zeros(samples), torch.zeros(samples)
-            self.run.new, self.run.weights, self.saved.left_out = [], None, 0
-        if epoch > self.saved.epoch:  # resumed behind the last batch of an epoch, whose end no hook saw
-            self._close_epoch(trainer)
-
-    def select(self, trainer: Trainer, epoch: int, order: list[int]) -> list[int]:
-        """Choose the epoch's samples."""
-        kept = self.samples_in_epoch(epoch, len(order))
-        self.loader.require_numbers(order)
-        generator = generator_for(self.run_seed(trainer), trainer.global_rank, epoch, self.batch_order)
-        places, weights = self._draw(self.saved.losses[order], kept, generator)
-        self.run.shortened, self.kept, self.saved.left_out = epoch, kept / len(order), len(order) - kept
-        if self.method == "infobatch":
-            self.run.weights = torch.ones(len(self.saved.losses))
-            self.run.weights[order] = weights
-        return [order[place] for place in places.tolist()]
-
-    def _draw(self, losses: Tensor, kept: int, generator: torch.Generator) -> Subset:
-        if self.method == "infobatch":
-            return draw_unbiased(losses, kept, generator, self.max_drop)
-        if self.method == "loss":
-            return draw_hard(losses, kept, generator, self.beta)
-        return draw_uniform(losses, kept, generator)
-
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Note which samples these are."""
         samples = self.loader.require_numbers(self.loader.samples_of_batch())
@@ -278,12 +238,27 @@ class SubsetTraining(SeededBatchTrick):
         """Exchange what the processes have seen."""
         super().on_train_epoch_end(trainer, pl_module)
         kept = self.kept
-        self._close_epoch(trainer)
+        self.close_epoch(trainer)
         if self.logs_facts:
             facts = {"kept": kept, "mean_loss": self.mean_loss, "samples_saved": float(self.samples_saved)}
             pl_module.log_dict({f"subset_{name}": fact for name, fact in facts.items() if fact is not None})
 
-    def _close_epoch(self, trainer: Trainer) -> None:
+    def make_room(self, samples: int) -> None:
+        """Begin to know the losses of so many samples, unless it does."""
+        known = len(self.saved.losses)
+        if samples == known:
+            return
+        if known:
+            rank_zero_warn(
+                f"{self.name} knows the losses of {known} samples, but the training data has {samples} now. It takes "
+                "them all for new ones."
+            )
+        self.saved.losses = torch.full((samples,), math.nan)
+        self.saved.total, self.saved.count = torch.zeros(samples), torch.zeros(samples)
+        self.run.new, self.run.weights, self.saved.left_out = [], None, 0
+
+    def close_epoch(self, trainer: Trainer) -> None:
+        """Take what all processes have seen in the epoch for what is known."""
         self.saved.losses = update(self.saved.losses, *self._of_all_processes(trainer))
         self.saved.total, self.saved.count = torch.zeros_like(self.saved.losses), torch.zeros_like(self.saved.losses)
         self.saved.samples_saved += int(_sum(trainer, torch.tensor(self.saved.left_out)))
@@ -319,18 +294,39 @@ class SubsetTraining(SeededBatchTrick):
 
 
 class _Selects(LoaderGrip):
-    """Hands out the samples that the trick chooses."""
+    """Hands out the samples of an epoch, chosen by what the trick knows of their losses."""
 
     trick: SubsetTraining
 
     def samples_in_epoch(self, epoch: int, samples: int) -> int:
-        return self.trick.samples_in_epoch(epoch, samples)
+        """Return how many samples an epoch has, of all that this process has in an epoch."""
+        if epoch == 0 or epoch >= self.trick.run.full_from:
+            return samples
+        return min(samples, max(1, round(self.trick.keep * samples)))
 
     def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
-        self.trick.change_loader(trainer, loader, epoch)
+        """Make room for the losses of the loader's dataset."""
+        self.trick.run_seed(trainer)  # on all ranks at once; workers may ask for the samples before `on_train_start`
+        self.trick.make_room(len(loader.dataset))
+        if epoch > self.trick.saved.epoch:  # resumed behind the last batch of an epoch, whose end no hook saw
+            self.trick.close_epoch(trainer)
 
     def select(self, trainer: Trainer, epoch: int, order: list[int]) -> list[int]:
-        return self.trick.select(trainer, epoch, order)
+        """Choose the epoch's samples."""
+        trick, losses = self.trick, self.trick.saved.losses
+        kept = self.samples_in_epoch(epoch, len(order))
+        generator = generator_for(trick.run_seed(trainer), trainer.global_rank, epoch, trick.batch_order)
+        draws: dict[Method, Callable[[Tensor, int, torch.Generator], Subset]] = {
+            "infobatch": partial(draw_unbiased, max_drop=trick.max_drop),
+            "random": draw_uniform,
+            "loss": partial(draw_hard, beta=trick.beta),
+        }
+        places, weights = draws[trick.method](losses[self.require_numbers(order)], kept, generator)
+        trick.run.shortened, trick.kept, trick.saved.left_out = epoch, kept / len(order), len(order) - kept
+        if trick.method == "infobatch":
+            trick.run.weights = torch.ones(len(losses))
+            trick.run.weights[order] = weights
+        return [order[place] for place in places.tolist()]
 
 
 def _sum(trainer: Trainer, values: Tensor) -> Tensor:

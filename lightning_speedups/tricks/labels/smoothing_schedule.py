@@ -125,19 +125,18 @@ class SmoothingSchedule(Trick):
         found = [module for module in pl_module.modules() if isinstance(module, Smoothing)]
         losses = [loss for loss in found if loss.highest > 0]
         if not losses:
-            what = "only ones with `smoothing=0`" if found else "none"
+            there_are = "only ones with `smoothing=0`" if found else "none"
+            where = f"among the submodules of {type(pl_module).__name__} there are {there_are}"
             raise self.refusal(
-                "drives the losses with label smoothing of lightning_speedups, but among the submodules of "
-                f"{type(pl_module).__name__} there are {what}",
-                "Assign one in its `__init__`, for example `self.criterion = LabelSmoothingLoss(0.1)`, and use it in "
-                "`training_step` (in place of torch's own).",
+                f"drives losses with label smoothing of this package, but {where}",
+                "Assign one in its `__init__`, as `self.criterion = LabelSmoothingLoss(0.1)`, and let `training_step` "
+                "use it.",
             )
         for loss in losses:
-            if (top := loss.highest * self._highest) >= 1:
+            if (most := loss.highest * self._highest) >= 1:
                 kind = f"{type(loss).__name__}(smoothing={loss.highest:g})"
-                raise self.refusal(
-                    f"would take {kind} up to {top:g}, but ε must stay below 1", "Give a lower `end_factor` or ε."
-                )
+                what = f"would take {kind} up to {most:g}, but ε must stay below 1"
+                raise self.refusal(what, "Give a lower `end_factor` or ε.")
         self.run.losses = losses
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -213,14 +213,13 @@ class LRCurve(ScheduleTrick):
     def _look_at_the_clock(self, trainer: Trainer) -> None:
         if self.over != "time":
             return
-        for timer in callbacks_of(trainer):
-            left = timer.time_remaining() if is_a(timer, "Timer") else None  # type: ignore[attr-defined]
-            if left is not None:
-                gone = timer.time_elapsed()  # type: ignore[attr-defined]
-                elapsed = min(1.0, gone / max(gone + left, 1e-9))
-                self.run.elapsed = trainer.strategy.broadcast(elapsed) if trainer.world_size > 1 else elapsed
-                return
-        raise self.refusal("needs the length of the run", "Give `Trainer(max_time=...)`.", over="time")
+        timers: list[Any] = [callback for callback in callbacks_of(trainer) if is_a(callback, "Timer")]
+        timer = next((timer for timer in timers if timer.time_remaining() is not None), None)
+        if timer is None:
+            raise self.refusal("needs the length of the run", "Give `Trainer(max_time=...)`.", over="time")
+        gone, left = timer.time_elapsed(), timer.time_remaining()
+        elapsed = min(1.0, gone / max(gone + left, 1e-9))
+        self.run.elapsed = trainer.strategy.broadcast(elapsed) if trainer.world_size > 1 else elapsed
 
     def _factor(self, optimizer: int, step: int) -> float:
         if self.saved.cooling:

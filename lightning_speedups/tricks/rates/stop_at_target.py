@@ -17,9 +17,8 @@ from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import count_samples
 from lightning_speedups.core.durations import Duration, RunFacts
+from lightning_speedups.core.plateau import Mode
 from lightning_speedups.core.schedules import anneal_between
-
-Mode = Literal["min", "max"]
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ class WarmupLRScaler(OptimizerTrick):
         check_number("scale", scale, 0, above=True, optional=True)
         self.base_batch_size, self.rule = base_batch_size, rule
         self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
-        self.start_factor, self.scale = start_factor, scale
+        own = 0.01 if scale is None and base_batch_size is None else 1.0
+        self.start_factor, self.scale = own if start_factor is None else start_factor, scale
 
     def plan(self, run: RunFacts) -> None:
         """Settle the factors and the length of the ramp."""
@@ -112,7 +113,7 @@ class WarmupLRScaler(OptimizerTrick):
         super().on_train_start(trainer, pl_module)
         run, steps, scaled = facts(trainer, pl_module), self.run.steps, self.base_batch_size and not self.scale
         size = f" (effective batch {run.batch_size}, base {self.base_batch_size})" if scaled else ""
-        factors = ", ".join(f"× {self._start(full):g} → × {full:g}" for full in self.run.full)
+        factors = ", ".join(f"× {self.start_factor:g} → × {full:g}" for full in self.run.full)
         rank_zero_info(f"{self.name}: learning rate {factors}{size} over the first {steps} optimizer steps.")
         if run.steps is not None and steps > run.steps:
             rank_zero_warn(
@@ -128,9 +129,4 @@ class WarmupLRScaler(OptimizerTrick):
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Multiply the rate."""
         full = self.run.full[optimizer]
-        return {"lr": values["lr"] * ramp(step, self.run.steps, self._start(full), full)}
-
-    def _start(self, full: float) -> float:
-        if self.start_factor is not None:
-            return self.start_factor
-        return 0.01 if self.scale is None and self.base_batch_size is None else 1.0
+        return {"lr": values["lr"] * ramp(step, self.run.steps, self.start_factor, full)}

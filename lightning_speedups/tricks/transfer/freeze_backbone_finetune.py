@@ -5,7 +5,7 @@ lower rate (fastai's ``fine_tune``; gradual unfreezing and rates by depth: ULMFi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, TypedDict, Unpack
@@ -307,12 +307,9 @@ def _checked_rates(
     """Return ``lr_decay`` and the ratios of the first and the last layer."""
     check_number("lr_decay", decay, 0, 1, above=True, optional=True)
     if ratio is not None and decay is not None:
-        raise ValueError(
-            f"Expected one of `backbone_lr_ratio` and `lr_decay`, but got {ratio!r} and {decay!r}: both set the layers'"
-            " rates."
-        )
+        raise ValueError(f"Expected one of `backbone_lr_ratio` and `lr_decay`, but got {ratio!r} and {decay!r}.")
     ratio = 0.1 if ratio is None else ratio
-    ends = tuple(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio, ratio)
+    ends = tuple(ratio) if isinstance(ratio, (list, tuple)) else (ratio, ratio)
     if len(ends) != 2:
         raise ValueError(f"Expected `backbone_lr_ratio` to be a number or a pair of numbers, but got {ratio!r}.")
     for end in ends:
