@@ -101,12 +101,11 @@ def swap_statistics(module: torch.nn.Module, statistics: Statistics) -> Statisti
         statistics: What to give them; modules that are not named keep theirs.
     """
     norms, before = norms_of(module), Statistics()
-    with torch.no_grad():
-        for name, values in statistics.items():
-            own = (norms[name].running_mean, norms[name].running_var)
-            before[name] = tuple(value.clone() for value in own)  # type: ignore[assignment,union-attr]
-            for value, new in zip(own, values, strict=True):
-                value.copy_(new)  # type: ignore[union-attr]
+    for name, values in statistics.items():
+        own: Any = (norms[name].running_mean, norms[name].running_var)
+        before[name] = own[0].clone(), own[1].clone()
+        for value, new in zip(own, values, strict=True):
+            value.copy_(new)
     return before
 
 
