@@ -85,6 +85,20 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module itself is compiled, by ``torch.compile`` or as TorchScript.
+
+    Args:
+        module: Which module.
+
+    Example:
+        >>> is_compiled(nn.Linear(2, 2)), is_compiled(torch.compile(nn.Linear(2, 2)))
+        (False, True)
+    """
+    is_wrapped = isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule"
+    return is_wrapped or module._compiled_call_impl is not None
+
+
 def memories(values: Any) -> set[int]:
     """Return where tensors have their values: the same for a tensor and its views.
 

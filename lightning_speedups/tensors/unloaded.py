@@ -182,10 +182,6 @@ class Unloaded(Tensor):
         """Return the values, if there are any."""
         return self._needed("tolist").tolist()
 
-    def backward(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: nothing that trains went into it."""
-        self._needed("backward").backward(*args, **kwargs)  # type: ignore[no-untyped-call]
-
 
 def _call(func: Any, args: Any, kwargs: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     """Call a function with all arguments of a kind changed."""

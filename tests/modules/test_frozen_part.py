@@ -11,6 +11,7 @@ from lightning_speedups.modules.frozen_part import (
     before,
     different,
     find_cuts,
+    is_compiled,
     is_frozen,
     is_untrained,
     memories,
@@ -82,6 +83,13 @@ def test_different(one, other, apart):
 def test_different_of_integers_and_scalars():
     assert different(torch.tensor([1, 2]), torch.tensor([1, 4])).tolist() == [0.0, 0.5]
     assert different(torch.ones(2, 1, 3).bool(), torch.ones(2, 1, 3).bool()).tolist() == [0.0, 0.0]
+
+
+def test_compiled_modules():
+    module = nn.Sequential(nn.ReLU())
+    module[0].compile(backend="eager")
+    assert [is_compiled(part) for part in module.modules()] == [False, True]
+    assert is_compiled(torch.compile(module, backend="eager"))
 
 
 def test_untrained_values():

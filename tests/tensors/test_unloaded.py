@@ -130,7 +130,6 @@ def test_what_depends_on_the_shape_alone_has_values(make):
         (lambda x: x.tolist(), "`tolist` needs them"),
         (lambda x: pickle.dumps(x), "`pickle` needs them"),
         (lambda x: f"{x.mean():.2f}", "`format` needs them"),
-        (lambda x: x.sum().backward(), "`backward` needs them"),
         (lambda x: x[x > 0], "index.Tensor` needs them"),
         (lambda x: x.nonzero(), "nonzero"),
         (lambda x: x.unique(), "_unique2"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -15,6 +15,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from lightning_speedups.modules.frozen_part import checksum, find_cuts, is_frozen
 from lightning_speedups.tensors.feature_store import fingerprint
 from lightning_speedups.tensors.unloaded import Shortcuts
+
+Refuse = Callable[[str, str], Exception]
+"""Makes an exception of what was found and the way out."""
 
 
 class Cuts:

@@ -27,10 +27,11 @@ from lightning_speedups.attach.rehearsal import rehearsal
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, replace_part
+from lightning_speedups.modules.frozen_part import is_compiled
 from lightning_speedups.tensors.feature_store import FeatureStore, bytes_needed
 from lightning_speedups.tricks.transfer.feature_cache.cuts import Cuts
 from lightning_speedups.tricks.transfer.feature_cache.probe import probe
-from lightning_speedups.tricks.transfer.feature_cache.recorder import Recording, distance, shapes
+from lightning_speedups.tricks.transfer.feature_cache.recorder import Recording, shapes
 from lightning_speedups.tricks.transfer.feature_cache.replay import Replay
 
 
@@ -75,6 +76,12 @@ class Caching:
     fingerprint: str = ""
     step: Recording | Replay | None = None
     hooks: ExitStack = field(default_factory=ExitStack)
+
+    def drop(self) -> None:
+        """Free the features, as far as they are of no use to another run."""
+        if self.temporary is not None and self.store is not None:
+            shutil.rmtree(self.temporary / self.fingerprint, ignore_errors=True)
+        self.store = None
 
 
 class FeatureCache(BatchTrick):
@@ -147,8 +154,6 @@ class FeatureCache(BatchTrick):
         rule = "keeps what a frozen network makes of each sample"
         return self.refusal(f"{rule}, but {what}", f"{way_out}, or leave out {self.name}.")
 
-    # Fit start
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join loader and batch pipeline; refuse what cannot go together."""
         super().setup(trainer, pl_module, stage)
@@ -169,8 +174,7 @@ class FeatureCache(BatchTrick):
         super().on_fit_start(trainer, pl_module)
         self.hits = self.misses = 0
         for name, part in pl_module.named_modules():
-            compiled = part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule"
-            if compiled or isinstance(part, torch.jit.ScriptModule):
+            if is_compiled(part):
                 raise self.refusal(
                     f"hands tensors without values to the modules, but `{name}` ({type(part).__name__}) is compiled",
                     f"Leave out `torch.compile` or {self.name}.",
@@ -184,8 +188,6 @@ class FeatureCache(BatchTrick):
             self.run.temporary = Path(trainer.strategy.broadcast(made))
             # By whichever process still can; those that Lightning has forked hear of no exception.
             Finalize(None, shutil.rmtree, (self.run.temporary, True), exitpriority=0)
-
-    # Each batch
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Replace the inputs if the features of all samples are known."""
@@ -270,12 +272,13 @@ class FeatureCache(BatchTrick):
             self._settle(trainer, step)
         if run.store is None:
             return
-        self._keep(run.store, step)
+        compares = run.phase is Phase.COMPARE and run.store.has(step.samples)
+        step.keep(run.store, compares)
+        if compares:
+            run.phase = Phase.TRUST
         if is_first:
             self._rehearse(trainer, pl_module, batch, step.samples, run.store)
             run.cuts = Cuts(pl_module, run.cuts)  # a rehearsal writes buffers back
-
-    # Features
 
     def _settle(self, trainer: Trainer, step: Recording) -> None:
         """Find or make room for the features, when the first step has shown what they are."""
@@ -287,7 +290,7 @@ class FeatureCache(BatchTrick):
         found = run.cuts.fingerprint(str(trainer.precision), run.data)
         if run.store is not None and (found, kinds) == (run.fingerprint, run.store.kinds):
             return
-        self._drop()
+        run.drop()
         need = bytes_needed(kinds, samples)
         root = run.temporary if self.folder is None else Path(self.folder)
         try:
@@ -301,19 +304,6 @@ class FeatureCache(BatchTrick):
                 "`folder` on a larger disk, or freeze up to a layer with smaller features."
             )
             run.phase = Phase.OFF
-
-    def _keep(self, store: FeatureStore, step: Recording) -> None:
-        """Keep the features of a batch; they must be what is known of its samples, if that is still to be seen."""
-        features = step.features_as(store.kinds)
-        if self.run.phase is Phase.COMPARE and store.has(step.samples):
-            if apart := distance(store, step.samples, features):
-                raise self._cannot(
-                    f"in this epoch it makes something else of the same samples than what is kept (by up to {apart:.0%}"
-                    "): they, the network, or something that trains and goes into the features has changed",
-                    "Leave out what changes from epoch to epoch, delete a `folder` of other samples",
-                )
-            self.run.phase = Phase.TRUST
-        store.write(step.samples, features)
 
     def _rehearse(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, samples: Tensor, store: FeatureStore
@@ -335,14 +325,8 @@ class FeatureCache(BatchTrick):
     def _turn_off(self, reason: str) -> None:
         say = rank_zero_warn if self.hits + self.misses <= 1 else rank_zero_info
         say(f"FeatureCache finds nothing to do: {reason}.")
-        self._drop()
+        self.run.drop()
         self.run.phase = Phase.OFF
-
-    def _drop(self) -> None:
-        """Free the features, as far as they are of no use to another run."""
-        if self.run.temporary is not None and self.run.store is not None:
-            shutil.rmtree(self.run.temporary / self.run.fingerprint, ignore_errors=True)
-        self.run.store = None
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put everything back, and free the features."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -12,12 +11,13 @@ from lightning_speedups.attach.batches import transferred
 from lightning_speedups.attach.loaders import take_batch
 from lightning_speedups.attach.randomness import random_states, same_randomness
 from lightning_speedups.tensors.feature_store import evenly_spaced, fingerprint
+from lightning_speedups.tricks.transfer.feature_cache.cuts import Refuse
 
 PROBES = 16
 """Samples that are looked at."""
 
 
-def probe(trainer: Any, loader: DataLoader[Any], refuse: Callable[[str, str], Exception]) -> str:
+def probe(trainer: Any, loader: DataLoader[Any], refuse: Refuse) -> str:
     """Return a fingerprint of the data by some samples as they come to the model; refuse random ones.
 
     Args:

@@ -13,7 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_speedups.modules.frozen_part import after, before, different, is_untrained, memories
 from lightning_speedups.tensors.feature_store import FeatureStore, Kind
-from lightning_speedups.tricks.transfer.feature_cache.cuts import Cuts, places
+from lightning_speedups.tricks.transfer.feature_cache.cuts import Cuts, Refuse, places
+
+States = Callable[[], dict[str, Any]]
+"""Returns the random states, by generator."""
 
 
 class Recording:
@@ -32,15 +35,7 @@ class Recording:
         features: Those that have come, by their place in the step.
     """
 
-    def __init__(
-        self,
-        samples: Tensor,
-        batch: Any,
-        cuts: Cuts,
-        watches: bool,
-        states: Callable[[], dict[str, Any]],
-        refuse: Callable[[str, str], Exception],
-    ) -> None:
+    def __init__(self, samples: Tensor, batch: Any, cuts: Cuts, watches: bool, states: States, refuse: Refuse) -> None:
         self.samples, self.cuts = samples, cuts
         self.features: dict[str, Tensor] = {}
         self._watches, self._states, self._refuse = watches, states, refuse
@@ -78,19 +73,37 @@ class Recording:
             raise self._refuse(f"{', '.join(wrong)} changed during the step", "Put the frozen part in evaluation mode")
         return moved
 
-    def features_as(self, kinds: Mapping[str, Kind]) -> dict[str, Tensor]:
-        """Return the features; refuse them if they are of other kinds than those that are kept."""
+    def keep(self, store: FeatureStore, compares: bool) -> None:
+        """Keep the features; refuse them if they are of other kinds than those that are kept.
+
+        Args:
+            store: Where.
+            compares: Whether it has these samples, and must have the same features for them.
+        """
         found = self.kinds
         if len(self.samples) == 1:  # where anything in one row may look like a feature
-            found = {key: kind for key, kind in found.items() if key in kinds}
-        if found != kinds:
+            found = {key: kind for key, kind in found.items() if key in store.kinds}
+        if found != store.kinds:
             raise self._refuse(
                 f"what comes to the trainable modules in this step has the shapes {shapes(self.kinds)}, and in the "
-                f"first one it had {shapes(kinds)}",
+                f"first one it had {shapes(store.kinds)}",
                 "Let all inputs have one size, all steps call the same modules, and nothing but features have as many "
                 "rows as the first batch",
             )
-        return {key: self.features[key] for key in found}
+        features = {key: self.features[key] for key in found}
+        if compares:
+            self._compare(store, features)
+        store.write(self.samples, features)
+
+    def _compare(self, store: FeatureStore, features: Mapping[str, Tensor]) -> None:
+        for key, feature in features.items():
+            apart = different(store.read(key, self.samples), feature.cpu()).max().item()
+            if apart > (0.05 if feature.dtype.itemsize < 4 else 0.01):  # more than rounding
+                raise self._refuse(
+                    f"in this epoch it makes something else of the same samples than what is kept (by {apart:.0%}): "
+                    "they, the network, or something that trains and goes into the features has changed",
+                    "Leave out what changes from epoch to epoch, delete a `folder` of other samples",
+                )
 
     def _note(self, name: str, module: nn.Module, given: Any) -> None:
         if self._watches or not self._calls:
@@ -126,23 +139,6 @@ class Recording:
                 "Switch it off there (`.eval()`), move dropout behind the first trainable layer, into one module with "
                 "it, let what has nothing to do with the features draw from a generator of its own",
             )
-
-
-def distance(store: FeatureStore, samples: Tensor, features: Mapping[str, Tensor]) -> float:
-    """Return how far features are from what is kept of the same samples, relative to their size; 0 for what is due to
-    rounding.
-
-    Args:
-        store: What is kept.
-        samples: Their indices, int64, on the CPU.
-        features: For each key a tensor ``(len(samples), *shape)``, on any device.
-    """
-    found = 0.0
-    for key, feature in features.items():
-        apart = different(store.read(key, samples), feature.cpu()).max().item()
-        if apart > (0.05 if feature.dtype.itemsize < 4 else 0.01):
-            found = max(found, apart)
-    return found
 
 
 def shapes(kinds: Mapping[str, Kind]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only, tree_unflatten
 from lightning_speedups.modules.frozen_part import before
 from lightning_speedups.tensors.feature_store import FeatureStore
 from lightning_speedups.tensors.unloaded import Origin, Unloaded
-from lightning_speedups.tricks.transfer.feature_cache.cuts import Cuts, places
+from lightning_speedups.tricks.transfer.feature_cache.cuts import Cuts, Refuse, places
 
 
 class Replay:
@@ -26,9 +26,7 @@ class Replay:
         refuse: Makes an exception of what was found and the way out.
     """
 
-    def __init__(
-        self, samples: Tensor, cuts: Cuts, store: FeatureStore, refuse: Callable[[str, str], Exception]
-    ) -> None:
+    def __init__(self, samples: Tensor, cuts: Cuts, store: FeatureStore, refuse: Refuse) -> None:
         self.samples, self.cuts, self.store = samples, cuts, store
         self._refuse = refuse
         self._origin = Origin(self._needs_values)

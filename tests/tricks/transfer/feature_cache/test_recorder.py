@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_speedups.tensors.feature_store import FeatureStore, Kind
 from lightning_speedups.tricks.transfer.feature_cache.cuts import Cuts
-from lightning_speedups.tricks.transfer.feature_cache.recorder import Recording, distance, shapes
+from lightning_speedups.tricks.transfer.feature_cache.recorder import Recording, shapes
 
 SAMPLES = torch.arange(4)
 
@@ -121,35 +121,46 @@ def test_tensors_that_change_during_the_step_are_refused_where_features_may_depe
 
 def test_other_kinds_than_those_that_are_kept_are_refused():
     step = record(Net())
-    assert step.features_as(step.kinds) == step.features
     for kinds in ({}, {"head 0 0": Kind((4,), torch.float32)}, {**step.kinds, "other 0 0": Kind((3,), torch.float32)}):
         with pytest.raises(Refused, match=r"has the shapes \(3,\) for `head`, and in the first one it had"):
-            step.features_as(kinds)
+            step.keep(FeatureStore(kinds, 4), False)
+
+
+def step_with(samples, features):
+    step = Recording(samples, [], Cuts(Net()), False, states, refuse)
+    step.features = features
+    return step
 
 
 def test_in_a_batch_of_one_sample_anything_may_look_like_a_feature():
-    step = Recording(torch.tensor([7]), [], Cuts(Net()), False, states, refuse)
-    step.features = {"head 0 0": torch.ones(1, 3), "head 0 1": torch.ones(1, 5)}
-    assert list(step.features_as({"head 0 0": Kind((3,), torch.float32)})) == ["head 0 0"]
+    store = FeatureStore({"head 0 0": Kind((3,), torch.float32)}, 8)
+    step_with(torch.tensor([7]), {"head 0 0": torch.ones(1, 3), "head 0 1": torch.ones(1, 5)}).keep(store, False)
+    assert torch.equal(store.read("head 0 0", torch.tensor([7])), torch.ones(1, 3))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "change", "expected"),
+    ("dtype", "change", "apart"),
     [
-        (torch.float32, 1.0, 0.0),
-        (torch.float32, 1.005, 0.0),
-        (torch.float32, 1.02, 0.0196),
-        (torch.bfloat16, 1.02, 0.0),
-        (torch.bfloat16, 2.0, 0.5),
+        (torch.float32, 1.0, None),
+        (torch.float32, 1.005, None),
+        (torch.float32, 1.02, "2%"),
+        (torch.bfloat16, 1.02, None),
+        (torch.bfloat16, 2.0, "50%"),
     ],
 )
-def test_the_distance_is_the_largest_beyond_rounding(dtype, change, expected):
+def test_other_features_of_the_same_samples_are_refused_but_for_rounding(dtype, change, apart):
     store = FeatureStore({"a": Kind((3,), dtype), "b": Kind((), dtype)}, 5)
     features = {"a": torch.ones(4, 3, dtype=dtype), "b": torch.ones(4, dtype=dtype)}
-    store.write(SAMPLES, features)
+    step_with(SAMPLES, features).keep(store, False)
     features["a"] = features["a"].clone()
     features["a"][2] *= change
-    assert distance(store, SAMPLES, features) == pytest.approx(expected, abs=1e-3)
+    if apart is None:
+        step_with(SAMPLES, features).keep(store, True)
+    else:
+        with pytest.raises(Refused, match=rf"makes something else of the same samples .*by {apart}\)"):
+            step_with(SAMPLES, features).keep(store, True)
+        step_with(SAMPLES, features).keep(store, False)
+    assert torch.equal(store.read("a", SAMPLES), features["a"])
 
 
 def test_shapes_in_words():
