@@ -21,7 +21,7 @@ from lightning_speedups.tricks.rates.lr_curve import LRCurve
 from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
 from lightning_speedups.tricks.rates.stop_at_target import StopAtTarget
 from lightning_speedups.tricks.rates.warmup_lr_scaler import WarmupLRScaler
-from lightning_speedups.tricks.transfer.feature_cache import FeatureCache
+from lightning_speedups.tricks.transfer.feature_cache.feature_cache import FeatureCache
 from lightning_speedups.tricks.transfer.freeze_backbone_finetune import FreezeBackboneFinetune
 from lightning_speedups.tricks.transfer.freeze_progressively import FreezeProgressively
 
