@@ -186,11 +186,10 @@ class StopAtTarget(OptimizerTrick):
 
     def _settle_begin(self, optimizer: int, group: int, rate: float) -> float:
         """Settle where a group's decay begins: at its rate in the first step, or in its own first one."""
-        begin = next((begin for *place, begin in self.saved.rates if place == [optimizer, group]), None)
-        if begin is None:
-            begin = rate
-            self.saved.rates.append([optimizer, group, begin])
-        return begin
+        begins = {(i, g): begin for i, g, begin in self.saved.rates}
+        if (optimizer, group) not in begins:
+            self.saved.rates.append([optimizer, group, rate])
+        return begins.get((optimizer, group), rate)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

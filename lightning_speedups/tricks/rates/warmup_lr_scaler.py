@@ -98,15 +98,14 @@ class WarmupLRScaler(OptimizerTrick):
             what = "needs the length of an epoch, but this training data has none"
             raise self.refusal(what, "Give `warmup_steps` instead.", warmup_epochs=self.warmup_epochs)
         self.run.steps = steps
-        if self.scale is not None or self.base_batch_size is None:
-            self.run.full = [self.scale or 1.0] * len(run.optimizers)
-            return
-        if run.batch_size is None:
-            what = "needs the batch size, which only a single training DataLoader with a `batch_size` tells"
-            way_out = "Give `scale=`, the effective batch size over the base batch size."
-            raise self.refusal(what, way_out, base_batch_size=self.base_batch_size)
-        ratio = run.batch_size / self.base_batch_size
-        self.run.full = [scaling_factor(ratio, self.rule, name) for name in run.optimizers]
+        self.run.full = [self.scale or 1.0] * len(run.optimizers)
+        if self.scale is None and self.base_batch_size is not None:
+            if run.batch_size is None:
+                what = "needs the batch size, which only a single training DataLoader with a `batch_size` tells"
+                way_out = "Give `scale=`, the effective batch size over the base batch size."
+                raise self.refusal(what, way_out, base_batch_size=self.base_batch_size)
+            ratio = run.batch_size / self.base_batch_size
+            self.run.full = [scaling_factor(ratio, self.rule, name) for name in run.optimizers]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what comes."""
