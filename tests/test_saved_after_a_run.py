@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
-from small import Interrupted, ReplayLoader, assert_same_weights, weights
 from test_every_trick import TRICKS, Setup
 from torch.utils._pytree import tree_flatten
+
+from zoo import Interrupted, ReplayLoader, assert_same_weights, weights
 
 # What Lightning says of any fit beside an OnExceptionCheckpoint, and of one that goes on without its ModelCheckpoint.
 pytestmark = pytest.mark.filterwarnings(

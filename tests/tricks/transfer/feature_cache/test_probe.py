@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from small import Classifier, images, trainer
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.transforms import v2
 
 from lightning_speedups import FeatureCache
 from lightning_speedups.tricks.transfer.feature_cache.probe import PROBES, probe, random_transforms
+from zoo import Classifier, images, trainer
 
 
 class Refused(Exception):
