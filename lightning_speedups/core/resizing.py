@@ -192,11 +192,9 @@ def resize_images(images: Tensor, size: Size, antialias: bool = True) -> Tensor:
     if images.shape[-2:] == size:
         return images
     wide = images if images.dtype in (torch.float32, torch.float64) else images.float()
-    if images.ndim != 4:
-        wide = wide.reshape(-1, 1, *images.shape[-2:])
-    resized = F.interpolate(wide, size, mode="bilinear", align_corners=False, antialias=antialias)
-    if images.ndim != 4:
-        resized = resized.reshape(*images.shape[:-2], *size)
+    flat = wide if images.ndim == 4 else wide.reshape(-1, 1, *images.shape[-2:])
+    resized = F.interpolate(flat, size, mode="bilinear", align_corners=False, antialias=antialias)
+    resized = resized.reshape(*images.shape[:-2], *size)
     if images.dtype == torch.uint8:
         resized = resized.round().clamp(0, 255)
     resized = resized.to(images.dtype)

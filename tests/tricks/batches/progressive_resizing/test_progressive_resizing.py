@@ -104,15 +104,22 @@ def test_stages_are_a_few_sizes():
     assert sides(module) == [(6, 6)] * 4 + [(16, 16)] * 4
 
 
-@pytest.mark.parametrize("options", [{}, {"by": "epoch"}])
-def test_the_run_may_be_given_in_steps_with_accumulation(options):
+def test_the_run_may_be_given_in_steps_with_accumulation():
     module = Classifier()
-    callback = ProgressiveResizing(multiple=1, **options)
+    callback = ProgressiveResizing(multiple=1)
     trainer(callbacks=[callback], max_epochs=None, max_steps=5, accumulate_grad_batches=2).fit(module, square(16))
-    if options:  # three epochs, the last of which is cut short
-        assert sides(module) == [(side, side) for side in [8] * 4 + [9] * 4 + [14] * 2]
-    else:
-        assert sides(module) == [(side, side) for side in expected(10)]
+    assert sides(module) == [(side, side) for side in expected(10)]
+
+
+def test_growth_by_epochs_needs_their_number_and_says_that_steps_may_end_the_run_before():
+    module = Classifier()
+    callback = ProgressiveResizing(multiple=1, by="epoch")
+    with pytest.raises(MisconfigurationException, match="max_epochs"):
+        trainer(callbacks=[callback], max_epochs=None, max_steps=5).fit(module, square(16))
+    assert not module.seen
+    with pytest.warns(UserWarning, match="`max_steps` may end the run"):
+        trainer(callbacks=[callback], max_epochs=3, max_steps=10).fit(module, square(16))
+    assert sides(module) == [(side, side) for side in [8] * 4 + [9] * 4 + [14] * 2]
 
 
 def test_an_endless_run_says_what_to_give():
