@@ -6,12 +6,11 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from importlib import metadata, util
+from importlib import util
 from typing import Any, NoReturn
 
+from lightning_speedups import __version__
 from lightning_speedups.measure.settings import OPTIONS
-
-__all__ = ["main"]
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -28,8 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lightning-speedups", description="Tricks that make Lightning trainings faster, measured.")
-    version = f"lightning-speedups {metadata.version('lightning-speedups')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     compare = commands.add_parser(
         "compare",
@@ -108,11 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for a wrong call, 130 after a Ctrl-C.
     """
     try:
-        options = vars(_parser().parse_args(argv))
-    except SystemExit as exit_:
+        return _compare(**vars(_parser().parse_args(argv)))
+    except SystemExit as exit_:  # of --help and of a wrong call
         return int(exit_.code or 0)
-    try:
-        return _compare(**options)
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted before the first run: nothing measured\n")
         return INTERRUPTED

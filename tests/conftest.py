@@ -1,6 +1,10 @@
-"""What all tests share: one thread, so that two test processes on two cores do not slow each other down."""
+"""What all tests share: one thread, since torch's spinning threads collapse where other processes want the cores too."""
 
+import os
 import signal
+
+# Read when torch is imported, and inherited by the processes and kernels that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -12,6 +16,11 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 # A job in the background of a shell begins with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Give the whole suite a process for each core; for a few files it would take longer to start them."""
+    return None if config.args_source is config.ArgsSource.TESTPATHS else 0
 
 
 @pytest.fixture(autouse=True)

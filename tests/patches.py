@@ -9,16 +9,19 @@ ADD_PARAM_GROUP = Optimizer.add_param_group
 
 def patched(trainer: Trainer) -> set[str]:
     """Names of instance attributes that hide a method of the class, and what was changed for every Trainer."""
-    loop = trainer.fit_loop
-    monitors = [callback for callback in trainer.callbacks if isinstance(callback, LearningRateMonitor)]
-    owners = (
-        trainer, trainer.strategy, trainer.precision_plugin, loop, loop.epoch_loop, loop.epoch_loop.automatic_optimization,
-        trainer.lightning_module, *monitors,
-    )  # fmt: skip
+    loop, module = trainer.fit_loop, trainer.lightning_module
+    owners = {
+        "trainer": [trainer],
+        "strategy": [trainer.strategy],
+        "precision": [trainer.precision_plugin],
+        "loops": [loop, loop.epoch_loop, loop.epoch_loop.automatic_optimization],
+        "module": [] if module is None else module.modules(),
+        "monitors": [callback for callback in trainer.callbacks if isinstance(callback, LearningRateMonitor)],
+    }
     found = {
-        f"{type(owner).__name__}.{name}"
-        for owner in owners
-        if owner is not None
+        f"{kind}.{name}"
+        for kind, members in owners.items()
+        for owner in members
         for name in vars(owner)
         if callable(getattr(type(owner), name, None))
     }

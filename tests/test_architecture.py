@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 STOREYS = ["core", {"modules", "tensors"}, "attach", "tricks", "models", "recipes", "measure", "cli"]
 LIBRARIES = {"core": {"torch"}, "modules": {"torch", "timm"}, "tensors": {"torch"}, "cli": {"rich"}}
 BASES = [  # of attach/, each may be built on those before it
-    "stations", "packages", "trick", "randomness", "copies", "run_length", "steps", "batches", "loaders", "wrapping",
+    "stations", "packages", "trick", "lasting", "randomness", "copies", "run_length", "steps", "batches", "loaders", "wrapping",
 ]  # fmt: skip
 
 
@@ -116,6 +116,33 @@ def test_lightnings_private_parts_are_touched_in_attach_only(path):
         if alias.name.startswith("_") or "._" in (node.module or "")
     ]
     assert not touched
+
+
+def asked_of_a_class(path):
+    """Questions whether something is of a class that was imported from one of Lightning's two packages."""
+    tree = ast.parse(path.read_text())
+    classes = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("lightning", "pytorch_lightning")
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            names = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+            if (classes - {"Callback"}) & names:
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_place_tells_of_what_class_of_lightnings_something_is(path):
+    assert not list(asked_of_a_class(path))
+
+
+def test_the_check_itself_finds_a_question_to_a_class(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("from lightning.pytorch.strategies import DDPStrategy\nisinstance(strategy, (int, DDPStrategy))")
+    assert list(asked_of_a_class(path))
 
 
 def test_every_file_stands_in_a_room_of_the_house():

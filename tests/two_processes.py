@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
-from small import trainer
+from zoo import trainer
 
 SAMPLES, FEATURES = 32, 5
 
@@ -90,3 +91,46 @@ def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference between two sets of weights."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+class CountsTraffic(Callback):
+    """Counts the bytes that each DDP wrapper sends, in each epoch, and keeps the wrappers alive."""
+
+    def __init__(self) -> None:
+        self.wrappers: list[nn.Module] = []
+        self.sent: list[tuple[int, int, int]] = []
+
+    def _watch(self, trainer: Trainer) -> None:
+        wrapper = trainer.strategy.model
+        if not any(wrapper is known for known in self.wrappers):
+            self.wrappers.append(wrapper)
+            wrapper.register_comm_hook((trainer, len(self.wrappers) - 1, self.sent), count_and_reduce)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._watch(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._watch(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.save((len(self.wrappers), self.sent), f"traffic{trainer.global_rank}.pt")
+
+    @staticmethod
+    def read(rank: int) -> tuple[int, dict[tuple[int, int], int]]:
+        """How many wrappers there were, and what each has sent in each epoch."""
+        wrappers, sent = torch.load(f"traffic{rank}.pt", weights_only=True)
+        by_epoch: dict[tuple[int, int], int] = {}
+        for wrapper, epoch, size in sent:
+            by_epoch[wrapper, epoch] = by_epoch.get((wrapper, epoch), 0) + size
+        return wrappers, by_epoch
+
+
+def count_and_reduce(state, bucket):  # torch reads annotations, and wants its own
+    trainer, wrapper, sent = state
+    sent.append((wrapper, trainer.current_epoch, bucket.buffer().numel() * bucket.buffer().element_size()))
+    return default_hooks.allreduce_hook(None, bucket)
+
+
+def size(*modules: nn.Module) -> int:
+    """The bytes of all parameters."""
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 ROOTS = ("lightning.pytorch", "pytorch_lightning")
 
 
@@ -61,6 +63,23 @@ def class_of(thing: Any, path: str) -> Any:
 def is_overridden(hook: str, owner: Any) -> bool:
     """Tell whether a LightningModule, a DataModule or a Callback has a hook of its own."""
     return bool(class_of(owner, "utilities.model_helpers.is_overridden")(hook, owner))
+
+
+def require_served(trainer: Any, name: str) -> None:
+    """Refuse a Trainer that this package does not serve.
+
+    Args:
+        trainer: What was given for a Trainer.
+        name: Who needs it, in the message.
+
+    Raises:
+        MisconfigurationException: If it is not one of ``lightning.pytorch``.
+    """
+    if not is_a(trainer, "Trainer") or package_of(trainer) != ROOTS[0]:
+        raise MisconfigurationException(
+            f"{name} needs a Trainer of `lightning.pytorch`, but got one of `{type(trainer).__module__}`, which "
+            "has other classes. Use `from lightning.pytorch import Trainer, LightningModule`."
+        )
 
 
 def _root(kind: type) -> str | None:

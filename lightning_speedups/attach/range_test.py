@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_speedups.attach.copies import NoCopyError, copy_module, require_copyable
-from lightning_speedups.attach.packages import class_of, is_overridden
+from lightning_speedups.attach.packages import class_of, is_a, is_overridden
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.run_length import accumulation, raw_optimizers
 from lightning_speedups.attach.steps import has_stepped
@@ -291,7 +291,7 @@ def _forget_other_processes(twin: LightningModule) -> None:
 
 
 def _copy_loaders(loaders: Any, mode: Any, undo: ExitStack) -> CombinedLoader:
-    if isinstance(loaders, CombinedLoader):
+    if is_a(loaders, "CombinedLoader"):
         loaders, mode = loaders.iterables, loaders._mode
     combined = CombinedLoader(loaders, mode)
     combined.flattened = [_copy_loader(loader, undo) for loader in combined.flattened]

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_speedups.attach.packages import ROOTS, package_of
+from lightning_speedups.attach.packages import require_served
 
 
 @dataclass
@@ -75,12 +75,7 @@ class Trick(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a run; refuse a Trainer of the other package."""
         super().setup(trainer, pl_module, stage)
-        if package_of(trainer) != ROOTS[0]:
-            raise MisconfigurationException(
-                f"{self.name} is a callback of `lightning.pytorch`, but it was given to a Trainer of "
-                f"`{type(trainer).__module__}`, whose classes are different ones. Use `from lightning.pytorch import "
-                "Trainer, LightningModule`."
-            )
+        require_served(trainer, self.name)
         if stage == "fit":
             self.begin()
             for grip in self.grips:

@@ -150,22 +150,21 @@ def replace_part(batch: Any, place: Place, value: Any) -> Any:
         >>> replace_part({"views": [1, 2]}, ("views", 0), "a")
         {'views': ['a', 2]}
     """
-    get_part(batch, place)
-    if isinstance(place, tuple):
-        if not place:
-            return value
-        return replace_part(batch, place[0], replace_part(get_part(batch, place[0]), place[1:], value))
-    if isinstance(batch, tuple) and isinstance(place, int):
-        parts = [*batch]
-        parts[place] = value
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    path = path_of(place)
+    get_part(batch, path)
+    if not path:
+        return value
+    step, rest = path[0], path[1:]
+    value = replace_part(get_part(batch, step), rest, value)
     if hasattr(batch, "_fields"):
-        return batch._replace(**{str(place): value})
+        return batch._replace(**{step if isinstance(step, str) else batch._fields[step]: value})
+    if isinstance(batch, tuple) and isinstance(step, int):
+        return type(batch)(replace_part(list(batch), step, value))
     changed = copy.copy(batch)
     if isinstance(changed, (MutableMapping, list)):
-        changed[place] = value  # type: ignore[index]
+        changed[step] = value  # type: ignore[index]
     else:
-        object.__setattr__(changed, str(place), value)  # a frozen dataclass refuses setattr
+        object.__setattr__(changed, str(step), value)  # a frozen dataclass refuses setattr
     return changed
 
 

@@ -94,11 +94,8 @@ def draw_mixture(
 def _draw_ways(size: int, prob: float, share_of_cuts: float, generator: torch.Generator) -> list[Method]:
     """Draw how each sample, or the batch, is mixed, if at all."""
     # Numbers rather than tensors: in the common case there is one of each.
-    mixes, switches = torch.rand(2, size, generator=generator).tolist()
-    return [
-        "none" if mix >= prob else "cutmix" if switch < share_of_cuts else "mixup"
-        for mix, switch in zip(mixes, switches, strict=True)
-    ]
+    drawn = torch.rand(2, size, generator=generator).T.tolist()
+    return ["none" if mix >= prob else "cutmix" if switch < share_of_cuts else "mixup" for mix, switch in drawn]
 
 
 def _draw_shares(

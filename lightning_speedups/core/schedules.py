@@ -216,7 +216,7 @@ def join(position: float, pieces: Sequence[tuple[float, Shape]]) -> float:
     Args:
         position: 0 or more, in the unit of the lengths.
         pieces: Length and shape of each; at least one. One of length 0 is passed over; below 0 it only lets the next
-            one begin so much earlier. The last one has a length above 0.
+            one begin so much earlier.
 
     Example:
         >>> up_and_down = [(2, lambda p: p), (4, linear)]
@@ -224,12 +224,11 @@ def join(position: float, pieces: Sequence[tuple[float, Shape]]) -> float:
         [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
     """
     begin = 0.0
-    for length, shape in pieces[:-1]:
+    for length, shape in pieces:
         if position < begin + length:
             return shape(min(1.0, (position - begin) / length))
         begin += length
-    length, shape = pieces[-1]
-    return shape((position - begin) / length if position < begin + length else 1.0)
+    return shape(1.0)
 
 
 def with_ends(

@@ -7,17 +7,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_speedups.measure.arms import ARMS, Arm, Ingredients, Situation
 from lightning_speedups.measure.batch_picture import plot_batch
 from lightning_speedups.measure.errors import CompareError
+from lightning_speedups.measure.images import ImageData
 from lightning_speedups.measure.lr_range_test import LRRangeTest, RangeTestResult
+from lightning_speedups.measure.runs import Run, Summary
 from lightning_speedups.measure.settings import Settings
 
 if TYPE_CHECKING:
-    from lightning_speedups.measure.arms import ARMS, Arm, Ingredients, Situation
-    from lightning_speedups.measure.images import ImageData
     from lightning_speedups.measure.results import Comparison
     from lightning_speedups.measure.runner import compare
-    from lightning_speedups.measure.runs import Run, Summary
 
 __all__ = [
     "ARMS",
@@ -36,14 +36,8 @@ __all__ = [
     "plot_batch",
 ]
 
-# Imported on demand: the comparison needs the extra ``bench``, the names above do not.
-_FILES = {
-    **dict.fromkeys(["ARMS", "Arm", "Ingredients", "Situation"], "arms"),
-    "ImageData": "images",
-    "Comparison": "results",
-    "compare": "runner",
-    **dict.fromkeys(["Run", "Summary"], "runs"),
-}
+# Imported on demand: these need the extra ``bench``.
+_FILES = {"Comparison": "results", "compare": "runner"}
 
 
 def __getattr__(name: str) -> Any:

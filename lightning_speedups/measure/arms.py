@@ -23,8 +23,6 @@ from lightning_speedups.tricks.rates.warmup_lr_scaler import WarmupLRScaler
 from lightning_speedups.tricks.transfer.freeze_backbone_finetune import FreezeBackboneFinetune
 from lightning_speedups.tricks.transfer.freeze_progressively import FreezeProgressively
 
-__all__ = ["ARMS", "Arm", "Ingredients", "Situation", "choose_arms"]
-
 
 @dataclass(frozen=True)
 class Situation:

@@ -17,8 +17,6 @@ from lightning_speedups.tensors.labels import MixedLabels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_batch"]
-
 NAMED = 3  # classes in a title
 
 
@@ -75,7 +73,6 @@ def plot_batch(
         >>> [axes.get_title() for axes in figure.axes[:4]]
         ['ant', 'bee', 'cat', 'dog']
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     check_number("count", count, 1, whole=True)
@@ -105,7 +102,6 @@ def plot_batch(
     wide = min(columns, shown)
     high = -(-shown // wide) * len(versions)
     figure = Figure(figsize=(1.7 * wide, 2.1 * high), layout="constrained")
-    FigureCanvasAgg(figure)
     for row, (start, version) in enumerate(itertools.product(range(0, shown, wide), range(len(versions)))):
         for i in range(start, min(start + wide, shown)):
             axes = figure.add_subplot(high, wide, 1 + row * wide + i - start)
@@ -169,13 +165,13 @@ def _name(labels: Tensor | None, i: int, class_names: Sequence[str] | None) -> s
         return ""
     if isinstance(labels, MixedLabels) and labels.ndim == 1:
         label, other, share = (part[i].item() for part in labels.parts())
-        if share == 1 or label == other:
-            return name(label)
-        return f"{share:.0%} {name(label)} + {1 - share:.0%} {name(other)}"
-    values = labels[i].detach().cpu().flatten().tolist()
-    if not labels.is_floating_point():
-        return ", ".join(name(label) for label in values[:NAMED])
-    if labels.ndim == 1 or min(values) < 0 or max(values) > 1:
-        return ", ".join(f"{value:.3g}" for value in values[:NAMED])
-    best = sorted(range(len(values)), key=lambda c: -values[c])[:NAMED]
-    return " + ".join(name(c) if values[c] == 1 else f"{values[c]:.0%} {name(c)}" for c in best if values[c] >= 0.005)
+        shares: dict[Any, float] = {label: share, other: 1 - share} if label != other else {label: 1.0}
+    else:
+        values = labels[i].detach().cpu().flatten().tolist()
+        if not labels.is_floating_point():
+            return ", ".join(name(label) for label in values[:NAMED])
+        if labels.ndim == 1 or min(values) < 0 or max(values) > 1:
+            return ", ".join(f"{value:.3g}" for value in values[:NAMED])
+        shares = dict(enumerate(values))
+    best = sorted(shares.items(), key=lambda one: -one[1])[:NAMED]
+    return " + ".join(name(c) if share == 1 else f"{share:.0%} {name(c)}" for c, share in best if share >= 0.005)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from lightning_speedups.measure.errors import as_compare_error
 from lightning_speedups.measure.images import ImageData
-
-__all__ = ["Layout", "digit_collages", "digit_sources"]
 
 CANVAS = 24  # side of a collage in pixels
 TEST_SHARE = 0.25  # of the source digits, of which only test images are made
@@ -86,9 +83,8 @@ def digit_sources() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """
     with as_compare_error("the embedded digits need the extra 'lightning-speedups[bench]': ", ImportError):
         from sklearn.datasets import load_digits
-    bunch: Any = load_digits()
-    digits = torch.from_numpy(bunch.images).float() / 16
-    labels = torch.from_numpy(bunch.target).long()
+    pixels, classes = load_digits(return_X_y=True)
+    digits, labels = torch.from_numpy(pixels).float().view(-1, 8, 8) / 16, torch.from_numpy(classes).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     cut = round(len(labels) * TEST_SHARE)
     test, train = order[:cut], order[cut:]

@@ -6,8 +6,6 @@ import contextlib
 import textwrap
 from collections.abc import Iterator
 
-__all__ = ["CompareError", "as_compare_error"]
-
 
 class CompareError(ValueError):
     """A wrong path, a broken file, an unknown name or a number out of range.

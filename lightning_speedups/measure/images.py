@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ImageData", "quarter_turns", "subset"]
-
 SUBSET_SEED = 0  # a limit keeps the same samples for every arm and every seed of a comparison
 
 
@@ -91,14 +89,13 @@ def quarter_turns(data: ImageData, seed: int) -> ImageData:
 
     def turn(images: Tensor) -> tuple[Tensor, Tensor]:
         turns = torch.randint(4, (len(images),), generator=generator)
-        turned = images.clone()
-        for quarter in (1, 2, 3):
-            chosen = turns == quarter
-            if chosen.any():
-                rotated = torch.rot90(images[chosen], quarter, (2, 3))
-                if rotated.shape[2:] != images.shape[2:]:
-                    rotated = F.interpolate(rotated.float(), images.shape[2:], mode="bilinear").byte()
-                turned[chosen] = rotated
-        return turned, turns
+        turned = [torch.rot90(image, turn, (1, 2)) for image, turn in zip(images, turns.tolist(), strict=True)]
+        return torch.stack([_stretched(image, images.shape[2:]) for image in turned]), turns
 
     return ImageData(f"{data.name}, quarter turns", *turn(data.x_train), *turn(data.x_test), num_classes=4)
+
+
+def _stretched(image: Tensor, shape: torch.Size) -> Tensor:
+    if image.shape[1:] == shape:
+        return image
+    return F.interpolate(image[None].float(), shape, mode="bilinear")[0].byte()

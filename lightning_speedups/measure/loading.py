@@ -16,8 +16,6 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from lightning_speedups.measure.errors import CompareError, as_compare_error
 from lightning_speedups.measure.images import ImageData, subset
 
-__all__ = ["load_data", "load_folder", "load_npz"]
-
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -60,11 +58,8 @@ def load_npz(path: Path) -> ImageData:
         CompareError: If the file can't be read, lacks an array, or an array has the wrong type, shape or values.
     """
     # np.load answers damaged and foreign files in more ways than can be listed
-    with (
-        as_compare_error(f"can't read {path} as an .npz file: ", Exception),
-        path.open("rb") as stream,
-        np.load(stream, allow_pickle=False) as archive,
-    ):
+    what = f"can't read {path} as an .npz file: "
+    with as_compare_error(what, Exception), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         names = archive.files
         arrays = {key: archive[key] for key in KEYS if key in names}
     if missing := [key for key in KEYS if key not in names]:

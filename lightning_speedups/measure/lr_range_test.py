@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_speedups.attach.packages import is_a, require_served
 from lightning_speedups.attach.range_test import run_range_test
 from lightning_speedups.core.range_test import Method, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-__all__ = ["LRRangeTest", "RangeTestResult"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,9 @@ class RangeTestResult:
             The figure, which nobody has shown.
         """
         if ax is None:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
 
-            ax = FigureCanvasAgg(Figure(figsize=(7, 4.5), layout="constrained")).figure.add_subplot()
+            ax = Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
         ax.plot(self.rates, self.losses, color="C0", alpha=0.3, linewidth=1, label="loss of each step")
         ax.plot(self.rates, self.smoothed, color="C0", linewidth=2, label="smoothed")
         label = f"suggestion: {self.suggestion:.2g} ({self.method})"
@@ -149,12 +146,8 @@ class LRRangeTest:
                 manual, if there is not exactly one optimizer, if the strategy splits parameters between devices, or if
                 the model cannot be copied.
         """
-        if not isinstance(trainer, Trainer):
-            raise MisconfigurationException(
-                f"LRRangeTest needs a Trainer of `lightning.pytorch`, but got one of `{type(trainer).__module__}`. Use "
-                "`from lightning.pytorch import Trainer, LightningModule`."
-            )
-        if isinstance(train_dataloaders, LightningDataModule):
+        require_served(trainer, "LRRangeTest")
+        if is_a(train_dataloaders, "LightningDataModule"):
             train_dataloaders, datamodule = None, train_dataloaders
         rates, losses = run_range_test(
             trainer,

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine_facts", "versions"]
-
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")

@@ -14,8 +14,6 @@ from lightning_speedups.models.transfer_classifier import TransferClassifier
 from lightning_speedups.models.weight_files import load_weights
 from lightning_speedups.modules.weights import head_names
 
-__all__ = ["ConvNet", "build_network", "load_backbone"]
-
 
 class ConvNet(nn.Module):
     """Convolutions with BatchNorm and ReLU in ``backbone``, one linear layer in ``head``.
@@ -79,9 +77,8 @@ def build_network(name: str, data: ImageData, *, width: int | None = None, weigh
     """
     _, channels, height, wide = data.x_train.shape
     if name == DEFAULT_MODEL:
-        network = ConvNet(
-            channels, data.num_classes, side=min(height, wide), width=width or (24 if channels == 1 else 32)
-        )
+        width = width or (24 if channels == 1 else 32)
+        network = ConvNet(channels, data.num_classes, side=min(height, wide), width=width)
         if weights is not None:
             with as_compare_error("", ValueError, OSError):
                 load_weights(network, weights)
@@ -100,8 +97,7 @@ def build_network(name: str, data: ImageData, *, width: int | None = None, weigh
             name, data.num_classes, weights=weights, in_chans=channels, model_options=sized
         ).model
     # timm's models fail in as many ways as there are models
-    at_fault = f"the model {name!r} can't take images of {wide}x{height} pixels: "
-    with as_compare_error(at_fault, Exception), torch.no_grad():
+    with as_compare_error(f"model {name!r} can't take images of {wide}x{height} pixels: ", Exception), torch.no_grad():
         logits = model.eval()(data.x_train[:2].float())
     if logits.shape != (min(2, len(data.x_train)), data.num_classes):
         raise CompareError(f"the model {name!r} gives {tuple(logits.shape)}, not one number a class for each image")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn
 
 from lightning_speedups.measure.stopwatch import Point, Stopwatch
-
-__all__ = ["Bars"]
 
 
 class Bars(Progress):
@@ -22,11 +20,8 @@ class Bars(Progress):
 
     def __init__(self, epochs: int, batches_per_epoch: int, batch_size: int, *, shown: bool) -> None:
         super().__init__(
-            TextColumn("{task.description:<34}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
+            *Progress.get_default_columns(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             console=Console(stderr=True),
             refresh_per_second=2,  # redrawing takes time from the cores that train
             transient=True,

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
@@ -16,8 +15,6 @@ from rich.table import Table
 
 from lightning_speedups.core.throughput import Spread
 from lightning_speedups.measure.runs import Run, Summary
-
-__all__ = ["figure", "table"]
 
 NOTHING = "–"
 
@@ -60,36 +57,25 @@ def _cells(row: Summary) -> list[str]:
     accuracy = f"{100 * row.accuracy:.1f}"
     if row.runs > 1:
         accuracy += f" ± {100 * row.accuracy_std:.1f}"
+    seconds = _range(row.seconds, 1, never="not reached")
+    if row.seconds is not None and row.reached < row.runs:
+        seconds += f", {row.reached} of {row.runs}"
     epochs = NOTHING if row.epochs is None or math.isinf(row.epochs.median) else f"{row.epochs.median:g}"
-    return [row.arm, _seconds(row), epochs, accuracy, f"{row.throughput.median:.0f}", _speedup(row)]
+    speedup = "1" if row.baseline is None else _range(row.speedup, 2, "×", never=f"only {row.arm}")
+    return [row.arm, seconds, epochs, accuracy, f"{row.throughput.median:.0f}", speedup]
 
 
-def _range(values: Spread, digits: int, unit: str = "") -> str:
+def _range(values: Spread | None, digits: int, unit: str = "", *, never: str) -> str:
     """The median, and from where to where for several values."""
+    if values is None or values.median == 0:  # the ratio to a run that did not arrive
+        return NOTHING
+    if math.isinf(values.median):
+        return never
     middle = f"{values.median:.{digits}f}{unit}"
     if values.count == 1:
         return middle
     high = "…" if math.isinf(values.high) else f"{values.high:.{digits}f}"
     return f"{middle} ({values.low:.{digits}f}–{high})"
-
-
-def _seconds(row: Summary) -> str:
-    if row.seconds is None:
-        return NOTHING
-    reached = "" if row.reached == row.runs else f", {row.reached} of {row.runs}"
-    if math.isinf(row.seconds.median):
-        return f"not reached{reached}"
-    return _range(row.seconds, 1) + reached
-
-
-def _speedup(row: Summary) -> str:
-    if row.baseline is None:
-        return "1"
-    if row.speedup is None or row.speedup.median == 0:
-        return NOTHING
-    if math.isinf(row.speedup.median):
-        return f"only {row.arm}"
-    return _range(row.speedup, 2, "×")
 
 
 def _draw_arm(axes: Axes, runs: Sequence[Run], *, baseline: bool, colour: str) -> tuple[float, Line2D]:
@@ -122,7 +108,6 @@ def figure(
         A figure of its own, outside pyplot's global state.
     """
     result = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(result)
     axes = result.add_subplot()
     # baselines in greys, so that the colours mean tricks
     greys = iter(("black", "dimgray", "darkgray"))

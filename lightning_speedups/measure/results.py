@@ -18,8 +18,6 @@ from lightning_speedups.core import throughput
 from lightning_speedups.measure.report import figure, table
 from lightning_speedups.measure.runs import Run, Summary
 
-__all__ = ["Comparison"]
-
 FORMAT = 1  # of the JSON's layout
 
 
@@ -58,22 +56,14 @@ class Comparison:
         baseline = self.baselines[arm] or arm
         return throughput.common_target([[point.accuracy for point in run.points] for run in self.complete(baseline)])
 
-    def _to_target(self, arm: str, target: float | None, unit: str) -> dict[int, float]:
-        """Seconds or epochs until the complete runs of an arm had reached the target, by seed."""
-        if target is None:
-            return {}
-        return {
-            run.seed: throughput.time_to_target(
-                [(getattr(point, unit), point.accuracy) for point in run.points], target
-            )
-            for run in self.complete(arm)
-        }
-
     def summary(self, arm: str) -> Summary:
         """What the table says of one arm."""
         runs, target, baseline = self.complete(arm), self.target_of(arm), self.baselines[arm]
-        seconds = self._to_target(arm, target, "seconds")
-        before = {} if baseline is None else self._to_target(baseline, target, "seconds")
+
+        def seconds_of(arm: str) -> dict[int, float]:
+            return {} if target is None else {run.seed: run.until(target, "seconds") for run in self.complete(arm)}
+
+        seconds, before = seconds_of(arm), {} if baseline is None else seconds_of(baseline)
         shared = before.keys() & seconds.keys()
         final = [run.points[-1].accuracy for run in runs]
         return Summary(
@@ -83,7 +73,7 @@ class Comparison:
             target=target,
             reached=sum(math.isfinite(value) for value in seconds.values()),
             seconds=throughput.spread(seconds.values()),
-            epochs=throughput.spread(self._to_target(arm, target, "epoch").values()),
+            epochs=None if target is None else throughput.spread(run.until(target, "epoch") for run in runs),
             accuracy=float(np.mean(final)) if final else None,
             accuracy_std=float(np.std(final, ddof=min(1, len(final) - 1))) if final else None,
             throughput=throughput.spread(

@@ -28,8 +28,6 @@ from lightning_speedups.measure.settings import DEFAULT_MODEL, Settings
 from lightning_speedups.measure.stopwatch import Stopwatch
 from lightning_speedups.measure.training import Classifier, quiet, seeded, train
 
-__all__ = ["compare", "interleaved"]
-
 WARM_UP_BATCHES = 8
 TEST_LIMIT = 2000  # of the caller's own images, unless asked otherwise: they are looked at every epoch
 
@@ -59,11 +57,10 @@ class _Workbench:
 
     def __init__(self, data: ImageData, settings: Settings) -> None:
         self.data, self.settings = data, settings
-        self.batches_per_epoch = len(data.y_train) // settings.batch_size
-        if self.batches_per_epoch == 0:
-            raise CompareError(
-                f"`batch_size` {settings.batch_size} is more than the {len(data.y_train)} training images"
-            )
+        count, batch_size = len(data.y_train), settings.batch_size
+        if count < batch_size:
+            raise CompareError(f"`batch_size` {batch_size} is more than the {count} training images")
+        self.batches_per_epoch = count // batch_size
         self._first = self._network(0, data, weights=settings.weights)
         self._pretrained: dict[int, tuple[nn.Module, float]] = {}
 

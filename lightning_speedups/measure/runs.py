@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from lightning_speedups.core.throughput import Spread
+from lightning_speedups.core.throughput import Spread, time_to_target
 from lightning_speedups.measure.stopwatch import Point
-
-__all__ = ["Run", "Summary"]
 
 
 @dataclass
@@ -27,6 +26,15 @@ class Run:
     points: list[Point] = field(default_factory=list)
     complete: bool = False
     pretrain_seconds: float = 0.0
+
+    def until(self, target: float, unit: Literal["seconds", "epoch"]) -> float:
+        """Training seconds, or epochs, until it had reached an accuracy; ``math.inf`` if it never did.
+
+        Args:
+            target: The accuracy, a fraction.
+            unit: What to count.
+        """
+        return time_to_target([(getattr(point, unit), point.accuracy) for point in self.points], target)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_schedule", "schedule_values"]
-
 LABELS = {"lr": "learning rate", "scale": "scale of the rate"}
-POINTS = 2000
 
 
 def schedule_values(
@@ -34,7 +31,7 @@ def schedule_values(
     steps_per_epoch: int | None = None,
     batch_size: int | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    points: int = POINTS,
+    points: int = 2000,
 ) -> tuple[list[int], dict[str, dict[str, list[float]]]]:
     """Compute what schedules will do at the steps of a run.
 
@@ -186,7 +183,6 @@ def plot_schedule(
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['learning rate', 'momentum']
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps, values = schedule_values(
@@ -194,12 +190,8 @@ def plot_schedule(
     )
     keys = sorted(values, key=lambda key: (key != "lr", key == "scale", key != "momentum", key))
     if ax is None:
-        figure = Figure(figsize=(7, 1 + 2 * len(keys)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = [figure.add_subplot(len(keys), 1, i + 1) for i in range(len(keys))]
-    else:
-        axes = list(ax) if isinstance(ax, Iterable) else [ax]
-        figure = axes[0].figure.figure
+        ax = list(Figure(figsize=(7, 1 + 2 * len(keys)), layout="constrained").subplots(len(keys), squeeze=False).flat)
+    axes = list(ax) if isinstance(ax, Iterable) else [ax]
     for key, place in zip(keys, axes, strict=False):
         for label, numbers in values[key].items():
             place.plot(steps, numbers, label=label)
@@ -208,4 +200,4 @@ def plot_schedule(
         if len(values[key]) > 1:
             place.legend()
     axes[min(len(keys), len(axes)) - 1].set_xlabel("optimizer step")
-    return figure
+    return axes[0].figure.figure

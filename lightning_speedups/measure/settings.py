@@ -10,9 +10,8 @@ from typing import Any
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.measure.errors import CompareError, as_compare_error
 
-__all__ = ["DEFAULT_MODEL", "OPTIONS", "Option", "Settings"]
-
 DEFAULT_MODEL = "convnet"
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -22,27 +21,25 @@ class Option:
     Attributes:
         default: Its value unless something is asked for.
         meaning: What it is, in the words of the help.
+        range: Lowest and highest value of a number; the lowest itself is forbidden to a ``float``.
+        unset: What the default ``None`` stands for.
         kind: Type of its value; a ``bool`` is a switch that is off.
         metavar: What stands for its value in the help.
-        range: Lowest and highest value of a number.
-        above: Whether the lowest value itself is forbidden.
         choices: The words to choose from; ``None`` where any will do.
-        unset: What the default ``None`` stands for.
     """
 
     default: Any
     meaning: str
-    kind: type
-    metavar: str
     range: tuple[int, int] | None = None
-    above: bool = False
-    choices: tuple[str, ...] | None = None
     unset: str | None = None
+    kind: type = int
+    metavar: str = "N"
+    choices: tuple[str, ...] | None = None
 
     @property
     def help(self) -> str:
         """Meaning, range and default in one line."""
-        numbers = f", {'above ' * self.above}{self.range[0]} to {self.range[1]}" if self.range else ""
+        numbers = f", {'above ' * (self.kind is float)}{self.range[0]} to {self.range[1]}" if self.range else ""
         words = f", one of {', '.join(self.choices)}" if self.choices else ""
         default = f" (default: {self.unset or self.default})" if self.kind is not bool else ""
         return self.meaning + numbers + words + default
@@ -60,13 +57,13 @@ class Option:
         if value is None and self.default is None:
             return
         if self.range:
-            check_number(name, value, *self.range, above=self.above, whole=self.kind is int)
+            check_number(name, value, *self.range, above=self.kind is float, whole=self.kind is int)
         if self.choices:
             check_choice(name, value, self.choices)
 
 
-def _option(default: Any, meaning: str, kind: type = int, metavar: str = "N", **more: Any) -> Any:
-    return field(default=default, metadata={"option": Option(default, meaning, kind, metavar, **more)})
+def _option(default: Any, meaning: str, *rule: Any, **more: Any) -> Any:
+    return field(default=default, metadata={"option": Option(default, meaning, *rule, **more)})
 
 
 @dataclass(frozen=True)
@@ -77,29 +74,24 @@ class Settings:
         CompareError: If a value is out of its range, or two do not go together.
     """
 
-    model: str = _option(DEFAULT_MODEL, "a timm model, or this package's small network convnet", str, "NAME")
+    model: str = _option(DEFAULT_MODEL, "a timm model, or the small network convnet", kind=str, metavar="NAME")
     weights: str | None = _option(
-        None, "what finetune and freeze start from: a weight file, or 'pretrained' for timm's own", str, "PATH",
-        unset="a network trained on quarter turns of the images",
+        None, "what finetune and freeze start from: a weight file, or 'pretrained' for timm's own",
+        unset="a network trained on quarter turns of the images", kind=str, metavar="PATH",
     )  # fmt: skip
-    seeds: int | None = _option(None, "runs of each arm", range=(1, 100), unset="3, quick 1")
-    epochs: int | None = _option(None, "epochs of each run", range=(1, 1000), unset="8, quick 7")
-    batch_size: int = _option(64, "samples in a training batch", range=(2, 65536))
-    lr: float = _option(0.02, "constant rate of plain", float, "X", range=(0, 10), above=True)
-    samples: int | None = _option(None, "training images", range=(10, 10**7), unset="2000, quick 1600; yours: all")
-    test_samples: int | None = _option(None, "test images", range=(10, 10**7), unset="1000, quick 500; yours: 2000")
-    width: int | None = _option(None, "channels of convnet's stem", range=(4, 1024), unset="24 grey, 32 colour")
-    image_size: int | None = _option(None, "side of a folder's images, in pixels", range=(8, 512), unset="64 or less")
-    target: float | None = _option(
-        None, "accuracy to reach, a fraction", float, "X", range=(0, 1), above=True,
-        unset="the lowest that a plain run ends with",
-    )  # fmt: skip
-    pretrain_epochs: int | None = _option(
-        None, "epochs on quarter turns before finetune and freeze", range=(1, 1000), unset="half of the epochs"
-    )
-    accelerator: str = _option("auto", "what to train on", str, "NAME", choices=("auto", "cpu", "gpu", "cuda", "mps"))
-    threads: int | None = _option(None, "torch's threads", range=(1, 1024), unset="torch's choice")
-    quick: bool = _option(False, "one seed, fewer samples and epochs: under a minute on two cores", bool)
+    seeds: int | None = _option(None, "runs of each arm", (1, 100), "3, quick 1")
+    epochs: int | None = _option(None, "epochs of each run", (1, 1000), "8, quick 7")
+    batch_size: int = _option(64, "samples in a training batch", (2, 65536))
+    lr: float = _option(0.02, "constant rate of plain", (0, 10), kind=float)
+    samples: int | None = _option(None, "training images", (10, 10**7), "2000, quick 1600; yours: all")
+    test_samples: int | None = _option(None, "test images", (10, 10**7), "1000, quick 500; yours: 2000")
+    width: int | None = _option(None, "channels of convnet's stem", (4, 1024), "24 grey, 32 colour")
+    image_size: int | None = _option(None, "side of a folder's images, in pixels", (8, 512), "64 or less")
+    target: float | None = _option(None, "accuracy to reach", (0, 1), "the lowest that a plain run ends with", float)
+    pretrain_epochs: int | None = _option(None, "epochs before finetune and freeze", (1, 1000), "half of the epochs")
+    accelerator: str = _option("auto", "what to train on", kind=str, metavar="NAME", choices=ACCELERATORS)
+    threads: int | None = _option(None, "torch's threads", (1, 1024), "torch's choice")
+    quick: bool = _option(False, "one seed, fewer samples and epochs: under a minute on two cores", kind=bool)
 
     def __post_init__(self) -> None:
         if isinstance(self.target, int | float) and 1 < self.target <= 100:

@@ -12,8 +12,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-__all__ = ["Point", "Stopwatch"]
-
 
 @dataclass(frozen=True)
 class Point:
@@ -53,14 +51,13 @@ class Stopwatch(Callback):
     def __init__(
         self,
         samples_per_batch: int,
-        on_batch: Callable[[int], None] | None = None,
-        on_point: Callable[[Point], None] | None = None,
+        on_batch: Callable[[int], object] = lambda batches: None,
+        on_point: Callable[[Point], object] = lambda point: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.points: list[Point] = []
-        self.interrupted = False
         self._samples_per_batch = samples_per_batch
-        self._on_batch, self._on_point, self._clock = on_batch or _ignore, on_point or _ignore, clock
+        self._on_batch, self._on_point, self._clock = on_batch, on_point, clock
         self._seconds, self._started = 0.0, math.nan
         self._batches, self._epoch_batches = 0, 0
         self._loss: Tensor | float = 0.0
@@ -104,11 +101,3 @@ class Stopwatch(Callback):
         self._on_batch(self._batches)
         self._on_point(point)
         self._started = self._now(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remember a Ctrl-C, which the Trainer turns into an exit of the whole program."""
-        self.interrupted = isinstance(exception, KeyboardInterrupt)
-
-
-def _ignore(news: object) -> None:
-    pass

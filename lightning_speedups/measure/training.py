@@ -18,8 +18,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_speedups.measure.images import ImageData
 from lightning_speedups.measure.stopwatch import Point, Stopwatch
 
-__all__ = ["Classifier", "loaders", "quiet", "seeded", "train"]
-
 EVALUATION_BATCH = 500
 
 
@@ -166,10 +164,10 @@ def train(
         train_loader, test_loader = loaders(data, batch_size, seed)
         try:
             Trainer(callbacks=[watch, *callbacks], **arguments).fit(module, train_loader, test_loader)
-        except SystemExit:
-            if not watch.interrupted:
+        except SystemExit as exit_:
+            # what the Trainer makes of a Ctrl-C, after it has switched Ctrl-C off for good
+            if not isinstance(exit_.__context__, KeyboardInterrupt):
                 raise
-            # the Trainer has switched Ctrl-C off for good
             signal.signal(signal.SIGINT, handler)
             raise KeyboardInterrupt from None
     return watch.points

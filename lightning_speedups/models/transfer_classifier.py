@@ -190,8 +190,7 @@ class TransferClassifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, ``(N, num_classes)``, of images, ``(N, C, H, W)``."""
-        logits: Tensor = self.model(images)
-        return logits
+        return self.model(images)  # type: ignore[no-any-return]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one batch."""
@@ -217,8 +216,8 @@ class TransferClassifier(LightningModule):
         """AdamW or SGD; norms and biases without weight decay."""
         from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
-        exempt: Callable[[], Any] = getattr(self.model, "no_weight_decay", set)
-        groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt())
+        exempt: set[str] = getattr(self.model, "no_weight_decay", set)()
+        groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         groups = [group for group in groups if group["params"]]
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Container, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ Pair = tuple[nn.Module, nn.Module]
 _FITS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 # What is known of methods defined here: convolutions are linear in their weights, timm's norms end with `drop`, `act`.
 _KNOWN = {"torch.nn.modules.conv", "timm.layers.conv2d_same", "torch.nn.modules.batchnorm", "timm.layers.norm_act"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def conv_norm_pairs(root: nn.Module, shared: Iterable[object] = ()) -> list[Pair]:
@@ -50,15 +49,13 @@ def conv_norm_pairs(root: nn.Module, shared: Iterable[object] = ()) -> list[Pair
         [(Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1)), BatchNorm2d(2, eps=1e-05, ...))]
     """
     cuda = {tensor.device.index for tensor in _tensors(root) if tensor.device.type == "cuda"}
-    state = random.getstate()
     # A forward may draw random numbers and warn; a search does neither.
-    with warnings.catch_warnings(), torch.random.fork_rng(cuda), torch.no_grad():
+    with warnings.catch_warnings(), torch.random.fork_rng(cuda), torch.no_grad(), ExitStack() as stack:
         warnings.simplefilter("ignore")
-        try:
-            norms, _ = _search(root, list(shared))
-            return [(conv, norms[conv]) for conv in root.modules() if conv in norms and _foldable(conv, norms[conv])]
-        finally:
-            random.setstate(state)
+        stack.callback(random.setstate, random.getstate())
+        pairs, _ = _search(root, list(shared))
+    norms, times = dict(pairs), Counter(itertools.chain(*pairs))
+    return [(conv, norms[conv]) for conv in root.modules() if conv in norms and times[conv] == times[norms[conv]] == 1]
 
 
 class FoldedNorms:
@@ -89,9 +86,7 @@ class FoldedNorms:
         for conv, norm in pairs:
             if _foldable(conv, norm):
                 convolves = _Convolves(conv, norm)
-                passes_on = _PassesOn(norm, convolves)
-                conv.__dict__["forward"], norm.__dict__["forward"] = convolves, passes_on
-                self._pairs.append((convolves, passes_on))
+                self._pairs.append((convolves, _PassesOn(norm, convolves)))
 
     def __len__(self) -> int:
         """Return the number of folded pairs."""
@@ -117,22 +112,21 @@ class _Convolves:
     passed = False  # whether the norm's next input comes out of a folded convolution
     made_from: object = None
 
-    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
+    def __init__(self, conv: Any, norm: Any) -> None:
         self.module, self.norm = conv, norm
+        conv.__dict__["forward"] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module, "norm": self.norm}  # a copy folds its own weights
 
-    def __call__(self, input: Tensor) -> Tensor:
-        conv: Any = self.module
+    def __call__(self, input: Tensor) -> Any:
+        conv = self.module
         # Without a batch dimension a norm would take channels for images.
         self.passed = self._ready() and input.dim() == len(conv.kernel_size) + 2
-        one = conv
         if self.passed:  # one like it with the folded parameters, so that nothing is written to its own
-            one = object.__new__(type(conv))
-            one.__dict__ = {**conv.__dict__, "_parameters": {**conv._parameters, **self.folded}}
-        out: Tensor = type(conv).forward(one, input)
-        return out
+            conv = object.__new__(type(self.module))
+            conv.__dict__ = {**vars(self.module), "_parameters": {**self.module._parameters, **self.folded}}
+        return type(conv).forward(conv, input)
 
     def _ready(self) -> bool:
         """Return whether the pair is frozen, with folded weights at hand."""
@@ -147,7 +141,6 @@ class _Convolves:
         return versions is not None
 
     def _fold(self, tensors: list[Any]) -> None:
-        norm: Any = self.norm
         dtype = tensors[0].dtype
         # In single precision at least: half would round the variance before its root is taken.
         wide = torch.promote_types(dtype, torch.float32)
@@ -157,20 +150,21 @@ class _Convolves:
             self.held = [t.detach() for t in tensors if t is not None]
             widened: list[Any] = [t if t is None else t.to(wide) for t in tensors]
             weight, bias, mean, var, scale, shift, _ = widened
-            weight, bias = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, scale, shift)
+            weight, bias = fuse_conv_bn_weights(weight, bias, mean, var, self.norm.eps, scale, shift)
             self.folded = {"weight": weight.detach().to(dtype), "bias": bias.detach().to(dtype)}
 
 
 class _PassesOn:
     """Stands in for the ``forward`` of the norm behind it."""
 
-    def __init__(self, norm: nn.Module, convolves: _Convolves) -> None:
+    def __init__(self, norm: Any, convolves: _Convolves) -> None:
         self.module, self.convolves = norm, convolves
+        norm.__dict__["forward"] = self
 
-    def __call__(self, input: Tensor) -> Tensor:
-        norm: Any = self.module
+    def __call__(self, input: Tensor) -> Any:
+        norm = self.module
         if not self.convolves.passed:
-            return type(norm).forward(norm, input)  # type: ignore[no-any-return]
+            return type(norm).forward(norm, input)
         self.convolves.passed = False
         if _home(norm, "forward") == "timm.layers.norm_act":
             for name in ("drop", "act"):  # a synchronised one may have none
@@ -204,7 +198,7 @@ def _versions(tensors: list[Any]) -> list[Any] | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _sealed(module: nn.Module) -> bool:
@@ -232,28 +226,26 @@ def _foldable(conv: Any, norm: Any) -> bool:
     return plain and known and bool(norm.num_features == conv.out_channels)
 
 
-def _search(root: nn.Module, shared: list[object]) -> tuple[dict[nn.Module, nn.Module], set[nn.Module]]:
-    """Return the norm of each convolution in a module, and the modules in it that cannot be traced."""
+def _search(root: nn.Module, shared: list[object]) -> tuple[set[Pair], set[nn.Module]]:
+    """Return the pairs in a module, and the modules in it that cannot be traced."""
+    pairs: set[Pair] = set()
     if _sealed(root):
-        return {}, {root}
-    norms: dict[nn.Module, nn.Module] = {}
+        return pairs, {root}
     opaque = {module for module in root.modules() if module is not root and _closed(module)}
     # As a whole first; then with those children as black boxes that cannot be traced themselves.
     for parts in (list(opaque), list(root.children())):
         for part in parts:
             inner, shut = _search(part, shared)
-            norms |= inner
+            pairs |= inner
             opaque |= shut
         with suppress(Exception):  # whatever a forward says to an input that is none
             traced, called = _trace(root, opaque, shared)
-            return {conv: norm for conv, norm in norms.items() if called.isdisjoint((conv, norm))} | traced, opaque
-    return norms, opaque | {root}
+            return {pair for pair in pairs if called.isdisjoint(pair)} | traced, opaque
+    return pairs, opaque | {root}
 
 
-def _trace(
-    root: nn.Module, opaque: set[nn.Module], shared: list[object]
-) -> tuple[dict[nn.Module, nn.Module], set[nn.Module]]:
-    """Return the norm of each convolution that has the same one in every way to call root, and all called modules."""
+def _trace(root: nn.Module, opaque: set[nn.Module], shared: list[object]) -> tuple[set[Pair], set[nn.Module]]:
+    """Return what is a pair in every way to call a module, and all modules that it calls."""
     if "forward" in root.__dict__:
         raise ValueError("a tracer would take the class's forward")
     options = {
@@ -263,7 +255,7 @@ def _trace(
     }
     ways = itertools.product((True, False), (None, options) if options else (None,))
     pairs, called = zip(*(_trace_once(root, opaque, shared, *way) for way in ways), strict=True)
-    return dict(set.intersection(*pairs)), set.union(*called)
+    return set.intersection(*pairs), set.union(*called)
 
 
 def _trace_once(
@@ -281,14 +273,14 @@ def _trace_once(
 
 
 def _neighbours(calls: dict[fx.Node, nn.Module], stored: Container[fx.Node]) -> set[Pair]:
-    """Return pairs of modules, each called once, of which the second alone takes what the first gives."""
+    """Return the foldable modules, each called once, of which the second alone takes what the first gives."""
     times = Counter(calls.values())
     pairs = set()
     for node, module in calls.items():
         inputs = node.all_input_nodes
         if len(inputs) == len(node.args) + len(node.kwargs) == 1 and inputs[0] in calls and inputs[0] not in stored:
             before = calls[inputs[0]]
-            if len(inputs[0].users) == times[before] == times[module] == 1:
+            if len(inputs[0].users) == times[before] == times[module] == 1 and _foldable(before, module):
                 pairs.add((before, module))
     return pairs
 

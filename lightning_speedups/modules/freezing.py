@@ -76,4 +76,4 @@ class _StaysInEval:
         del self.module.__dict__["train"]
         if self.own is not None:
             self.module.__dict__["train"] = self.own
-        self.module.training = self.mode_before
+        self.module.training |= self.mode_before  # somebody may have given it its mode back already

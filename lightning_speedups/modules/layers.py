@@ -40,12 +40,11 @@ def is_norm(module: nn.Module) -> bool:
         (True, True, False)
     """
     torchs = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-    # A container that is named after the norm in it is none itself.
     kind = type(module)
+    # A container that is named after the norm in it is none itself.
     by_name = "norm" in kind.__name__.lower() and not any(True for _ in module.children())
-    if kind.__module__.startswith("torch.nn.utils."):  # of weights: spectral norm, weight norm
-        return False
-    return isinstance(module, torchs) or by_name
+    is_of_weights = kind.__module__.startswith("torch.nn.utils.")  # spectral norm, weight norm
+    return not is_of_weights and (isinstance(module, torchs) or by_name)
 
 
 def owners(root: nn.Module, without: Collection[nn.Module] = ()) -> dict[str, nn.Module]:
@@ -60,12 +59,12 @@ def owners(root: nn.Module, without: Collection[nn.Module] = ()) -> dict[str, nn
         ['0.weight', '0.bias', '2.running_mean', '2.running_var', '2.num_batches_tracked']
     """
     left_out = {module for one in without for module in one.modules()}
-    found = {}
-    for path, module in root.named_modules():
-        if module not in left_out:
-            for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                found[f"{path}.{name}".lstrip(".")] = module
-    return found
+    return {
+        f"{path}.{name}".lstrip("."): module
+        for path, module in root.named_modules()
+        if module not in left_out
+        for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
 
 
 def layers_by_child(root: nn.Module, without: Collection[nn.Module] = ()) -> list[Layer]:

@@ -42,9 +42,8 @@ def check_schedule(name: str, schedule: Mapping[int, Names] | None) -> None:
 
 
 def _are_names(names: Names) -> bool:
-    return (isinstance(names, str) and bool(names)) or (
-        isinstance(names, Sequence) and len(names) > 0 and all(isinstance(name, str) and name for name in names)
-    )
+    names = [names] if isinstance(names, str) else names
+    return isinstance(names, Sequence) and len(names) > 0 and all(isinstance(name, str) and name for name in names)
 
 
 def gradually(layers: Sequence[Layer], first: int, every: int) -> dict[int, str]:
@@ -79,8 +78,8 @@ def stages(layers: Sequence[Layer], thaw: Mapping[int, Names], freeze: Mapping[i
         >>> [(epoch, sorted(training)) for epoch, training in stages(layers, {0: "head", 2: "all"}, {3: "stem"})]
         [(0, []), (2, ['layer1', 'stem']), (3, ['layer1'])]
     """
-    training: set[str] = set()
-    found = [Stage(0, frozenset())]
+    training = frozenset[str]()
+    found = {0: training}
     for epoch in sorted({*thaw, *freeze}):
         joining = pick_layers(thaw.get(epoch, ()), layers)
         if HEAD in joining and epoch > 0:
@@ -90,9 +89,7 @@ def stages(layers: Sequence[Layer], thaw: Mapping[int, Names], freeze: Mapping[i
             raise ValueError(f"the head always trains, but in epoch {epoch} it is to be frozen")
         if idle := [layer.name for layer in layers if layer.name in leaving - training | leaving & joining]:
             raise ValueError(f"what is to be frozen again in epoch {epoch} must train before it, but {idle} does not")
-        training = (training | joining - {HEAD}) - leaving
-        if epoch == 0:
-            found = []
-        if not found or found[-1].training != training:
-            found.append(Stage(epoch, frozenset(training)))
-    return found
+        before, training = training, (training | joining - {HEAD}) - leaving
+        if epoch == 0 or training != before:
+            found[epoch] = training
+    return [Stage(epoch, training) for epoch, training in found.items()]

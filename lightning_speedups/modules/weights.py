@@ -64,17 +64,15 @@ class WeightReport:
         if self.module_prefix:
             first += f", into {self.module_prefix.rstrip('.')!r} of the module"
         shapes = {name: f"{name} is {theirs} in the file, {mine} here" for name, theirs, mine in self.mismatched}
-        lines = [first]
-        for title, names in (
-            ("missing in the file", self.missing),
-            ("other shape or kind", [shapes[name] for name, _, _ in self.wrong]),
-            ("left as they were (the head, or another part)", [shapes.get(name, name) for name in self.fresh]),
-            ("in the file only", self.unexpected),
-            ("the head, too, came from the file", self.head),
-        ):
-            if names:
-                lines.append(f"  {title} ({len(names)}): {shortened(names)}")
-        return "\n".join(lines)
+        lists = {
+            "missing in the file": self.missing,
+            "other shape or kind": [shapes[name] for name, _, _ in self.wrong],
+            "left as they were (the head, or another part)": [shapes.get(name, name) for name in self.fresh],
+            "in the file only": self.unexpected,
+            "the head, too, came from the file": self.head,
+        }
+        lines = [f"  {title} ({len(names)}): {shortened(names)}" for title, names in lists.items() if names]
+        return "\n".join([first, *lines])
 
 
 def shortened(names: Collection[str]) -> str:
@@ -107,11 +105,10 @@ def find_state(content: Any) -> dict[str, Any]:
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
-    entries = [content[name] for name in CONTAINERS if name in content]
-    holders = [value for value in content.values() if _has_tensors(value)]
-    for entry in [*entries, *(holders if len(holders) == 1 else [])]:
-        if _has_tensors(entry):
-            return find_state(entry)
+    known = [content[name] for name in CONTAINERS if _has_tensors(content.get(name))]
+    holders = known or [value for value in content.values() if _has_tensors(value)]
+    if known or len(holders) == 1:
+        return find_state(holders[0])
     state = {name: value for name, value in content.items() if isinstance(name, str)}
     if not any(isinstance(value, Tensor) for value in state.values()):
         keys = shortened([str(key) for key in content]) or "nothing"
@@ -141,21 +138,15 @@ def find_prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tup
         >>> find_prefixes({"module.net.a.b": one, "module.net.c": two}, {"model.a.b": one, "model.c": two, "d": one})
         ('module.net.', 'model.')
     """
-    best, best_score = ("", ""), (0, 0, 0)
+    names, shapes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     heads = Counter(name[:cut] for name in own for cut in _cuts(name))
     for mine in (prefix for prefix, count in heads.items() if 2 * count >= len(own)):
         inside = {name[len(mine) :]: tensor.shape for name, tensor in own.items() if name.startswith(mine)}
-        names, shapes = Counter[str](), Counter[str]()
         for name, tensor in state.items():
             for cut in _cuts(name):
-                shape = inside.get(name[cut:])
-                names[name[:cut]] += shape is not None
-                shapes[name[:cut]] += shape == tensor.shape
-        for theirs in names:
-            score = (shapes[theirs], names[theirs], -theirs.count(".") - mine.count("."))
-            if names[theirs] and score > best_score:
-                best, best_score = (theirs, mine), score
-    return best
+                names[name[:cut], mine] += name[cut:] in inside
+                shapes[name[:cut], mine] += inside.get(name[cut:]) == tensor.shape
+    return max(names, key=lambda pair: (shapes[pair], names[pair], -"".join(pair).count(".")), default=("", ""))
 
 
 def _cuts(name: str) -> Iterable[int]:

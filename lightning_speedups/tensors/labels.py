@@ -19,8 +19,7 @@ from lightning_speedups.core.mixing import Mixture, blended_share, boxes_in, com
 class Reads:
     """Counts how often a loss has read a mixture; shared by all labels made from one batch."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    count = 0
 
 
 class MixedLabels(Tensor):
@@ -32,12 +31,15 @@ class MixedLabels(Tensor):
     it; writing into it is refused, as it would change one label of two; any other operation gives plain tensors.
 
     Make them with [mix][lightning_speedups.tensors.labels.MixedLabels.mix].
+
+    Attributes:
+        reads: Where reads are counted.
     """
 
     _labels: Tensor
     _other: Tensor
     _share: Tensor
-    _reads: Reads
+    reads: Reads
 
     @staticmethod
     def mix(first: Tensor, second: Tensor, lam: Tensor, reads: Reads | None = None) -> MixedLabels:
@@ -58,11 +60,6 @@ class MixedLabels(Tensor):
         leads = lam >= 0.5
         share = torch.maximum(lam, 1 - lam).expand(first.shape).contiguous()  # as the labels are, so that `view` works
         return _wrap(torch.where(leads, first, second), torch.where(leads, second, first), share, reads or Reads())
-
-    @property
-    def reads(self) -> Reads:
-        """Where reads are counted."""
-        return self._reads
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return plain tensors: the dominant labels, the others, and the share of the dominant; no loss has read them.
@@ -94,7 +91,7 @@ class MixedLabels(Tensor):
         if func in _KEEPS_MIXTURE and (mixed := _all_mixed(args, kwargs)) is not None:
             labels, other = (_on_part(part, func, args, kwargs) for part in ("_labels", "_other"))
             share = mixed._share if func in _CASTS else _on_part("_share", func, args, kwargs)
-            return tree_map(partial(_wrap_result, mixed._reads), labels, other, share)
+            return tree_map(partial(_wrap_result, mixed.reads), labels, other, share)
         return _on_part("_labels", func, args, kwargs)
 
 
@@ -134,33 +131,34 @@ def soft_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> 
     """Turn labels, plain or mixed, into class probabilities.
 
     Args:
-        labels: Integer labels, ``(N, ...)``.
+        labels: Integer labels, ``(N, ...)``, or a single one, ``()``.
         num_classes: C.
         ignore_index: This label carries no probability.
 
     Returns:
-        Probabilities, float32, ``(N, C, ...)``, and their sum over the classes, ``(N, ...)``: 1 where nothing is
-        ignored, the share of the other label where one of two is, 0 where both are.
+        Probabilities, float32, ``(N, C, ...)`` or ``(C,)``, and their sum over the classes, shaped like the labels: 1
+        where nothing is ignored, the share of the other label where one of two is, 0 where both are.
 
     Example:
         >>> soft_targets(torch.tensor([1, -100]), 2)
         (tensor([[0., 1.],
                 [0., 0.]]), tensor([1., 0.]))
     """
-    size = (len(labels), num_classes, *labels.shape[1:])
+    dim = min(labels.ndim, 1)
+    size = (*labels.shape[:dim], num_classes, *labels.shape[dim:])
     if not isinstance(labels, MixedLabels):
         classes, ignored = _classes(labels, ignore_index)
         mass = (~ignored).float()
-        return mass.new_zeros(size).scatter_(1, classes.unsqueeze(1), mass.unsqueeze(1)), mass
-    labels._reads.count += 1
+        return mass.new_zeros(size).scatter_(dim, classes.unsqueeze(dim), mass.unsqueeze(dim)), mass
+    labels.reads.count += 1
     classes, ignored = _classes(labels._labels, ignore_index)
     others, other_ignored = _classes(labels._other, ignore_index)
     share = labels._share.masked_fill(ignored, 0.0)
     share_other = (1 - labels._share).masked_fill(other_ignored, 0.0)
-    soft = share.new_zeros(size).scatter_(1, others.unsqueeze(1), share_other.unsqueeze(1))
+    soft = share.new_zeros(size).scatter_(dim, others.unsqueeze(dim), share_other.unsqueeze(dim))
     # The dominant class is written last: it may be the other one as well.
     own = torch.where(classes == others, share + share_other, share)
-    return soft.scatter_(1, classes.unsqueeze(1), own.unsqueeze(1)), share + share_other
+    return soft.scatter_(dim, classes.unsqueeze(dim), own.unsqueeze(dim)), share + share_other
 
 
 def smooth_targets(targets: Tensor, mass: Tensor, smoothing: float | Tensor) -> Tensor:
@@ -169,8 +167,8 @@ def smooth_targets(targets: Tensor, mass: Tensor, smoothing: float | Tensor) -> 
     With one ε for each class, what class c has gives ε_c of itself: ``t' = Σ_c t_c ((1 − ε_c) e_c + ε_c / C)``.
 
     Args:
-        targets: Class probabilities, ``(N, C, ...)``.
-        mass: Their sums over the classes, ``(N, ...)``: what is ignored gets nothing.
+        targets: Class probabilities, ``(N, C, ...)`` or ``(C,)``.
+        mass: Their sums over the classes, ``(N, ...)`` or ``()``: what is ignored gets nothing.
         smoothing: ε in [0, 1), a number or a tensor without dimensions; or one for each class, ``(C,)``.
 
     Example:
@@ -178,10 +176,11 @@ def smooth_targets(targets: Tensor, mass: Tensor, smoothing: float | Tensor) -> 
         tensor([[0.9000, 0.1000],
                 [0.0000, 0.0000]])
     """
+    dim = min(mass.ndim, 1)
     if isinstance(smoothing, Tensor) and smoothing.ndim:
         smoothing = smoothing.view(-1, *[1] * (targets.ndim - 2))
-        return targets * (1 - smoothing) + (targets * smoothing).sum(1, keepdim=True) / targets.shape[1]
-    return targets * (1 - smoothing) + mass.unsqueeze(1) * (smoothing / targets.shape[1])
+        return targets * (1 - smoothing) + (targets * smoothing).sum(dim, keepdim=True) / targets.shape[dim]
+    return targets * (1 - smoothing) + mass.unsqueeze(dim) * (smoothing / targets.shape[dim])
 
 
 def label_weights(labels: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -213,7 +212,7 @@ def _classes(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 def _wrap(labels: Tensor, other: Tensor, share: Tensor, reads: Reads) -> MixedLabels:
     mixed = labels.as_subclass(MixedLabels)
     # The plain tensors beside it: torch.compile cannot strip a subclass, but it can read an attribute.
-    mixed._labels, mixed._other, mixed._share, mixed._reads = labels, other, share, reads
+    mixed._labels, mixed._other, mixed._share, mixed.reads = labels, other, share, reads
     return mixed
 
 
@@ -251,16 +250,11 @@ def _mixed_loss(
     """Compute a loss with the mixture as soft target; the mean is over the targets that are not ignored."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    single = input.ndim == 1
-    if single:
-        input, target = input.unsqueeze(0), target.unsqueeze(0)
-    soft, mass = soft_targets(target, input.shape[1], ignore_index)
+    soft, mass = soft_targets(target, input.shape[min(target.ndim, 1)], ignore_index)
     if label_smoothing > 0.0:  # here, not in torch, which would smooth ignored samples as well
         soft = smooth_targets(soft, mass, label_smoothing)
     result = loss(input, soft, weight, reduction="sum" if reduction == "mean" else reduction)
-    if reduction == "mean":
-        return result / mass.sum()
-    return result.squeeze(0) if single else result
+    return result / mass.sum() if reduction == "mean" else result
 
 
 def _soft_nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -268,7 +262,7 @@ def _soft_nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, reducti
     if weight is not None:
         target = target * weight.view(-1, *[1] * (input.ndim - 2))
     loss = -(input * target)
-    return loss.sum(1) if reduction == "none" else loss.sum()
+    return loss.sum(min(input.ndim - 1, 1)) if reduction == "none" else loss.sum()
 
 
 def _mixed_one_hot(input: MixedLabels, num_classes: int = -1) -> Tensor:
@@ -278,9 +272,7 @@ def _mixed_one_hot(input: MixedLabels, num_classes: int = -1) -> Tensor:
         return F.one_hot(input._labels, num_classes)
     if num_classes == -1:
         num_classes = int(torch.maximum(input._labels.max(), input._other.max())) + 1
-    if input.ndim == 0:
-        return soft_targets(input.unsqueeze(0), num_classes)[0].squeeze(0)
-    return soft_targets(input, num_classes)[0].movedim(1, -1)
+    return soft_targets(input, num_classes)[0].movedim(min(input.ndim, 1), -1)
 
 
 def _caller() -> str:
@@ -295,6 +287,7 @@ _READS_MIXTURE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.cross_entropy: partial(_mixed_loss, F.cross_entropy),
     F.nll_loss: partial(_mixed_loss, _soft_nll_loss),
     F.one_hot: _mixed_one_hot,
+    Tensor.__iter__: lambda labels: iter(labels.unbind()),  # for a loss of each sample apart
 }
 _CASTS = {Tensor.to, Tensor.long, Tensor.int, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as}
 _KEEPS_MIXTURE = _CASTS | {
@@ -306,6 +299,4 @@ _KEEPS_MIXTURE = _CASTS | {
     *(getattr(Tensor, name) for name in ("view", "contiguous", "repeat", "expand")),
 }  # fmt: skip
 _WRITES = {name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {"__setitem__"}
-_WRITES |= {
-    name for name in dir(Tensor) if name.startswith("__i") and name not in ("__int__", "__invert__", "__init__")
-}
+_WRITES |= {name for name in dir(Tensor) if name.startswith("__i") and hasattr(Tensor, name.replace("__i", "__", 1))}

@@ -125,22 +125,21 @@ def _weight_of_l1_loss() -> Tensor | None:
     return None if frame is None else frame.f_locals.get("weight")
 
 
-def _one_by_one(func: Callable[..., Any], call: dict[str, Any]) -> Tensor:
-    losses: Tensor = call["losses"] if func is mean_over_samples else func(**call, reduction="none")
-    return losses
+def _one_by_one(func: Callable[..., Any], call: dict[str, Any]) -> Any:
+    return call["losses"] if func is mean_over_samples else func(**call, reduction="none")
 
 
 def _normaliser(func: Callable[..., Any], call: dict[str, Any], reduction: str, losses: Tensor) -> Tensor | float:
     """Return what a call divides the sum of its losses by."""
-    weight: Any = call.get("weight")
-    target: Any = call.get("target")
-    ignored = call.get("ignore_index", -100)
     if reduction == "sum":
         return 1
-    if func in (F.cross_entropy, F.nll_loss) and isinstance(target, MixedLabels):
-        return soft_targets(target, call["input"].shape[1], ignored)[1].sum()
-    if func in (F.cross_entropy, F.nll_loss) and not target.is_floating_point():
-        return label_weights(target, weight, ignored).sum()
+    weight = call.get("weight")
+    if func in (F.cross_entropy, F.nll_loss):
+        target, ignored = call["target"], call.get("ignore_index", -100)
+        if isinstance(target, MixedLabels):
+            return soft_targets(target, call["input"].shape[1], ignored)[1].sum()
+        if not target.is_floating_point():
+            return label_weights(target, weight, ignored).sum()
     if func in (F.mse_loss, F.l1_loss, F.huber_loss) and weight is not None:
         return weight.sum()  # type: ignore[no-any-return]
     return len(losses) if reduction == "batchmean" else losses.numel()

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_speedups import MixupCallback, WarmupLRScaler
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick, batch_number, rest_of_pipeline, transferred
 from lightning_speedups.core.batch import get_part, replace_part
-from small import Batches, Classifier, loader, trainer, weights
+from zoo import Batches, Classifier, loader, trainer, weights
 
 
 class Linear(BatchTrick):

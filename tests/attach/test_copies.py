@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 from lightning_speedups.attach.copies import NoCopyError, copy_module, may_split_model, require_copyable
-from small import Classifier, loader, trainer
+from zoo import Classifier, loader, trainer
 
 
 class Copies(Callback):

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick
 from lightning_speedups.attach.loaders import LoaderGrip, find_batcher
 from lightning_speedups.attach.run_length import batches_in_epoch, run_length
-from small import Batches, Classifier, OrderOfEpoch, ReplayLoader, fit_interrupted, images, resume, trainer
+from zoo import Batches, Classifier, OrderOfEpoch, ReplayLoader, fit_interrupted, images, resume, trainer
 
 
 class Planned(LoaderGrip):

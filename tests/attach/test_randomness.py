@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_speedups.attach.randomness import random_states, same_randomness
-from small import trainer
+from zoo import trainer
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,15 +29,17 @@ from torchmetrics.classification import MulticlassAccuracy
 from two_processes import Regressor, regression, two
 
 from lightning_speedups.attach.range_test import run_range_test
-from small import (
+from zoo import (
     CLASSES,
     Batches,
     Classifier,
+    Manual,
     ReplayLoader,
     SometimesInfinite,
     assert_same_weights,
     images,
     loader,
+    scaled,
     trainer,
     weights,
 )
@@ -429,9 +430,9 @@ class NotedSometimesInfinite(SometimesInfinite, Noted):
 
 
 def test_a_step_that_the_grad_scaler_skips_is_no_point():
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler = (plugin := scaled()).scaler
     before = copy.deepcopy(scaler.state_dict())
-    user = trainer(plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    user = trainer(plugins=[plugin])
     rates, losses = run_range_test(user, NotedSometimesInfinite({0, 5, 6}), loader(), **SWEEP)
     np.testing.assert_allclose(rates, np.geomspace(1e-3, 1.0, 10), rtol=1e-12)
     assert Noted.notes == [[rate] for rate in rates]
@@ -441,9 +442,10 @@ def test_a_step_that_the_grad_scaler_skips_is_no_point():
 
 
 def test_when_all_steps_are_skipped_it_ends():
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    user = trainer(plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-    assert run_range_test(user, NotedSometimesInfinite(range(1000)), loader(), **SWEEP) == ([], [])
+    assert run_range_test(trainer(plugins=[scaled()]), NotedSometimesInfinite(range(1000)), loader(), **SWEEP) == (
+        [],
+        [],
+    )
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e6])
@@ -656,12 +658,6 @@ def test_no_second_banner_and_a_bar_only_where_there_is_one(capsys, caplog):
     assert any("GPU available" in record.message for record in caplog.records)
 
 
-class Manual(Classifier):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class NoOptimizer(Classifier):
     def configure_optimizers(self):
         return None
@@ -768,7 +764,6 @@ class Measured(Regressor):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize("broken", [False, True])
 def test_of_two_processes_the_first_sweeps_and_tells_the_other(broken, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(Measured, "broken", broken)
     two([Writes()], max_epochs=1, accumulate_grad_batches=2).fit(Measured())
     first, second = (torch.load(f"rank{rank}.pt") for rank in (0, 1))

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_speedups.attach.copies import NoCopyError
 from lightning_speedups.attach.rehearsal import fresh_statistics, norms_of, rehearsal, swap_statistics
-from small import Classifier, images, loader, trainer, weights
+from zoo import Classifier, Manual, images, loader, trainer, weights
 
 
 class During(Callback):
@@ -192,17 +192,6 @@ def test_statistics_are_swapped_and_swapped_back():
     assert torch.equal(module[0].running_mean, before["0.running_mean"])
     swap_statistics(module, own)
     assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
-
-
-class Manual(Classifier):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.manual_backward(loss)
-        self.optimizers().step()
 
 
 class Uncopied(Classifier):

@@ -15,7 +15,7 @@ from lightning_speedups.attach.run_length import (
     run_length,
 )
 from lightning_speedups.attach.trick import callbacks_of
-from small import Classifier, images, loader, trainer
+from zoo import Classifier, images, loader, trainer
 
 
 def steps_of(one):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_speedups.attach.sample_losses import LossGrip
 from lightning_speedups.attach.trick import Trick
 from lightning_speedups.tensors.sample_losses import mean_over_samples
-from small import Classifier, loader, trainer
+from zoo import Classifier, loader, trainer
 
 
 class Reader(Trick):

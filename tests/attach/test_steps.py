@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlat
 from torch.utils.data import DataLoader
 
 from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder, split_groups
-from small import trainer
+from zoo import trainer
 
 BASE = 0.5
 APPROX = {"rel": 1e-9, "abs": 0.0}

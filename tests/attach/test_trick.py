@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from patches import patched
 
 from lightning_speedups.attach.trick import Grip, Trick
-from small import Classifier, loader, trainer
+from zoo import Classifier, loader, trainer
 
 
 class Counts(Trick):

@@ -14,63 +14,17 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import patched
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import Notes, Regressor, farthest, forked, two
+from two_processes import CountsTraffic, Notes, Regressor, farthest, forked, size, two
 
 from lightning_speedups import FreezeBackboneFinetune
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped, trainable
-from small import trainer
+from zoo import trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),
     pytest.mark.filterwarnings("ignore:find_unused_parameters=True was specified"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_each(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-class CountsTraffic(Callback):
-    """Counts the bytes that each DDP wrapper sends, in each epoch, and keeps the wrappers alive."""
-
-    def __init__(self):
-        self.wrappers, self.sent = [], []
-
-    def _watch(self, trainer):
-        wrapper = trainer.strategy.model
-        if not any(wrapper is known for known in self.wrappers):
-            self.wrappers.append(wrapper)
-            wrapper.register_comm_hook((trainer, len(self.wrappers) - 1, self.sent), count_and_reduce)
-
-    def on_fit_start(self, trainer, pl_module):
-        self._watch(trainer)
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self._watch(trainer)
-
-    def on_train_end(self, trainer, pl_module):
-        torch.save((len(self.wrappers), self.sent), f"traffic{trainer.global_rank}.pt")
-
-    @staticmethod
-    def read(rank):
-        wrappers, sent = torch.load(f"traffic{rank}.pt", weights_only=True)
-        by_epoch = {}
-        for wrapper, epoch, size in sent:
-            by_epoch[wrapper, epoch] = by_epoch.get((wrapper, epoch), 0) + size
-        return wrappers, by_epoch
-
-
-def count_and_reduce(state, bucket):
-    trainer, wrapper, sent = state
-    sent.append((wrapper, trainer.current_epoch, bucket.buffer().numel() * bucket.buffer().element_size()))
-    return default_hooks.allreduce_hook(None, bucket)
-
-
-def size(module):
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 SETTINGS = {

@@ -323,6 +323,12 @@ def test_at_a_joint_the_next_piece_holds():
     assert [join(t, pieces) for t in (0, 1, 2, 5, 10, 11)] == [10, 10.5, 20, 30, 31, 31]
 
 
+def test_a_piece_of_no_length_is_passed_over_and_one_below_0_lets_the_next_begin_earlier():
+    rise, fall = (lambda p: 10 + p), (lambda p: 20 + p)
+    assert [join(t, [(0, rise), (4, fall)]) for t in (0, 1, 4)] == [20, 20.25, 21]
+    assert [join(t, [(-1, rise), (4, fall)]) for t in (0, 1, 3)] == [20.25, 20.5, 21]
+
+
 @given(lengths, lengths, st.floats(0, 1), st.floats(0, 1))
 def test_an_extended_course_has_no_jump_and_ends_at_the_new_total(length, total, at, between):
     step = int(at * min(length, total - 1))

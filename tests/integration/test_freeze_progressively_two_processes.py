@@ -9,14 +9,9 @@ from torch import nn
 from two_processes import Notes, Regressor, farthest, two
 
 from lightning_speedups import FreezeProgressively
-from small import trainer
+from zoo import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_each(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 class Deep(Regressor):

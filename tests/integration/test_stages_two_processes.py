@@ -1,46 +1,24 @@
 """Layers that thaw and freeze one after the other in two processes: ranks stay equal, and only what trains is sent."""
 
+from collections import Counter
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from two_processes import Notes, Regressor, farthest, two
+from two_processes import CountsTraffic, Notes, Regressor, farthest, size, two
 
 from lightning_speedups import FreezeBackboneFinetune
-from small import trainer
+from zoo import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_each(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-class Traffic(Callback):
-    """Counts the bytes that are sent in each epoch."""
-
-    def __init__(self):
-        self.watched, self.sent = None, {}
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.strategy.model is not self.watched:
-            self.watched = trainer.strategy.model
-            self.watched.register_comm_hook((trainer, self.sent), count_and_reduce)
-
-    def on_train_end(self, trainer, pl_module):
-        torch.save(self.sent, f"traffic{trainer.global_rank}.pt")
-
-
-def count_and_reduce(state, bucket):
-    trainer, sent = state
-    epoch = trainer.current_epoch
-    sent[epoch] = sent.get(epoch, 0) + bucket.buffer().numel() * bucket.buffer().element_size()
-    return default_hooks.allreduce_hook(None, bucket)
-
-
-def size(*modules):
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+def sent_in_each_epoch(rank):
+    _, sent = CountsTraffic.read(rank)
+    total = Counter()
+    for (_, epoch), amount in sent.items():
+        total[epoch] += amount
+    return total
 
 
 def test_each_stage_sends_what_trains_in_it_and_ranks_equal_each_other_and_one_process():
@@ -50,7 +28,7 @@ def test_each_stage_sends_what_trains_in_it_and_ranks_equal_each_other_and_one_p
         )
 
     notes, own = Notes(), Notes("alone")
-    two([make(), notes, Traffic()], max_epochs=5).fit(Regressor())
+    two([make(), notes, CountsTraffic()], max_epochs=5).fit(Regressor())
     first, second = notes.read()
     assert [farthest(a, b) for a, b in zip(first["weights"], second["weights"], strict=True)] == [0.0] * 5
     assert first["rates"] == second["rates"]
@@ -65,7 +43,7 @@ def test_each_stage_sends_what_trains_in_it_and_ranks_equal_each_other_and_one_p
     assert [names - {"head.weight", "head.bias"} for names in moved] == [last, last | earlier, earlier, last | earlier]
     head, layer0, layer2 = size(alone.head), size(alone.backbone[0]), size(alone.backbone[2])
     for rank in (0, 1):
-        sent = torch.load(f"traffic{rank}.pt", weights_only=True)
+        sent = sent_in_each_epoch(rank)
         assert sent == {
             0: 4 * head,
             1: 4 * (head + layer2),
@@ -86,11 +64,11 @@ class Logs(Callback):
 def test_ranks_whose_metrics_differ_thaw_together():
     notes = Notes()
     finetune = FreezeBackboneFinetune(gradual=True, monitor="score")
-    two([Logs(), finetune, notes, Traffic()], max_epochs=4).fit(Regressor())
+    two([Logs(), finetune, notes, CountsTraffic()], max_epochs=4).fit(Regressor())
     first, second = notes.read()
     assert [farthest(a, b) for a, b in zip(first["weights"], second["weights"], strict=True)] == [0.0] * 4
     head, both = size(Regressor().head), size(Regressor().backbone)
     for rank in (0, 1):
-        sent = torch.load(f"traffic{rank}.pt", weights_only=True)
+        sent = sent_in_each_epoch(rank)
         assert sent[0] == sent[1] == 4 * head
         assert sent[3] == 4 * (head + both)

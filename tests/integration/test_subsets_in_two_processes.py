@@ -8,14 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from two_processes import Notes, farthest, forked
 
 from lightning_speedups import OneCycleMomentum, SubsetTraining
-from small import Classifier, images, trainer
+from zoo import Classifier, images, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_each(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 class Shuffled(Classifier):

@@ -11,14 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from two_processes import Notes, Regressor, farthest, two
 
 from lightning_speedups import FreezeBackboneFinetune, MixupCallback, OneCycleMomentum, WarmupLRScaler
-from small import Classifier, images, trainer
+from zoo import Classifier, images, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_each(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 class SameDataEverywhere(Classifier):

@@ -15,7 +15,7 @@ def test_the_table_is_consistent():
             assert ARMS[arm.baseline].pretrained == arm.pretrained
 
 
-@pytest.mark.parametrize("arm", ARMS.values(), ids=str)
+@pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS)
 def test_ingredients_are_fresh_for_every_run(arm):
     at = Situation(epochs=4, lr=0.02, accelerator="cpu", backbone="model.backbone", seed=0)
     first, again = arm.build(at), arm.build(at)

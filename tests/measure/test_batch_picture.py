@@ -7,7 +7,7 @@ import torch
 
 from lightning_speedups import MixupCallback, plot_batch
 from lightning_speedups.core.mixing import Mixture
-from small import images
+from zoo import images
 
 NAMES = ["ant", "bee", "cat", "dog"]
 

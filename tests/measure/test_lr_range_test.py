@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_speedups.measure as measure
 from lightning_speedups.core.range_test import smooth, suggest
 from lightning_speedups.measure.lr_range_test import LRRangeTest, RangeTestResult
-from small import Classifier, assert_same_weights, images, loader, trainer, weights
+from zoo import Classifier, assert_same_weights, images, loader, trainer, weights
 
 
 class Bowl(LightningModule):
@@ -171,7 +171,7 @@ def test_a_curve_that_ends_in_infinity_can_be_drawn(result):
     spoilt = dataclasses.replace(
         result, losses=(*result.losses[:-1], float("inf")), smoothed=(*result.smoothed[:-1], float("inf"))
     )
-    spoilt.figure().canvas.draw()
+    spoilt.figure().savefig("spoilt.png")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ from lightning_speedups.measure.lr_range_test import RangeTestResult
 
 assert RangeTestResult is measure.RangeTestResult
 LRRangeTest()
-heavy = {"arms", "digits", "images", "loading", "networks", "progress", "report", "results", "runner", "runs", "training"}
+heavy = {"digits", "loading", "networks", "progress", "report", "results", "runner", "training"}
 assert not heavy & {name.rpartition(".")[2] for name in sys.modules if name.startswith("lightning_speedups.measure.")}
 try:
     measure.compare

@@ -21,7 +21,7 @@ from lightning_speedups import (
 )
 from lightning_speedups.measure.schedule_plot import schedule_values
 from lightning_speedups.tricks.rates.base import ScheduleTrick
-from small import Classifier, loader, trainer
+from zoo import Classifier, loader, trainer
 
 LISTS = {
     "one-cycle": lambda: [OneCycleMomentum(0.4)],

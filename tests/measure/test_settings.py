@@ -1,7 +1,7 @@
 import pytest
 
 from lightning_speedups.measure.errors import CompareError
-from lightning_speedups.measure.settings import Settings
+from lightning_speedups.measure.settings import OPTIONS, Settings
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,10 @@ def test_quick_is_smaller_and_what_is_asked_for_wins():
     assert (list(asked.run_seeds), asked.run_epochs, asked.collages) == ([0, 1, 2, 3], 9, (777, 55))
     assert asked.run_pretrain_epochs == 3
     assert Settings(epochs=1).run_pretrain_epochs == 1
+
+
+def test_every_setting_is_told_of():
+    for name, option in OPTIONS.items():
+        assert f"    {name}: {option.meaning}" in Settings.__doc__
+    assert "seeds: runs of each arm, 1 to 100 (default: 3, quick 1)." in Settings.__doc__
+    assert "lr: constant rate of plain, above 0 to 10 (default: 0.02)." in Settings.__doc__

@@ -23,7 +23,7 @@ from lightning_speedups import (
     load_weights,
 )
 from lightning_speedups.models.weight_files import read_weights
-from small import Memory, assert_same_weights, trainer, weights
+from zoo import Memory, assert_same_weights, trainer, weights
 
 builder, factory, hub = (importlib.import_module(f"timm.models.{name}") for name in ("_builder", "_factory", "_hub"))
 SMALL = "test_resnet"

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_speedups import TransferClassifier, load_weights
 from lightning_speedups.models.weight_files import UNNEEDED, _skipping_unneeded, read_weights
-from small import assert_same_weights, weights
+from zoo import assert_same_weights, weights
 
 SMALL = "test_resnet"
 

@@ -656,6 +656,21 @@ def test_forward_put_on_a_container_is_not_looked_past():
     assert conv_norm_pairs(model) == conv_norm_pairs(inner) == []
 
 
+def test_a_convolution_with_a_norm_for_each_of_two_domains_is_no_pair():
+    class Domains(nn.Module):
+        """Cannot be traced, but its children can."""
+
+        def __init__(self):
+            super().__init__()
+            conv = nn.Conv2d(3, 3, 3)
+            self.day, self.night = (nn.Sequential(conv, nn.BatchNorm2d(3)) for _ in range(2))
+
+        def forward(self, x):
+            return self.day(x) if x.mean() > 0 else self.night(x)
+
+    assert conv_norm_pairs(Domains()) == []
+
+
 def test_pairs_come_in_the_order_of_the_modules():
     model = Residual()
     assert [conv for conv, _ in conv_norm_pairs(model)] == [m for m in model.modules() if isinstance(m, nn.Conv2d)]

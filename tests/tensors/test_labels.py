@@ -127,6 +127,7 @@ def test_they_are_the_dominant_labels_for_everything_else():
     assert torch.equal(pickle.loads(pickle.dumps(labels)), dominant)
     assert torch.equal(copy.deepcopy(labels), dominant)
     assert labels.numpy().tolist() == dominant.tolist()
+    assert ["a", "b", "c", "d", "e"][labels[0]] == ["a", "b", "c", "d", "e"][dominant[0]]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,7 @@ def test_a_selection_keeps_its_part_of_the_mixture():
         (lambda t: torch.cat(t.chunk(4)), lambda x: x),
         (lambda t: torch.cat(torch.split(t, 10)), lambda x: x),
         (lambda t: torch.stack(t.unbind()), lambda x: x),
+        (lambda t: torch.stack(list(t)), lambda x: x),
         (lambda t: t.flip(0), lambda x: x.flip(0)),
         (lambda t: torch.flatten(input=t), lambda x: x),
         (lambda t: t.repeat(2), lambda x: x.repeat(2, 1)),
@@ -206,7 +208,24 @@ def test_one_sample_without_a_batch_dimension():
             F.cross_entropy(scores()[3], soft[3], reduction=reduction),
         )
     assert torch.equal(F.one_hot(labels[3], C), soft[3])
-    torch.testing.assert_close(F.nll_loss(scores()[3].log_softmax(0), labels[3]), F.cross_entropy(scores()[3], soft[3]))
+    for reduction in ("mean", "none", "sum"):
+        torch.testing.assert_close(
+            F.nll_loss(scores()[3].log_softmax(0), labels[3], reduction=reduction),
+            F.cross_entropy(scores()[3], soft[3]),
+        )
+    torch.testing.assert_close(
+        F.cross_entropy(scores()[3], labels[3], WEIGHT, label_smoothing=0.1),
+        F.cross_entropy(scores()[3], soft[3], WEIGHT, label_smoothing=0.1),
+    )
+
+
+@pytest.mark.parametrize(
+    "loss", [F.cross_entropy, lambda x, y: F.nll_loss(x.log_softmax(0), y), lambda x, y: F.one_hot(y, C)]
+)
+def test_one_sample_keeps_its_mixture_in_a_compiled_loss(loss):
+    labels, *_ = mixture()
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(scores()[3], labels[3]), loss(scores()[3], labels[3]))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
@@ -236,7 +255,7 @@ def test_metrics_see_the_dominant_label_and_do_not_count_as_a_loss(name):
     probabilities = scores().softmax(1)
     ours, plain = METRICS[name].clone(), METRICS[name].clone()
     assert torch.equal(ours(probabilities, labels), plain(probabilities, dominant))
-    assert labels._reads.count == 0
+    assert labels.reads.count == 0
 
 
 def test_reads_are_counted_over_all_that_was_made_from_one_batch():
@@ -262,7 +281,7 @@ def test_a_compiled_loss_sees_the_mixture_without_a_graph_break_and_without_reco
             loss, hits = compiled(scores(), labels)
             assert torch.equal(loss, F.cross_entropy(scores(), soft, WEIGHT, label_smoothing=0.1))
             assert hits == (scores().argmax(1) == torch.tensor(labels.tolist())).float().mean()
-            assert labels._reads.count == 1
+            assert labels.reads.count == 1
 
 
 def test_plain_labels_become_one_hot_probabilities():
@@ -306,7 +325,6 @@ def test_the_parts_are_plain_and_reading_them_is_no_loss():
     assert dominant.tolist() == torch.where(lam >= 0.5, first, second).tolist()
     assert other.tolist() == torch.where(lam >= 0.5, second, first).tolist()
     assert torch.equal(share, torch.maximum(lam, 1 - lam))
-    assert labels.reads is labels._reads
     assert labels.reads.count == 0
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_speedups.attach.packages import is_a
 
 
 def choose_precision(asked: Any, kind: str, native_bf16: bool) -> tuple[Any, str]:
@@ -85,7 +86,7 @@ def trainer_defaults(
     kind = _kind(accelerator)
     settings: dict[str, Any] = {"accelerator": accelerator, "devices": devices}
     plugins = overrides.get("plugins") or []
-    if any(isinstance(plugin, Precision) for plugin in (plugins if isinstance(plugins, Iterable) else [plugins])):
+    if any(is_a(plugin, "Precision") for plugin in (plugins if isinstance(plugins, Iterable) else [plugins])):
         chosen, why = "left to the precision plugin", "Trainer takes one or the other"
     else:
         chosen, why = choose_precision(precision, kind, _native_bf16(kind))
@@ -98,13 +99,13 @@ def trainer_defaults(
 
 
 def _kind(accelerator: str | Accelerator) -> str:
-    if accelerator in ("auto", "gpu"):
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    if isinstance(accelerator, Accelerator):
+    if not isinstance(accelerator, str):
         return type(accelerator).__name__.removesuffix("Accelerator").lower()
-    return accelerator
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _native_bf16(kind: str) -> bool:

@@ -37,8 +37,7 @@ def as_smoothing(smoothing: float | Sequence[float] | Tensor) -> float | Tensor:
         raise ValueError(f"{rule} but got {smoothing!r}.") from error
     if values.ndim != 1 or not len(values) or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{rule} but got {smoothing!r}.")
-    keeps = values.dtype in (torch.float32, torch.float64)
-    values = values.detach().to(values.dtype if keeps else torch.get_default_dtype(), copy=True)
+    values = values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True)
     for number, value in enumerate(values.tolist()):
         if not 0 <= value < 1:
             raise ValueError(f"{rule} but got {value:g} for class {number}.")

@@ -78,8 +78,7 @@ class BinaryLabelSmoothing(Smoothing):
         for name, values in (("weight", weight), ("pos_weight", pos_weight)):
             if values is not None and not (isinstance(values, Tensor) and bool((values >= 0).all())):
                 raise ValueError(f"Expected `{name}` to be a tensor of numbers >= 0, or None, but got {values}.")
-        self.register_buffer("weight", weight)
-        self.register_buffer("pos_weight", pos_weight)
+            self.register_buffer(name, values)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss.

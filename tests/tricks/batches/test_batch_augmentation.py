@@ -18,7 +18,7 @@ from lightning_speedups import BatchAugmentation, InMemoryLoader
 from lightning_speedups.attach.batches import BatchOrder
 from lightning_speedups.core.augmentation import coins, shifted_crops
 from lightning_speedups.core.randomness import generator_for
-from small import Batches, OrderOfEpoch, ReplayLoader, fit_interrupted, images, loader, resume, trainer
+from zoo import Batches, OrderOfEpoch, ReplayLoader, fit_interrupted, images, loader, resume, trainer
 
 SIDE = 6
 

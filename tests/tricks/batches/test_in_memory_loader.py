@@ -11,8 +11,8 @@ from two_processes import Notes, forked
 
 from lightning_speedups import BatchAugmentation, InMemoryLoader
 from lightning_speedups.core.augmentation import coins
-from lightning_speedups.data import in_memory_loader
-from small import Batches, fit_interrupted, images, resume, trainer
+from lightning_speedups.tricks.batches import in_memory_loader
+from zoo import Batches, fit_interrupted, images, resume, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 

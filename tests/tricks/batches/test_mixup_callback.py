@@ -19,7 +19,18 @@ from lightning_speedups import LabelSmoothingLoss, MixupCallback
 from lightning_speedups.attach.batches import BatchOrder
 from lightning_speedups.core.mixing import Mixture, draw_mixture, mix_values
 from lightning_speedups.core.randomness import generator_for
-from small import CLASSES, Batches, Classifier, ReplayLoader, fit_interrupted, images, loader, resume, trainer
+from zoo import (
+    CLASSES,
+    Batches,
+    Classifier,
+    ReplayLoader,
+    TwoOptimizers,
+    fit_interrupted,
+    images,
+    loader,
+    resume,
+    trainer,
+)
 
 
 def EXAMPLE():
@@ -444,23 +455,8 @@ def test_a_first_batch_that_training_step_skips_is_no_proof_of_a_wrong_loss():
     assert run.fit_loop.epoch_loop.batch_progress.current.ready == 2
 
 
-class TwoOptimizers(Classifier):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.backbone.parameters(), 0.1)
-
-    def training_step(self, batch, batch_idx):
-        self.manual_backward(super().training_step(batch, batch_idx))
-        for optimizer in self.optimizers():
-            optimizer.step()
-            optimizer.zero_grad()
-
-
 def test_manual_optimization_with_two_optimizers_stops_mixing_at_the_same_batch():
-    module = TwoOptimizers()
+    module = TwoOptimizers(every=1)
     trainer(callbacks=[MixupCallback(stop_after=0.5)]).fit(module, loader())
     assert [type(labels) is not torch.Tensor for _, labels in module.seen] == [True] * 6 + [False] * 6
 

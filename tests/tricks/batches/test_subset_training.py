@@ -16,7 +16,7 @@ from lightning_speedups import LabelSmoothingLoss, MixupCallback, OneCycleMoment
 from lightning_speedups.attach.batches import BatchOrder
 from lightning_speedups.core.randomness import generator_for
 from lightning_speedups.core.subsets import draw_hard, draw_unbiased, draw_uniform
-from small import (
+from zoo import (
     CLASSES,
     Batches,
     Classifier,
@@ -183,7 +183,7 @@ class ReplayNumbered(ReplayLoader):
 
 
 # Epochs of 4, 3, 3, 3 and 4 batches end after 4, 7, 10, 13 and 17 steps.
-@pytest.mark.parametrize("step", [1, 3, 4, 5, 6, 7, 9, 10, 12, 13, 14, 16])
+@pytest.mark.parametrize("step", [1, 5, 10, 13, 16])
 def test_a_resumed_run_goes_on_bit_for_bit(step):
     (whole, trick), (half, _), (rest, again) = parted(step)
     assert len(whole.losses) == 17
@@ -193,7 +193,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(step):
     assert (trick.samples_saved, trick.mean_loss) == (again.samples_saved, again.mean_loss) == (30, trick.mean_loss)
 
 
-@pytest.mark.parametrize("step", [4, 7, 10, 13])
+@pytest.mark.parametrize("step", [4, 10, 13])
 @pytest.mark.parametrize("data", [ReplayNumbered, replay])
 def test_a_run_resumed_from_the_end_of_an_epoch_goes_on_bit_for_bit(step, data):
     (whole, _), (half, _), (rest, _) = parted(step, data=data, epoch_end=True)

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning_speedups import trainer_defaults
 from lightning_speedups.tricks.hardware import trainer_defaults as defaults
 from lightning_speedups.tricks.hardware.trainer_defaults import choose_precision
-from small import Classifier, loader
+from zoo import Classifier, loader
 
 
 def EXAMPLE():

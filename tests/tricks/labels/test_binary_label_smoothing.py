@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_speedups import BinaryLabelSmoothing, MixupCallback
 from lightning_speedups.core.mixing import blend
 from lightning_speedups.tensors.labels import MixedLabels
-from small import CLASSES, Classifier, OneHot, ReplayLoader, images, loader, trainer
+from zoo import CLASSES, Classifier, OneHot, ReplayLoader, images, loader, trainer
 
 C = 4
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25])
@@ -98,7 +98,7 @@ def test_mixed_labels_are_read_as_shares_of_yes(shape):
     share = lam.view(6, *[1] * (len(shape) - 1))
     expected = BinaryLabelSmoothing(0.1)(x, share * first + (1 - share) * second)
     torch.testing.assert_close(BinaryLabelSmoothing(0.1)(x, labels), expected)
-    assert labels._reads.count == 1
+    assert labels.reads.count == 1
     byte = MixedLabels.mix(first.byte(), second.byte(), lam)
     torch.testing.assert_close(BinaryLabelSmoothing(0.1)(x, byte), expected)
 

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from lightning_speedups import BinaryLabelSmoothing, LabelSmoothingLoss, SmoothingSchedule
 from lightning_speedups.core.schedules import SHAPES
 from lightning_speedups.tricks.labels.smoothing_schedule import factor_at
-from small import (
+from zoo import (
     CLASSES,
     Classifier,
     Interrupted,

@@ -3,29 +3,35 @@
 import logging
 import math
 import pickle
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from curves import Curve
 from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, LearningRateMonitor
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, IterableDataset
+from torch.optim.lr_scheduler import LambdaLR
 from two_processes import Notes, Regressor, two
 
 from lightning_speedups import LRCurve, OneCycleMomentum, StopAtTarget, WarmupLRScaler
 from lightning_speedups.core.schedules import OneCycle
 from lightning_speedups.tricks.rates.stop_at_target import is_reached
-from small import (
+from zoo import (
     Classifier,
+    Clock,
     Memory,
     ReplayLoader,
+    SometimesInfinite,
+    TwoGroups,
+    TwoOptimizers,
     assert_same_weights,
+    endless,
     fit_interrupted,
-    images,
     loader,
     resume,
+    scaled,
+    scheduled,
     trainer,
     weights,
 )
@@ -57,16 +63,9 @@ def fit(module, tricks, data=None, **arguments):
     return run
 
 
-class Clock:
+class TakesTime(Learns):
     """Half a second a training batch, 20 seconds a validation."""
 
-    def __init__(self, monkeypatch):
-        self.now = 1000.0
-        name = "lightning_speedups.tricks.rates.stop_at_target.time"
-        monkeypatch.setattr(name, SimpleNamespace(monotonic=lambda: self.now))
-
-
-class TakesTime(Learns):
     def __init__(self, clock):
         super().__init__()
         self.clock = clock
@@ -141,7 +140,11 @@ def test_a_validation_outside_of_a_fit_does_not_count():
 
 
 def test_it_reports_time_steps_and_samples(monkeypatch, caplog):
-    logger, module, stop = Memory(), TakesTime(Clock(monkeypatch)), at(8, finish="anneal", anneal=3)
+    logger, module, stop = (
+        Memory(),
+        TakesTime(Clock(monkeypatch, StopAtTarget.__module__)),
+        at(8, finish="anneal", anneal=3),
+    )
     with caplog.at_level(logging.INFO):
         fit(module, [stop], loader(30), logger=logger, log_every_n_steps=1)
     report = stop.reached
@@ -187,15 +190,12 @@ def test_samples_that_cannot_be_counted_are_unknown():
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
 def test_a_step_that_the_grad_scaler_skips_is_none():
-    module, stop = Learns(), at(8)
-    step = module.training_step
-    module.training_step = lambda batch, batch_idx: step(batch, batch_idx) * (float("inf") if batch_idx == 1 else 1.0)
+    class SometimesInfiniteAndLearns(SometimesInfinite, Learns):
+        pass
+
+    module, stop = SometimesInfiniteAndLearns(bad={1, 5}), at(8)
     fit(module, [stop], plugins=[scaled()])
     assert stop.reached.steps == 6
-
-
-def scaled():
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
 
 
 # ---- the last decay
@@ -203,6 +203,14 @@ def scaled():
 
 def fall(steps):
     return list(1 - np.arange(steps) / steps)
+
+
+def annealed(steps, own):
+    before = (steps.done or steps.planned)[0]  # the first epoch reaches the target
+    return [{"lr": own["lr"] * part} for part in [1] * before + fall(min(7, steps.total - steps.planned[0]))]
+
+
+CURVES = {"annealed": Curve(partial(StopAtTarget, "train_loss", 99.0, "min", finish="anneal", anneal=7), annealed)}
 
 
 @pytest.mark.parametrize(
@@ -232,10 +240,10 @@ def test_the_decay_ends_with_the_run_at_the_latest():
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
 def test_the_decay_ends_with_the_run_also_when_steps_were_skipped():
-    module, stop = Learns(), at(8, finish="anneal", anneal=100)
-    step = module.training_step
-    bad = lambda: len(module.losses) in (2, 3, 6)  # noqa: E731
-    module.training_step = lambda batch, batch_idx: step(batch, batch_idx) * (float("inf") if bad() else 1.0)
+    class SometimesInfiniteAndLearns(SometimesInfinite, Learns):
+        pass
+
+    module, stop = SometimesInfiniteAndLearns(bad={1, 2, 5}), at(8, finish="anneal", anneal=100)
     fit(module, [stop], max_epochs=3, plugins=[scaled()])
     np.testing.assert_allclose(rates(module), 0.05 * np.array([1] * 5 + fall(4)))
 
@@ -258,15 +266,8 @@ def test_the_decay_begins_where_any_schedule_stands():
     )
 
 
-class Scheduled(Learns):
-    def configure_optimizers(self):
-        optimizer = super().configure_optimizers()
-        step = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
-        return [optimizer], [{"scheduler": step, "interval": "step"}]
-
-
 def test_the_decay_begins_where_a_scheduler_of_torch_stands_which_goes_on_by_itself():
-    module = Scheduled()
+    module = scheduled(lambda optimizer: LambdaLR(optimizer, lambda t: 1 / (1 + t)), kind=Learns)
     run = fit(module, [at(8, finish="anneal", anneal=3)])
     np.testing.assert_allclose(
         rates(module), 0.05 * np.array([1 / (1 + t) for t in range(8)] + [part / 9 for part in fall(3)])
@@ -274,13 +275,7 @@ def test_the_decay_begins_where_a_scheduler_of_torch_stands_which_goes_on_by_its
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 / 12)
 
 
-class TwoGroups(Learns):
-    def configure_optimizers(self):
-        groups = [{"params": self.backbone.parameters(), "lr": 0.01}, {"params": self.head.parameters()}]
-        optimizer = torch.optim.SGD(groups, lr=0.3)
-        optimizer.register_step_pre_hook(self._note)
-        return optimizer
-
+class Grows(TwoGroups, Learns):
     def on_train_batch_start(self, batch, batch_idx):
         if len(self.losses) == 9:
             self.extra = torch.nn.Parameter(torch.zeros(1))
@@ -288,7 +283,7 @@ class TwoGroups(Learns):
 
 
 def test_each_group_decays_from_its_own_rate_also_one_that_appears_meanwhile():
-    module = TwoGroups()
+    module = Grows()
     fit(module, [at(8, finish="anneal", anneal=4)])
     np.testing.assert_allclose(rates(module), 0.01 * np.array([1] * 8 + fall(4)))
     np.testing.assert_allclose([step[1]["lr"] for step in module.values], 0.3 * np.array([1] * 8 + fall(4)))
@@ -315,32 +310,12 @@ def test_the_rate_monitor_shows_the_decay():
     np.testing.assert_allclose(monitor.lrs["lr-SGD"], 0.05 * np.array([1] * 8 + fall(4)))
 
 
-class Manual(Learns):
+class Manual(TwoOptimizers, Learns):
     """Two optimizers, the second of which steps on every other batch, or never."""
-
-    def __init__(self, every=2):
-        super().__init__()
-        self.automatic_optimization, self.every = False, every
-
-    def configure_optimizers(self):
-        self.rates = ([], [])
-        made = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.head, self.backbone)]
-        for optimizer, seen in zip(made, self.rates, strict=True):
-            optimizer.register_step_pre_hook(lambda o, *_, seen=seen: seen.append(o.param_groups[0]["lr"]))
-        return made
-
-    def training_step(self, batch, batch_idx):
-        first, second = self.optimizers()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        first.step()
-        first.zero_grad()
-        if batch_idx % self.every == self.every - 1:
-            second.step()
-            second.zero_grad()
 
 
 def test_in_manual_optimization_each_optimizer_decays_by_its_own_steps():
-    module, stop = Manual(), at(8, finish="anneal", anneal=0.5)
+    module, stop = Manual(every=2, lr=(0.1, 0.1)), at(8, finish="anneal", anneal=0.5)
     fit(module, [stop], max_epochs=9)
     assert stop.reached.steps == 8
     np.testing.assert_allclose(module.rates[0], 0.1 * np.array([1] * 8 + fall(4)))
@@ -348,7 +323,7 @@ def test_in_manual_optimization_each_optimizer_decays_by_its_own_steps():
 
 
 def test_an_optimizer_that_never_steps_is_not_waited_for():
-    module, stop = Manual(every=100), at(8, finish="anneal", anneal=3)
+    module, stop = Manual(every=100, lr=(0.1, 0.1)), at(8, finish="anneal", anneal=3)
     fit(module, [stop], max_epochs=9)
     np.testing.assert_allclose(module.rates[0], 0.1 * np.array([1] * 8 + fall(3)))
     assert module.rates[1] == []
@@ -460,9 +435,15 @@ def test_a_second_fit_starts_anew():
 # ---- resume
 
 
-@pytest.mark.parametrize(("stop", "epoch_end"), [*((k, False) for k in range(1, 12) if k % 4), (4, True), (8, True)])
-@pytest.mark.parametrize("finish", ["now", "anneal"])
-def test_a_run_resumed_at_any_step_ends_as_the_whole_one_also_in_the_middle_of_its_decay(stop, epoch_end, finish):
+@pytest.mark.parametrize(
+    ("finish", "stop", "epoch_end"),
+    [
+        ("now", 1, False),
+        ("now", 4, True),
+        *(("anneal", *point) for point in [(1, False), (4, True), (6, False), (8, True), (10, False)]),
+    ],
+)
+def test_a_resumed_run_ends_as_the_whole_one_also_in_the_middle_of_its_decay(finish, stop, epoch_end):
     def tricks():
         return [StopAtTarget("train_loss", 99.0, "min", finish=finish, anneal=7), LRCurve("linear", total_steps=16)]
 
@@ -470,8 +451,6 @@ def test_a_run_resumed_at_any_step_ends_as_the_whole_one_also_in_the_middle_of_i
     parted.load_state_dict(whole.state_dict())
     trainer(callbacks=tricks(), max_epochs=4).fit(whole, ReplayLoader())
     assert len(whole.losses) == (11 if finish == "anneal" else 4)
-    if stop > len(whole.losses):
-        return
     fit_interrupted(parted, ReplayLoader(), stop, tricks(), epoch_end=epoch_end, max_epochs=4)
     resumed = tricks()
     resume(parted, ReplayLoader(), resumed, max_epochs=4)
@@ -481,7 +460,7 @@ def test_a_run_resumed_at_any_step_ends_as_the_whole_one_also_in_the_middle_of_i
 
 
 def test_the_break_between_resumed_runs_is_left_out_and_so_is_what_comes_after_a_run(monkeypatch):
-    clock = Clock(monkeypatch)
+    clock = Clock(monkeypatch, StopAtTarget.__module__)
     module, stop = TakesTime(clock), at(12)
     run = fit(module, [at(12)], ReplayLoader(), max_epochs=2)
     clock.now += 5000.0
@@ -495,7 +474,7 @@ def test_the_break_between_resumed_runs_is_left_out_and_so_is_what_comes_after_a
 
 
 def test_a_checkpoint_from_the_middle_of_a_run_has_its_time(monkeypatch):
-    module = TakesTime(Clock(monkeypatch))
+    module = TakesTime(Clock(monkeypatch, StopAtTarget.__module__))
     fit_interrupted(module, loader(), 3, [at(99)])
     state = torch.load("at.ckpt", weights_only=True)["callbacks"][at(99).state_key]
     assert state["seconds"] == pytest.approx(1.5)
@@ -504,9 +483,7 @@ def test_a_checkpoint_from_the_middle_of_a_run_has_its_time(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize("finish", ["now", "anneal"])
-def test_in_two_processes_one_ranks_word_ends_both_at_the_same_step(monkeypatch, finish):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
+def test_in_two_processes_one_ranks_word_ends_both_at_the_same_step(finish):
     class OneIsThere(Regressor):
         def on_train_epoch_start(self):
             self.score = float(self.current_epoch + self.global_rank)
@@ -531,13 +508,8 @@ def test_in_two_processes_one_ranks_word_ends_both_at_the_same_step(monkeypatch,
 # ---- what it refuses
 
 
-class Endless(IterableDataset):
-    def __iter__(self):
-        yield from zip(*images(32), strict=True)
-
-
 def test_a_decay_in_epochs_of_unknown_length_is_refused_at_fit_start():
-    module, data = Learns(), DataLoader(Endless(), batch_size=8)
+    module, data = Learns(), endless()
     with pytest.raises(
         MisconfigurationException, match=r"StopAtTarget\(anneal='1 epochs'\) needs the length of an epoch"
     ):
@@ -547,7 +519,7 @@ def test_a_decay_in_epochs_of_unknown_length_is_refused_at_fit_start():
 
 @pytest.mark.parametrize("arguments", [{}, {"max_epochs": -1}, {"max_epochs": None, "max_time": {"hours": 1}}])
 def test_a_run_of_unknown_length_ends_and_decays_as_well(arguments):
-    module, data = Learns(), DataLoader(Endless(), batch_size=8)
+    module, data = Learns(), endless()
     fit(module, [at(8, finish="anneal", anneal=0.5)], data, **arguments)
     np.testing.assert_allclose(rates(module), 0.05 * np.array([1] * 8 + fall(4)))
 

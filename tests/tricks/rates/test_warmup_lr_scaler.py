@@ -6,24 +6,32 @@ import math
 import numpy as np
 import pytest
 import torch
+from curves import Curve
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from lightning_speedups import OneCycleMomentum, WarmupLRScaler
 from lightning_speedups.core.schedules import OneCycle
 from lightning_speedups.tricks.rates.warmup_lr_scaler import scaling_factor
-from small import (
+from zoo import (
+    STOPS,
     Classifier,
     ReplayLoader,
+    SometimesInfinite,
+    TwoGroups,
+    TwoOptimizers,
     assert_same_weights,
+    endless,
     fit_interrupted,
     images,
     loader,
     resume,
+    scaled,
+    scheduled,
     trainer,
     weights,
 )
@@ -41,6 +49,14 @@ def factors(steps, warmup, start, full):
     return [start + (full - start) * min(t / warmup, 1) for t in range(steps)]
 
 
+def scaled_up(steps, own):
+    warmup = round(steps.planned[0] + 0.5 * steps.planned[1])
+    return [{"lr": own["lr"] * factor} for factor in factors(steps.total, warmup, 1.0, 6.0)]
+
+
+CURVES = {"scaled up": Curve(lambda: WarmupLRScaler(scale=6.0, warmup_epochs=1.5), scaled_up)}
+
+
 @pytest.mark.parametrize(("accumulate", "steps", "warmup"), [(1, 18, 9), (4, 6, 3)])
 def test_the_rate_ramps_from_the_unscaled_to_the_scaled_one_per_optimizer_step(accumulate, steps, warmup):
     module = Classifier(lr=0.1)
@@ -50,18 +66,9 @@ def test_the_rate_ramps_from_the_unscaled_to_the_scaled_one_per_optimizer_step(a
     np.testing.assert_allclose(rates(module), 0.1 * np.array(factors(steps, warmup, 1.0, scale)), rtol=1e-9)
 
 
-def scheduled(make, interval="step"):
-    class Scheduled(Classifier):
-        def configure_optimizers(self):
-            optimizer = super().configure_optimizers()
-            return [optimizer], [{"scheduler": make(optimizer), "interval": interval, "monitor": "val_loss"}]
-
-    return Scheduled(lr=0.1)
-
-
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_on_top_of_step_lr(accumulate):
-    module = scheduled(lambda optimizer: StepLR(optimizer, 2, gamma=0.5))
+    module = scheduled(lambda optimizer: StepLR(optimizer, 2, gamma=0.5), lr=0.1)
     trainer(callbacks=[WarmupLRScaler(scale=6.0, warmup_steps=4)], accumulate_grad_batches=accumulate).fit(
         module, loader(48)
     )
@@ -71,14 +78,16 @@ def test_on_top_of_step_lr(accumulate):
 
 
 def test_on_top_of_lambda_lr_by_epoch():
-    module = scheduled(lambda optimizer: LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch)), "epoch")
+    module = scheduled(lambda optimizer: LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch)), "epoch", lr=0.1)
     trainer(callbacks=[WarmupLRScaler(scale=6.0, warmup_steps=7)]).fit(module, loader())
     own = np.array([0.1 / (1 + t // 4) for t in range(12)])
     np.testing.assert_allclose(rates(module), own * factors(12, 7, 1.0, 6.0), rtol=1e-9)
 
 
 def test_on_top_of_reduce_lr_on_plateau():
-    module = scheduled(lambda optimizer: ReduceLROnPlateau(optimizer, factor=0.5, patience=0, mode="max"), "epoch")
+    module = scheduled(
+        lambda optimizer: ReduceLROnPlateau(optimizer, factor=0.5, patience=0, mode="max"), "epoch", lr=0.1
+    )
     module.validation_step = lambda batch, batch_idx: module.log("val_loss", 1.0)  # never better than the first time
     trainer(callbacks=[WarmupLRScaler(scale=6.0, warmup_steps=7)], max_epochs=4).fit(module, loader(), loader())
     own = np.repeat([0.1, 0.1, 0.05, 0.025], 4)
@@ -93,18 +102,15 @@ def test_on_top_of_one_cycle():
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
-def test_a_step_that_the_grad_scaler_skips_does_not_move_the_ramp():
-    module = scheduled(lambda optimizer: StepLR(optimizer, 100))
-    step = module.training_step
-    module.training_step = lambda batch, batch_idx: step(batch, batch_idx) * (float("inf") if batch_idx == 1 else 1.0)
-    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
-    trainer(callbacks=[WarmupLRScaler(scale=6.0, warmup_steps=7)], plugins=[precision]).fit(module, loader())
-    np.testing.assert_allclose(rates(module), 0.1 * np.array(factors(9, 7, 1.0, 6.0)), rtol=1e-9)
+def test_a_step_that_the_grad_scaler_skips_does_not_move_the_ramp_on_top_of_a_scheduler():
+    module = scheduled(lambda optimizer: StepLR(optimizer, 100), kind=SometimesInfinite, bad={1, 5, 9})
+    trainer(callbacks=[WarmupLRScaler(scale=6.0, warmup_steps=7)], plugins=[scaled()]).fit(module, loader())
+    np.testing.assert_allclose(rates(module), 0.05 * np.array(factors(9, 7, 1.0, 6.0)), rtol=1e-9)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("stop", STOPS)
 def test_a_resumed_run_goes_on_exactly_and_its_checkpoint_holds_the_schedulers_rate(stop):
-    whole, parted = (scheduled(lambda optimizer: StepLR(optimizer, 3, gamma=0.5)) for _ in range(2))
+    whole, parted = (scheduled(lambda optimizer: StepLR(optimizer, 3, gamma=0.5), lr=0.1) for _ in range(2))
     parted.load_state_dict(whole.state_dict())
     tricks = [WarmupLRScaler(scale=6.0, warmup_epochs=2.0)]
     trainer(callbacks=[WarmupLRScaler(scale=6.0, warmup_epochs=2.0)]).fit(whole, ReplayLoader())
@@ -130,12 +136,7 @@ def test_no_ramp_needs_no_length():
 
 
 def test_ratios_between_groups_are_kept():
-    module = Classifier()
-    module.configure_optimizers = lambda: optimizer
-    optimizer = torch.optim.SGD(
-        [{"params": module.backbone.parameters(), "lr": 0.01}, {"params": module.head.parameters()}], 0.3
-    )
-    optimizer.register_step_pre_hook(module._note)
+    module = TwoGroups()
     trainer(callbacks=[WarmupLRScaler(scale=5.0, warmup_steps=3)]).fit(module, loader())
     np.testing.assert_allclose(rates(module, 0), 0.01 * np.array(factors(12, 3, 1.0, 5.0)), rtol=1e-9)
     np.testing.assert_allclose(rates(module, 1), 0.3 * np.array(factors(12, 3, 1.0, 5.0)), rtol=1e-9)
@@ -173,37 +174,13 @@ def test_the_factor_follows_an_accumulation_that_changes_between_epochs(order):
     np.testing.assert_allclose(rates(module), [0.1] * 4 + [0.2] * 2 + [0.4], rtol=1e-9)
 
 
-class TwoOptimizers(Classifier):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        head, backbone = (
-            torch.optim.SGD(self.head.parameters(), 0.1),
-            torch.optim.Adam(self.backbone.parameters(), 0.01),
-        )
-        self.rates = {"SGD": [], "Adam": []}
-        for optimizer in (head, backbone):
-            optimizer.register_step_pre_hook(lambda o, *_: self.rates[type(o).__name__].append(o.param_groups[0]["lr"]))
-        return head, backbone
-
-    def training_step(self, batch, batch_idx):
-        head, backbone = self.optimizers()
-        head.zero_grad(), backbone.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        head.step()
-        if batch_idx % 2:
-            backbone.step()
-
-
 def test_several_optimizers_are_scaled_and_counted_by_themselves():
-    module = TwoOptimizers()
+    module = TwoOptimizers(every=2, lr=(0.1, 0.01), kinds=(SGD, Adam))
     callback = WarmupLRScaler(base_batch_size=2, warmup_steps=5)
     trainer(callbacks=[callback]).fit(module, loader())
     assert callback.steps_done == [12, 6]
-    np.testing.assert_allclose(module.rates["SGD"], 0.1 * np.array(factors(12, 5, 1.0, 4.0)), rtol=1e-9)
-    np.testing.assert_allclose(module.rates["Adam"], 0.01 * np.array(factors(6, 5, 1.0, 2.0)), rtol=1e-9)
+    np.testing.assert_allclose(module.rates[0], 0.1 * np.array(factors(12, 5, 1.0, 4.0)), rtol=1e-9)
+    np.testing.assert_allclose(module.rates[1], 0.01 * np.array(factors(6, 5, 1.0, 2.0)), rtol=1e-9)
 
 
 def test_it_says_in_one_line_what_it_did(caplog):
@@ -222,11 +199,6 @@ def test_a_ramp_longer_than_the_run_is_warned_of():
         trainer(callbacks=[WarmupLRScaler(base_batch_size=4)]).fit(Classifier(), loader())
 
 
-class Endless(IterableDataset):
-    def __iter__(self):
-        yield from zip(*images(32), strict=True)
-
-
 LOADERS = {
     "batch_size": lambda: loader(),
     "batch_sampler": lambda: DataLoader(
@@ -235,7 +207,7 @@ LOADERS = {
     "batches as samples": lambda: DataLoader(
         TensorDataset(*images(32)), sampler=BatchSampler(SequentialSampler(range(32)), 8, False), batch_size=None
     ),
-    "iterable": lambda: DataLoader(Endless(), batch_size=8),
+    "iterable": endless,
     "own": lambda: ReplayLoader(),
 }
 
@@ -260,7 +232,7 @@ class NoBatchSize(list):
             {"base_batch_size": 8, "warmup_steps": 1},
             "Give `scale=`",
         ),
-        (lambda: DataLoader(Endless(), batch_size=8), {"scale": 2.0}, "Give `warmup_steps`"),
+        (endless, {"scale": 2.0}, "Give `warmup_steps`"),
     ],
 )
 def test_what_it_needs_and_cannot_know_is_asked_for_at_fit_start(data, arguments, told):

@@ -1,17 +1,19 @@
 """The grip on layers: found, frozen and thawed at any moment, and given back."""
 
 import itertools
+from functools import partial
 
 import pytest
 import timm
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from patches import patched
+from patches import ADD_PARAM_GROUP, patched
 from torch import nn
 
+from lightning_speedups import FreezeBackboneFinetune, FreezeProgressively
 from lightning_speedups.tricks.transfer.base import FreezingTrick, find_layers, forget_state
-from small import Classifier, fit_interrupted, loader, trainer, weights
+from zoo import Classifier, fit_interrupted, loader, trainer, weights
 
 
 class Turns(FreezingTrick):
@@ -67,6 +69,29 @@ def test_everything_is_given_back_in_the_middle_as_well(failing):
     assert [sub.training for sub in module.modules()] == [training for _, training in before]
     assert not any({"train", "forward"} & vars(sub).keys() for sub in module.modules())
     assert all(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [partial(FreezeBackboneFinetune, unfreeze_at_epoch=None), partial(FreezeProgressively, start=0.2)],
+    ids=["finetune", "progressively"],
+)
+def test_the_module_is_handed_back_as_it_came(make, failing):
+    def state(module):
+        grads = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        return grads, [(sub.training, "train" in vars(sub)) for sub in module.modules()]
+
+    module, callback = Classifier(), make()
+    module.backbone[0].bias.requires_grad_(False)  # the user's own choice
+    before = state(module)
+    if failing:
+        fit_interrupted(module, loader(), 7, [callback])
+    else:
+        trainer(callbacks=[callback]).fit(module, loader())
+    assert state(module) == before
+    assert callback.layers == []
+    assert torch.optim.Optimizer.add_param_group is ADD_PARAM_GROUP
 
 
 def test_forgotten_parameters_start_anew_but_for_adagrad_whose_state_is_made_once():

@@ -22,10 +22,12 @@ from torchvision.transforms import v2
 
 from lightning_speedups import FeatureCache, MixupCallback
 from lightning_speedups.tensors.unloaded import Unloaded
-from small import (
+from zoo import (
     CLASSES,
+    Batches,
     Classifier,
     FreezesBackbone,
+    Manual,
     ReplayLoader,
     assert_same_weights,
     fit_interrupted,
@@ -208,17 +210,8 @@ class Residual(Frozen):
         return loss
 
 
-class ByHand(Frozen):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
+class ByHand(Manual, Frozen):
+    pass
 
 
 class NormalisesAndDropsOut(Frozen):
@@ -1005,6 +998,4 @@ def test_inputs_of_several_sizes():
 
 
 def test_a_loader_whose_samples_are_not_known():
-    from small import Batches
-
     assert "FeatureCache needs one training loader" in refused(Frozen(), Batches(list(images(8))))

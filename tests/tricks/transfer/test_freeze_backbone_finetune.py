@@ -16,18 +16,21 @@ from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.lr_scheduler import StepLR
 
 from lightning_speedups import FreezeBackboneFinetune, OneCycleMomentum, WarmupLRScaler
 from lightning_speedups.core.schedules import OneCycle
 from lightning_speedups.tricks.transfer.base import find_layers
-from small import (
+from zoo import (
     CLASSES,
     Classifier,
     ReplayLoader,
+    Timm,
     assert_same_weights,
     fit_interrupted,
     loader,
     resume,
+    scheduled,
     trainer,
     weights,
 )
@@ -114,17 +117,9 @@ def test_the_backbone_trains_at_its_ratio_in_groups_that_exist_from_the_start():
     assert [[group["lr"] for group in step] for step in module.values] == [[0.2, 0.05]] * 12
 
 
-class Scheduled(Classifier):
-    def configure_optimizers(self):
-        optimizer = super().configure_optimizers()
-        return [optimizer], [
-            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 5, gamma=0.1), "interval": "step"}
-        ]
-
-
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
 def test_the_ratio_stays_on_top_of_schedulers_and_of_the_other_tricks():
-    module = Scheduled(lr=0.2)
+    module = scheduled(lambda optimizer: StepLR(optimizer, 5, gamma=0.1), lr=0.2)
     trainer(callbacks=[FreezeBackboneFinetune(backbone_lr_ratio=0.25)]).fit(module, loader())
     head = np.array([0.2 * 0.1 ** (t // 5) for t in range(12)])
     np.testing.assert_allclose(
@@ -143,7 +138,7 @@ def test_the_ratio_stays_on_top_of_schedulers_and_of_the_other_tricks():
     )
 
 
-@pytest.mark.parametrize("stop", range(1, 16))
+@pytest.mark.parametrize("stop", [1, 6, 8, 9, 15])  # it thaws after 8 of 16 steps
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_resumed_before_at_and_past_the_unfreeze_it_equals_the_whole_run(stop, optimizer):
     whole, parted = model(optimizer=optimizer), model(optimizer=optimizer)
@@ -256,28 +251,6 @@ def test_an_error_that_the_split_groups_may_have_caused_names_the_trick():
     assert caught.value.__notes__ == ["FreezeBackboneFinetune split the parameter groups; the new ones come last."]
 
 
-def frozen_state(module):
-    return (
-        {name: parameter.requires_grad for name, parameter in module.named_parameters()},
-        [sub.training for sub in module.modules()],
-        ["train" in sub.__dict__ for sub in module.modules()],
-    )
-
-
-@pytest.mark.parametrize("failing", [True, False])
-def test_the_module_is_handed_back_as_it_came(failing):
-    module = model()
-    module.backbone[0].bias.requires_grad_(False)  # the user's own choice
-    before, add_group = frozen_state(module), torch.optim.Optimizer.add_param_group
-    callback = FreezeBackboneFinetune(unfreeze_at_epoch=None)
-    if failing:
-        fit_interrupted(module, loader(), 2, [callback])
-    else:
-        trainer(callbacks=[callback]).fit(module, loader())
-    assert frozen_state(module) == before
-    assert torch.optim.Optimizer.add_param_group is add_group
-
-
 def test_a_frozen_module_can_be_copied_and_pickled():
     class Copying(Classifier):
         def on_train_batch_end(self, *_):
@@ -293,30 +266,13 @@ def test_a_frozen_module_can_be_copied_and_pickled():
     assert module.copied
 
 
-class Timm(LightningModule):
-    def __init__(self, name):
-        super().__init__()
-        self.model = timm.create_model(name, num_classes=CLASSES, in_chans=2, pretrained=False)
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.model(F.interpolate(batch[0], 32)), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1, weight_decay=0.1)
-
-
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "test_vit", "efficientnet_lite0"])
 def test_a_timm_model_without_a_name_is_frozen_all_but_its_classifier(name):
-    module = Timm.__new__(Timm)
-    LightningModule.__init__(module)
-    module.model = timm.create_model(
-        name, num_classes=CLASSES, in_chans=2, **({"img_size": 32} if "vit" in name else {})
-    )
+    module = Timm(name)
     start = weights(module)
     trainer(callbacks=[FreezeBackboneFinetune(None, unfreeze_at_epoch=None)], max_steps=2).fit(module, loader())
     changed = {name for name, value in weights(module).items() if not torch.equal(start[name], value)}
-    head = {id(p) for p in module.model.get_classifier().parameters()}
-    assert changed == {name for name, p in module.named_parameters() if id(p) in head}
+    assert changed == {f"model.{name}" for name in module.of_classifier}
 
 
 @pytest.mark.parametrize("pick", [lambda m: m.backbone, lambda m: [m.backbone[0], m.backbone[1]], "backbone"])

@@ -5,31 +5,35 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR
 
 from lightning_speedups import FreezeBackboneFinetune, FreezeProgressively, OneCycleMomentum, WarmupLRScaler
 from lightning_speedups.core.schedules import OneCycle
 from lightning_speedups.tricks.transfer.freeze_progressively import annealed, freeze_times
-from small import (
+from zoo import (
     CLASSES,
+    STOPS,
     Classifier,
+    Manual,
     Memory,
     ReplayLoader,
     SometimesInfinite,
+    Timm,
+    TwoOptimizers,
     assert_same_weights,
     fit_interrupted,
     images,
     loader,
     resume,
+    scaled,
+    scheduled,
     trainer,
     weights,
 )
@@ -186,16 +190,9 @@ def test_scaled_all_layers_move_as_far_in_all():
     np.testing.assert_allclose(rates(module)[:, 1:].sum(0), 0.1 * 50, rtol=0.03)
 
 
-class Scheduled(Deep):
-    def configure_optimizers(self):
-        optimizer = super().configure_optimizers()
-        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-
 def test_the_factor_stays_on_top_of_schedulers_and_of_the_other_tricks():
     factors = np.array([[1.0, *(cosine(step, end) for end in (3, 6, 9, 12))] for step in range(12)])
-    module = Scheduled(lr=0.2)
+    module = scheduled(lambda optimizer: ExponentialLR(optimizer, 0.9), kind=Deep, lr=0.2)
     fit(module, FreezeProgressively(start=0.25))
     np.testing.assert_allclose(rates(module), 0.2 * 0.9 ** np.arange(12)[:, None] * factors, atol=1e-15)
     module = Deep()
@@ -222,8 +219,8 @@ def test_monitors_see_the_rates_and_the_optimizer_keeps_its_own():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("stop", range(1, 12))
-def test_resumed_at_any_step_it_equals_the_whole_run(stop, optimizer):
+@pytest.mark.parametrize("stop", STOPS)
+def test_resumed_it_equals_the_whole_run(stop, optimizer):
     whole, parted = Deep(optimizer=optimizer), Deep(optimizer=optimizer)
     make = partial(FreezeProgressively, start=0.25, until=0.9, power=2.0)
     fit(whole, make())
@@ -268,8 +265,7 @@ def test_steps_that_a_scaler_skips_do_not_count():
             return super().training_step(batch, batch_idx)
 
     module = Skips(bad={1, 2})
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
-    fit(module, FreezeProgressively(), plugins=[plugin])
+    fit(module, FreezeProgressively(), plugins=[scaled(2.0)])
     assert module.seen_frozen == [False] * 8 + [True] * 4
 
 
@@ -291,23 +287,6 @@ def test_validation_stays_in_eval_mode_and_sees_a_frozen_layer_stand_still():
     assert still == [False, False, True, True, True]
 
 
-@pytest.mark.parametrize("failing", [True, False])
-def test_the_module_is_handed_back_as_it_came(failing):
-    def switches(module):
-        grads = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-        return grads, [(sub.training, "train" in vars(sub)) for sub in module.modules()]
-
-    module = Classifier()
-    module.backbone[0].bias.requires_grad_(False)  # the user's own choice
-    before, callback = switches(module), FreezeProgressively(start=0.2)
-    if failing:
-        fit_interrupted(module, loader(), 7, [callback])
-    else:
-        fit(module, callback)
-    assert switches(module) == before
-    assert callback.layers == []
-
-
 def test_a_layer_that_the_user_froze_goes_with_the_others():
     module = Classifier()
     module.backbone = nn.Sequential(
@@ -322,50 +301,26 @@ def test_a_layer_that_the_user_froze_goes_with_the_others():
     assert [torch.equal(one, other) for one, other in pairwise(means)] == [False] * 5 + [True] * 6
 
 
-class Manual(Classifier):
-    automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        self.grads = [*getattr(self, "grads", []), self.backbone[0].weight.requires_grad]
-        loss = super().training_step(batch, batch_idx)
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
+def notes_when_it_trains(module):
+    """Note in each batch whether the first layer trains."""
+    module.grads = []
+    module.backbone.register_forward_pre_hook(lambda part, _: module.grads.append(part[0].weight.requires_grad))
+    return module
 
 
 def test_manual_optimization_works_once_it_tells_the_number_of_steps():
     with pytest.raises(MisconfigurationException, match=r"manual optimization.*Give `total_steps="):
         fit(Manual(), FreezeProgressively())
-    module = Manual(lr=0.1)
+    module = notes_when_it_trains(Manual(lr=0.1))
     fit(module, FreezeProgressively(total_steps=12))
     assert module.grads == [True] * 6 + [False] * 6
     np.testing.assert_allclose(rates(module)[:, 1], 0.1 * np.array([cosine(step, 6) for step in range(12)]), atol=1e-15)
 
 
-class TwoOptimizers(Classifier):
-    """The head steps in every batch, the backbone in every second one."""
-
-    automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        self.grads = [*getattr(self, "grads", []), self.backbone[0].weight.requires_grad]
-        loss = super().training_step(batch, batch_idx)
-        self.zero_grad()
-        self.manual_backward(loss)
-        slow, fast = self.optimizers()
-        fast.step()
-        if batch_idx % 2:
-            slow.step()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.backbone.parameters(), 0.1)
-
-
 def test_a_layer_counts_the_steps_of_its_own_optimizer():
-    module = TwoOptimizers()
-    fit(module, FreezeProgressively(total_steps=8))
-    assert module.grads == [True] * 4 + [False] * 8  # the backbone's is the fast one here
+    module = notes_when_it_trains(TwoOptimizers(every=2))
+    fit(module, FreezeProgressively(total_steps=4))
+    assert module.grads == [True] * 4 + [False] * 8  # the backbone's has made half of its steps
 
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset`")
@@ -388,33 +343,17 @@ def test_a_run_in_which_nothing_freezes_is_warned_of():
         fit(Deep(), FreezeProgressively(start=1.0))
 
 
-class Timm(LightningModule):
-    def __init__(self, name):
-        super().__init__()
-        torch.manual_seed(0)
-        size = {"img_size": 32} if "vit" in name else {}
-        self.model = timm.create_model(name, num_classes=CLASSES, in_chans=2, **size)
-        self.frozen = []
-
-    def training_step(self, batch, batch_idx):
-        self.frozen.append({name for name, p in self.model.named_parameters() if not p.requires_grad})
-        return F.cross_entropy(self.model(F.interpolate(batch[0], 32)), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 1e-3)
-
-
 @pytest.mark.parametrize(
     ("name", "first"), [("resnet10t", {"conv1", "bn1"}), ("test_vit", {"cls_token", "pos_embed", "patch_embed"})]
 )
 def test_a_timm_model_freezes_from_its_stem_to_its_classifier(name, first):
     module = Timm(name)
     fit(module, FreezeProgressively(None, start=0.25, until=0.75), max_steps=8, max_epochs=-1)
-    none, stem, everything = (module.frozen[step] for step in (1, 2, 6))
+    names = {name for name, _ in module.model.named_parameters()}
+    none, stem, everything = (names - module.trained[step] for step in (1, 2, 6))
     assert none == set()
     assert {name.split(".")[0] for name in stem} == first
-    head = {id(parameter) for parameter in module.model.get_classifier().parameters()}
-    assert everything == {name for name, p in module.model.named_parameters() if id(p) not in head}
+    assert everything == names - module.of_classifier
 
 
 def test_it_refuses_what_freezes_the_same_layers_and_goes_with_what_does_not():

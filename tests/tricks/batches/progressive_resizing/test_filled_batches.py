@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_speedups import ProgressiveResizing
 from lightning_speedups.attach.steps import Driver
 from lightning_speedups.tricks.batches.progressive_resizing.filled_batches import FilledBatches
-from small import Classifier, ReplayLoader, trainer
+from zoo import Classifier, ReplayLoader, trainer
 
 
 class Members(Callback):

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_speedups import ProgressiveResizing
 from lightning_speedups.attach.rehearsal import swap_statistics
 from lightning_speedups.tricks.batches.progressive_resizing.full_size_statistics import give_statistics
-from small import Classifier, ReplayLoader, images, trainer
+from zoo import Classifier, ReplayLoader, images, trainer
 
 
 class Gives(Callback):

@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_speedups import ProgressiveResizing
-from small import Batches, Classifier, ReplayLoader, images, trainer
+from zoo import Batches, Classifier, ReplayLoader, images, trainer
 
 
 class Notes(Callback):

@@ -13,7 +13,7 @@ from lightning_speedups.attach.trick import Trick
 from lightning_speedups.core.resizing import Growth
 from lightning_speedups.tricks.batches.progressive_resizing.growth import SizesOverRun
 from lightning_speedups.tricks.batches.progressive_resizing.loader_sizes import LoaderSizes, load_full
-from small import Classifier, trainer
+from zoo import Classifier, trainer
 
 
 class Sized(Dataset):

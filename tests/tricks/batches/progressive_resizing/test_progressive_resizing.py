@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from torchvision.transforms import v2
 
 from lightning_speedups import MixupCallback, OneCycleMomentum, ProgressiveResizing, WarmupLRScaler
-from small import (
+from zoo import (
     CLASSES,
     Batches,
     Classifier,

@@ -5,7 +5,7 @@ from torch import nn
 
 from lightning_speedups import BatchAugmentation, MixupCallback, OneCycleMomentum, ProgressiveResizing
 from lightning_speedups.tricks.batches.progressive_resizing.regularization import Regularization
-from small import Classifier, trainer
+from zoo import Classifier, trainer
 
 
 def parts():

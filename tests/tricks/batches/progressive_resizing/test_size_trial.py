@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_speedups import ProgressiveResizing
 from lightning_speedups.attach.copies import NoCopyError
 from lightning_speedups.tricks.batches.progressive_resizing.size_trial import try_sizes
-from small import Classifier, ReplayLoader, trainer
+from zoo import Classifier, ReplayLoader, trainer
 
 
 class Tries(Callback):

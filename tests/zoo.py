@@ -1,7 +1,9 @@
-"""A small classifier, loaders and a Trainer for tests that go through a real fit."""
+"""The small modules, loaders and Trainers that tests share, for those that go through a real fit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +12,14 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.optim import SGD
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 CLASSES = 4
+STOPS = (1, 6, 8, 11)
+"""Where a run of three epochs of four steps is interrupted: at the first step, in the middle, at an epoch's last, before the last."""
 
 
 def images(count: int = 32, channels: int = 2, side: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -38,6 +44,17 @@ class Batches:
 
     def __iter__(self):
         return iter(self.batches)
+
+
+class Endless(IterableDataset[Any]):
+    """A dataset of unknown length, though it ends."""
+
+    def __iter__(self):
+        yield from zip(*images(), strict=True)
+
+
+def endless() -> DataLoader[Any]:
+    return DataLoader(Endless(), batch_size=8)
 
 
 class OrderOfEpoch(Sampler[int]):
@@ -137,6 +154,20 @@ class SometimesInfinite(Classifier):
         return loss * float("inf") if self.batch - 1 in self.bad else loss
 
 
+class TwoGroups(Classifier):
+    """The backbone and the head have a parameter group each, with a rate of its own."""
+
+    def __init__(self, lr: tuple[float, float] = (0.01, 0.3), momentum: float = 0.9) -> None:
+        super().__init__()
+        self.rates, self.momentum = lr, momentum
+
+    def configure_optimizers(self) -> Any:
+        parts = zip((self.backbone, self.head), self.rates, strict=True)
+        optimizer = SGD([{"params": part.parameters(), "lr": lr} for part, lr in parts], momentum=self.momentum)
+        optimizer.register_step_pre_hook(self._note)
+        return optimizer
+
+
 class Joins(Classifier):
     """The backbone joins in the second epoch, at a quarter of the head's rate."""
 
@@ -150,6 +181,97 @@ class Joins(Classifier):
             self.own.add_param_group({"params": self.backbone.parameters(), "lr": 0.1})
 
 
+def scheduled(
+    make: Callable[[Any], Any], interval: str = "step", kind: type[Classifier] = Classifier, **arguments: Any
+) -> Classifier:
+    """A module whose optimizer comes with a scheduler."""
+
+    class Scheduled(kind):  # type: ignore[valid-type,misc]
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [{"scheduler": make(optimizer), "interval": interval, "monitor": "val_loss"}]
+
+    return Scheduled(**arguments)
+
+
+class Manual(Classifier):
+    """Steps by hand."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class TwoOptimizers(Classifier):
+    """Head and backbone have an optimizer each, of which the second steps on every third batch only, as in a GAN.
+
+    Notes the groups of each one in its steps.
+    """
+
+    def __init__(
+        self, every: int = 3, lr: tuple[float, float] = (0.1, 0.02), kinds: tuple[type, type] = (SGD, SGD)
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.every, self.own_rates, self.kinds = every, lr, kinds
+
+    def configure_optimizers(self) -> Any:
+        self.notes: tuple[list[list[dict[str, Any]]], ...] = ([], [])
+        made = [
+            kind(part.parameters(), lr=lr, **({"momentum": 0.9} if kind is SGD else {}))
+            for kind, part, lr in zip(self.kinds, (self.head, self.backbone), self.own_rates, strict=True)
+        ]
+        for optimizer, notes in zip(made, self.notes, strict=True):
+            optimizer.register_step_pre_hook(lambda o, *_, notes=notes: notes.append([{**g} for g in o.param_groups]))
+        return made
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        first.step()
+        first.zero_grad()
+        if batch_idx % self.every == self.every - 1:
+            second.step()
+            second.zero_grad()
+
+    @property
+    def rates(self) -> tuple[list[float], ...]:
+        """The rates of each one's steps."""
+        return tuple([step[0]["lr"] for step in notes] for notes in self.notes)
+
+
+class Timm(LightningModule):
+    """A network of timm; notes in each step which of its parameters train."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        import timm  # here, since it takes a second
+
+        super().__init__()
+        torch.manual_seed(3)
+        size = {"img_size": 32} if "vit" in name else {}
+        self.model = timm.create_model(name, num_classes=CLASSES, in_chans=2, **size, **options)
+        self.trained: list[set[str]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.trained.append({name for name, p in self.model.named_parameters() if p.requires_grad})
+        return F.cross_entropy(self.model(F.interpolate(batch[0], 32)), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+    @property
+    def of_classifier(self) -> set[str]:
+        """Names of the classifier's parameters."""
+        own = {id(parameter) for parameter in self.model.get_classifier().parameters()}
+        return {name for name, parameter in self.model.named_parameters() if id(parameter) in own}
+
+
 class FreezesBackbone(Callback):
     """Keeps the backbone frozen to the bit, norms included, for the whole fit."""
 
@@ -157,7 +279,9 @@ class FreezesBackbone(Callback):
         pl_module.backbone.requires_grad_(False).eval()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.backbone.requires_grad_(True).train()
+        pl_module.backbone.requires_grad_(True)
+        for module in pl_module.backbone.modules():  # past whoever else keeps it from training
+            module.training = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
@@ -231,6 +355,19 @@ def resume(module: LightningModule, data: Any, callbacks: list[Callback], **argu
     resumed = trainer(callbacks=callbacks, **arguments)
     resumed.fit(module, data, ckpt_path="at.ckpt", weights_only=True)
     return resumed
+
+
+class Clock:
+    """Stands in for the clock of a module; it stands still unless it is moved."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def scaled(scale: float = 8.0) -> MixedPrecision:
+    """Half precision on a CPU; its scaler skips the steps whose gradients are infinite."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
