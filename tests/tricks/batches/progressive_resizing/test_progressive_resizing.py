@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import v2
 
-from lightning_speedups import MixupCallback, OneCycleMomentum, ProgressiveResizing, WarmupLRScaler
+from lightning_speedups import BatchAugmentation, MixupCallback, OneCycleMomentum, ProgressiveResizing, WarmupLRScaler
 from zoo import (
     CLASSES,
     Batches,
@@ -738,6 +738,23 @@ def test_regularization_follows_the_side_across_epochs_of_different_lengths():
     trainer(callbacks=[MixupCallback(seed=1), callback], max_epochs=4).fit(module, whole())
     shares = np.interp([side for side, _ in sides(module)], [8, 16], [0.5, 1.0])
     np.testing.assert_allclose(module.strengths, np.stack([0.4 * shares, shares], 1))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_the_regularization_of_filled_batches_goes_on_in_the_middle_of_an_epoch(stop):
+    def callbacks():
+        callback = ProgressiveResizing(
+            scale_regularization=0.2, multiple=1, fill_batch=True, grow_from=0, full_from=1, in_loader=False
+        )
+        return [BatchAugmentation(seed=2), MixupCallback(seed=1), callback]
+
+    module, again = Dropping(), Dropping()
+    again.load_state_dict(module.state_dict())
+    trainer(callbacks=callbacks()).fit(module, ReplayLoader())
+    fit_interrupted(again, ReplayLoader(), stop, callbacks())
+    resume(again, ReplayLoader(), callbacks())
+    assert again.strengths == module.strengths
+    assert_same_weights(weights(module), weights(again))
 
 
 def test_nothing_to_regularize_warns():
