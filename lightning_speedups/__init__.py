@@ -1,5 +1,6 @@
 """Tricks that make a PyTorch Lightning training run faster, each one a line in the user's own Trainer."""
 
+from lightning_speedups.core.plateau import Plateau
 from lightning_speedups.measure.batch_picture import plot_batch
 from lightning_speedups.measure.lr_range_test import LRRangeTest
 from lightning_speedups.measure.schedule_plot import plot_schedule
@@ -20,7 +21,7 @@ from lightning_speedups.tricks.rates.lr_curve import LRCurve
 from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
 from lightning_speedups.tricks.rates.stop_at_target import StopAtTarget
 from lightning_speedups.tricks.rates.warmup_lr_scaler import WarmupLRScaler
-from lightning_speedups.tricks.transfer.feature_cache import FeatureCache
+from lightning_speedups.tricks.transfer.feature_cache.feature_cache import FeatureCache
 from lightning_speedups.tricks.transfer.freeze_backbone_finetune import FreezeBackboneFinetune
 from lightning_speedups.tricks.transfer.freeze_progressively import FreezeProgressively
 
@@ -39,6 +40,7 @@ __all__ = [
     "LabelSmoothingLoss",
     "MixupCallback",
     "OneCycleMomentum",
+    "Plateau",
     "ProgressiveResizing",
     "SmoothingSchedule",
     "StopAtTarget",

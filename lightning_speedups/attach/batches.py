@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Trick
@@ -58,6 +59,15 @@ class BatchTrick(Trick):
             return get_part(batch, place)
         except LookupError as error:
             raise self.refusal(f"found {error.args[0]}", "Name the right place.", **{argument: place}) from error
+
+    def tensor_of(self, batch: Any, place: Place, argument: str) -> Tensor:
+        """Return the tensor that stands there, of one dimension or more."""
+        part = self.part_of(batch, place, argument)
+        if isinstance(part, Tensor) and part.ndim:
+            return part
+        found = "a tensor without dimensions" if isinstance(part, Tensor) else type(part).__name__
+        what = f"expected a tensor with a batch dimension, but found {found}"
+        raise self.refusal(what, "Name the right place.", **{argument: place})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the pipeline."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +22,8 @@ def same_randomness(trainer: Trainer) -> Iterator[None]:
         _set_rng_states(states)
 
 
-def random_states(trainer: Trainer) -> tuple[Any, ...]:
-    """Return the random states of torch, Python and NumPy, which are equal as long as nobody draws from them."""
-    cuda = trainer.strategy.root_device.type == "cuda"
-    states: dict[str, Any] = _collect_rng_states(cuda)
-    tensors = [states["torch"], *states.get("torch.cuda", ())]
-    numpys = [part if isinstance(part, (str, int, float)) else part.tobytes() for part in states.get("numpy", ())]
-    return (states["python"], *numpys, *(tensor.numpy().tobytes() for tensor in tensors))
+def random_states(trainer: Trainer) -> dict[str, Any]:
+    """Return the random states of Python, NumPy and torch, which are equal as long as nobody draws from them."""
+    states: dict[str, Any] = _collect_rng_states(trainer.strategy.root_device.type == "cuda")
+    torchs = [tensor.numpy().tobytes() for tensor in (states["torch"], *states.get("torch.cuda", ()))]
+    return {"Python": states["python"], "NumPy": pickle.dumps(states.get("numpy")), "torch": torchs}

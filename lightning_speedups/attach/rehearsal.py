@@ -101,18 +101,18 @@ def swap_statistics(module: torch.nn.Module, statistics: Statistics) -> Statisti
         statistics: What to give them; modules that are not named keep theirs.
     """
     norms, before = norms_of(module), Statistics()
-    with torch.no_grad():
-        for name, values in statistics.items():
-            own = (norms[name].running_mean, norms[name].running_var)
-            before[name] = tuple(value.clone() for value in own)  # type: ignore[assignment,union-attr]
-            for value, new in zip(own, values, strict=True):
-                value.copy_(new)  # type: ignore[union-attr]
+    for name, values in statistics.items():
+        own: Any = (norms[name].running_mean, norms[name].running_var)
+        before[name] = own[0].clone(), own[1].clone()
+        for value, new in zip(own, values, strict=True):
+            value.copy_(new)
     return before
 
 
 def _double(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
-    modes = _modes(trainer, pl_module)
     twin = copy_module(trainer, pl_module, shared=pl_module.parameters())
+    # Validation has switched all modules to evaluation; it remembers their modes.
+    modes = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if trainer.validating else {}
     for part, module in twin.named_modules():
         module.training = modes.get(part, module.training)
     # The step may speak to the loggers, and tell the Trainer to stop.
@@ -120,16 +120,5 @@ def _double(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
     surrogate.loggers = [DummyLogger() for _ in trainer.loggers]
     twin.trainer = surrogate
     for hook in ("log", "log_dict"):
-        twin.__dict__[hook] = _nothing
+        twin.__dict__[hook] = lambda *_, **__: None
     return twin
-
-
-def _modes(trainer: Trainer, pl_module: LightningModule) -> dict[str, bool]:
-    """Return which modules train, by name; validation has switched all of them to evaluation."""
-    if trainer.validating:
-        return dict(trainer.fit_loop.epoch_loop.val_loop._module_mode.mode)
-    return {name: module.training for name, module in pl_module.named_modules()}
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass

@@ -24,10 +24,12 @@ from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.run_length import facts, raw_optimizers
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Trick, callbacks_of
-from lightning_speedups.core.durations import RunFacts
+from lightning_speedups.core.durations import Duration, RunFacts
 
 Shown = tuple[dict[str, Any], str, Any, Any]
 """A parameter group, a key in it, the value before, and the one that was put there."""
+GIVE_STEPS = "Give `total_steps=`, in optimizer steps, or `Trainer(max_steps=...)`."
+"""What to do when the length of a run is unknown."""
 
 
 class ValueOrder(IntEnum):
@@ -125,6 +127,44 @@ class OptimizerTrick(Trick):
 
     def plan(self, run: RunFacts) -> None:
         """Settle what depends on the run's length or batch size, before the first step."""
+
+    def steps_of_run(self, run: RunFacts, given: int | None, way_out: str = GIVE_STEPS) -> int:
+        """Return the length of the whole run in optimizer steps; refuse a run of unknown length.
+
+        Args:
+            run: The run.
+            given: The length that the user gave, if they did.
+            way_out: What else they can do, as a sentence.
+        """
+        if steps := given or run.steps:
+            return steps
+        raise self.refusal(
+            "needs the length of the run, and this one's is unknown (an endless loader, no `max_epochs`, or manual "
+            "optimization, where the steps are the module's own)",
+            way_out,
+        )
+
+    def steps_of_parts(self, run: RunFacts, whole: float | None = None, **parts: Duration) -> list[float]:
+        """Return the lengths of parts of the run in optimizer steps; refuse a run that does not tell one of them.
+
+        Args:
+            run: The run.
+            whole: Steps of which fractions are taken, instead of the run's own.
+            **parts: By the arguments' names.
+        """
+        lengths = []
+        for name, part in parts.items():
+            length = part.in_steps(run, whole)
+            if length is None:
+                whose = "an epoch" if part.unit == "epochs" else "the run"
+                given = part.amount if part.unit == "fraction" else f"{part.amount:g} {part.unit}"
+                raise self.refusal(
+                    f"needs the length of {whose}, but this training data has none",
+                    f"Give `{name}` in optimizer steps.",
+                    **{name: given},
+                )
+            lengths.append(length)
+        return lengths
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the driver that stands before each step."""

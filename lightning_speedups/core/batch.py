@@ -36,6 +36,39 @@ def check_place(name: str, place: Any) -> None:
         )
 
 
+def check_places(name: str, places: Any, **apart: Any) -> tuple[Place, ...]:
+    """Return one or several places in a batch; refuse what cannot be one, and two that are the same.
+
+    Args:
+        name: The argument's name.
+        places: A place, or a list of them.
+        **apart: What else must stand elsewhere, one place each, by the arguments' names.
+
+    Raises:
+        ValueError: If one is no place, if there is none, or if two are the same.
+
+    Example:
+        >>> check_places("inputs", ["image", "depth"], labels="label"), check_places("maps", ("views", 0))
+        (('image', 'depth'), (('views', 0),))
+        >>> check_places("inputs", [0, 1], labels=1)
+        Traceback (most recent call last):
+        ValueError: Expected `labels` and `inputs` to be different places in the batch, but got 1 and [0, 1].
+    """
+    several = places if isinstance(places, list) else [places]
+    if not several:
+        raise ValueError(f"Expected `{name}` to name at least one place in the batch, but got [].")
+    all_places = [*((name, place) for place in several), *apart.items()]
+    for argument, place in all_places:
+        check_place(argument, place)
+    if len({path_of(place) for _, place in all_places}) < len(all_places):
+        names, given = zip(*apart.items(), (name, places), strict=True)
+        raise ValueError(
+            f"Expected {' and '.join(f'`{one}`' for one in names)} to be different places in the batch, but got "
+            f"{' and '.join(map(repr, given))}."
+        )
+    return tuple(several)
+
+
 def path_of(place: Place) -> tuple[int | str, ...]:
     """Return a place as a path.
 

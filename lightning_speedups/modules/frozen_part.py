@@ -3,54 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from lightning_speedups.core.batch import tensors_in
 
 
-def find_cuts(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the largest modules of which every parameter trains, by name; lists of modules, which nobody calls, count
-    as their parts.
+def find_cuts(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Return the largest modules of which every parameter trains, and the modules that are in none of these, by name;
+    lists of modules, which nobody calls, count as their parts.
 
     Args:
         module: Where to look.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
-        >>> list(find_cuts(net)), list(find_cuts(net.requires_grad_(True)))
-        (['1'], [''])
+        >>> cuts, outside = find_cuts(net)
+        >>> list(cuts), list(outside)
+        (['1'], ['', '0'])
+        >>> [list(found) for found in find_cuts(net.requires_grad_(True))]
+        [[''], []]
     """
-    found: dict[str, nn.Module] = {}
+    cuts: dict[str, nn.Module] = {}
+    outside: dict[str, nn.Module] = {}
     for name, part in module.named_modules():
+        if any(not cut or f"{name}.".startswith(f"{cut}.") for cut in cuts):
+            continue
         flags = [parameter.requires_grad for parameter in part.parameters()]
-        is_list = isinstance(part, (nn.ModuleList, nn.ModuleDict))
-        if flags and all(flags) and not is_list and not any(_is_in(name, cut) for cut in found):
-            found[name] = part
-    return found
-
-
-def find_outside(module: nn.Module, cuts: Iterable[str]) -> dict[str, nn.Module]:
-    """Return the modules that are in none of the cuts, by name.
-
-    Args:
-        module: Where to look.
-        cuts: Names of modules in it.
-
-    Example:
-        >>> list(find_outside(nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(2, 2))), ["1"]))
-        ['', '0']
-    """
-    return {name: part for name, part in module.named_modules() if not any(_is_in(name, cut) for cut in cuts)}
-
-
-def _is_in(name: str, cut: str) -> bool:
-    return name == cut or not cut or name.startswith(f"{cut}.")
+        is_cut = flags and all(flags) and not isinstance(part, (nn.ModuleList, nn.ModuleDict))
+        (cuts if is_cut else outside)[name] = part
+    return cuts, outside
 
 
 def different(one: Tensor, other: Tensor) -> Tensor:
@@ -97,6 +85,20 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module itself is compiled, by ``torch.compile`` or as TorchScript.
+
+    Args:
+        module: Which module.
+
+    Example:
+        >>> is_compiled(nn.Linear(2, 2)), is_compiled(torch.compile(nn.Linear(2, 2)))
+        (False, True)
+    """
+    is_wrapped = isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule"
+    return is_wrapped or module._compiled_call_impl is not None
+
+
 def memories(values: Any) -> set[int]:
     """Return where tensors have their values: the same for a tensor and its views.
 
@@ -133,8 +135,7 @@ def checksum(tensors: Iterable[Tensor]) -> bytes:
     return b"".join(torch.stack(found).cpu().numpy().tobytes() for found in sums.values())
 
 
-@contextmanager
-def before(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], Any]) -> Iterator[None]:
+def before(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], Any]) -> AbstractContextManager[None]:
     """Call a function before each of some modules is called, while the context lasts.
 
     Args:
@@ -145,19 +146,13 @@ def before(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any]
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         return see(name, module, (args, kwargs))
 
-    handles = [
+    return _removed(
         module.register_forward_pre_hook(partial(hook, name), prepend=True, with_kwargs=True)
         for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
 
 
-@contextmanager
-def after(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
+def after(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], None]) -> AbstractContextManager[None]:
     """Call a function after each of some modules was called, while the context lasts.
 
     Args:
@@ -168,38 +163,15 @@ def after(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any],
     def hook(name: str, module: nn.Module, args: Any, made: Any) -> None:
         see(name, module, made)
 
-    handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items()]
+    return _removed(module.register_forward_hook(partial(hook, name)) for name, module in modules.items())
+
+
+@contextmanager
+def _removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take hooks away when the context ends."""
+    handles = list(hooks)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def random_transforms(dataset: Any) -> list[str]:
-    """Return the class names of a dataset's transforms that sound random.
-
-    Args:
-        dataset: With attributes such as torchvision's datasets have, or ``Subset``.
-
-    Example:
-        >>> class RandomCrop: ...
-        >>> class Compose: transforms = [RandomCrop(), str]
-        >>> class Photos: transform = Compose()
-        >>> random_transforms(torch.utils.data.Subset(Photos(), []))
-        ['RandomCrop']
-    """
-    found, left = [], [dataset]
-    for thing in left:  # which grows
-        name = type(thing).__name__
-        if any(word in name for word in ("Random", "Jitter", "Augment", "AugMix", "Erasing")):
-            found.append(name)
-        for key in ("dataset", "transform", "transforms", "_modules"):
-            inner = getattr(thing, key, None)
-            several = (
-                inner.values() if isinstance(inner, dict) else inner if isinstance(inner, (list, tuple)) else [inner]
-            )
-            left += [one for one in several if one is not None and not any(one is other for other in left)]
-        if len(left) > 100:
-            break
-    return found

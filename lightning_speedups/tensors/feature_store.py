@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,18 +69,19 @@ def bytes_needed(kinds: Mapping[str, Kind], samples: int) -> int:
 
     Example:
         >>> bytes_needed({"head": Kind((512,), torch.float32)}, 1000)
-        2049024
+        2049000
     """
-    return _plan(kinds, samples)[1]
+    return max((part.stop for part in _plan(kinds, samples).values()), default=0) + samples
 
 
-def _plan(kinds: Mapping[str, Kind], samples: int) -> tuple[dict[str, int], int]:
-    """Return where each feature begins, in bytes, behind one byte for each sample, and the end."""
-    end, begins = samples, {}
+def _plan(kinds: Mapping[str, Kind], samples: int) -> dict[str, slice]:
+    """Return where each feature stands, in bytes; behind them there is one byte for each sample."""
+    end, parts = 0, {}
     for key, (shape, dtype) in kinds.items():
-        begins[key] = math.ceil(end / _ALIGNMENT) * _ALIGNMENT
-        end = begins[key] + samples * math.prod(shape) * dtype.itemsize
-    return begins, end
+        begin = math.ceil(end / _ALIGNMENT) * _ALIGNMENT
+        end = begin + samples * math.prod(shape) * dtype.itemsize
+        parts[key] = slice(begin, end)
+    return parts
 
 
 class FeatureStore:
@@ -92,9 +92,6 @@ class FeatureStore:
         samples: Number of samples in the dataset.
         folder: Where to keep them in a file, which is opened if it is there already; None: in memory. Several processes
             may use it at a time.
-
-    Attributes:
-        was_there: Whether the file was there already.
 
     Raises:
         OSError: If the disk has no room for it.
@@ -111,30 +108,14 @@ class FeatureStore:
     """
 
     def __init__(self, kinds: Mapping[str, Kind], samples: int, folder: Path | None = None) -> None:
-        self.kinds, self.samples, self.folder = dict(kinds), samples, folder
-        self.was_there = False
-        begins, size = _plan(self.kinds, samples)
-        if folder is None:
-            memory = torch.zeros(size, dtype=torch.uint8)
-        else:
-            file = _file(folder, self.kinds, samples)
-            self.was_there = file.exists() and file.stat().st_size == size
-            if file.exists() and not self.was_there:  # somebody has cut it off
-                file.unlink()
-            if not self.was_there:
-                _create(file, self.kinds, samples, size)
-            memory = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
-        self._is_there = memory[:samples]
+        self.kinds = dict(kinds)
+        size = bytes_needed(kinds, samples)
+        memory = torch.zeros(size, dtype=torch.uint8) if folder is None else _open(folder, self.kinds, samples, size)
+        self._is_there = memory[size - samples :]
         self._values = {
-            key: memory[begin : begin + samples * math.prod(shape) * dtype.itemsize].view(dtype).view(samples, *shape)
-            for (key, (shape, dtype)), begin in zip(self.kinds.items(), begins.values(), strict=True)
+            key: memory[part].view(self.kinds[key].dtype).view(samples, *self.kinds[key].shape)
+            for key, part in _plan(kinds, samples).items()
         }
-
-    def anew(self) -> FeatureStore:
-        """Return an empty store in place of this one."""
-        if self.folder is not None:
-            _file(self.folder, self.kinds, self.samples).unlink(missing_ok=True)
-        return FeatureStore(self.kinds, self.samples, self.folder)
 
     def has(self, samples: Tensor) -> bool:
         """Tell whether the features of all these samples are there.
@@ -166,44 +147,34 @@ class FeatureStore:
         self._is_there[samples] = 1  # last: another process may read it any time
 
 
-def _file(folder: Path, kinds: Mapping[str, Kind], samples: int) -> Path:
-    return folder / f"{fingerprint([sorted(_plain(kinds).items()), samples])[:16]}.bin"
+def _open(folder: Path, kinds: Mapping[str, Kind], samples: int, size: int) -> Tensor:
+    """Return the bytes of a file, which is made if need be, and say beside it what is in it."""
+    content = {key: [list(shape), str(dtype).removeprefix("torch.")] for key, (shape, dtype) in kinds.items()}
+    file = folder / f"{fingerprint([sorted(content.items()), samples, size])[:16]}.bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.stat().st_size < size:  # of one that was cut off, the end says what is there: nothing
+        _reserve(file, size)
+        file.with_suffix(".json").write_text(json.dumps({"samples": samples, "features": content}, indent=1))
+    return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
 
 
-def _plain(kinds: Mapping[str, Kind]) -> dict[str, Any]:
-    return {key: [list(shape), str(dtype).removeprefix("torch.")] for key, (shape, dtype) in kinds.items()}
-
-
-def _create(file: Path, kinds: Mapping[str, Kind], samples: int, size: int) -> None:
-    """Make an empty file of the full size, whole at once, and say beside it what is in it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    mine = file.with_suffix(f".{uuid.uuid4().hex}")  # process ids of several machines may be equal
-    try:
-        with mine.open("xb") as opened:
-            _reserve(opened.fileno(), size, file.parent)
-        try:
-            os.link(mine, file)
-        except FileExistsError:  # another process was quicker
-            return
-        except OSError:  # no such links on this disk
-            os.replace(mine, file)
-        file.with_suffix(".json").write_text(json.dumps({"samples": samples, "features": _plain(kinds)}, indent=1))
-    finally:
-        mine.unlink(missing_ok=True)
-
-
-def _reserve(file: int, size: int, folder: Path) -> None:
+def _reserve(file: Path, size: int) -> None:
     """Let a file have its full size on the disk: one that is full later would end the process."""
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(file.parent).free
     if free < size:
-        raise OSError(f"the disk of {folder} has {free:,} bytes left")
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, size)
-    else:
-        os.truncate(file, size)
+        raise OSError(f"the disk of {file.parent} has {free:,} bytes left")
+    with file.open("ab") as opened:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(opened.fileno(), 0, size)
+            else:
+                os.truncate(opened.fileno(), size)
+        except OSError:
+            file.unlink()
+            raise
 
 
-def spread(count: int, length: int) -> list[int]:
+def evenly_spaced(count: int, length: int) -> list[int]:
     """Return some indices of a dataset, evenly spaced from its first to its last sample.
 
     Args:
@@ -211,7 +182,7 @@ def spread(count: int, length: int) -> list[int]:
         length: Of the dataset, 1 or more.
 
     Example:
-        >>> spread(3, 9), spread(3, 2)
+        >>> evenly_spaced(3, 9), evenly_spaced(3, 2)
         ([0, 4, 8], [0, 1])
     """
     count = min(count, length)

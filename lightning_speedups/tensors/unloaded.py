@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -49,12 +49,16 @@ class Unloaded(Tensor):
     tensors, are computed then, rather than refused. With `load` it gets values, and is as good as real from then on.
 
     Make it with [of][lightning_speedups.tensors.unloaded.Unloaded.of].
+
+    Attributes:
+        origin: What it has in common with others.
+        loaded: Its values, if it was given any.
     """
 
+    origin: Origin
+    loaded: Tensor | None
     _meta: Tensor
-    _origin: Origin
-    _loaded: Tensor | None
-    _source: Callable[[], Any] | None
+    _source: Any
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -77,16 +81,12 @@ class Unloaded(Tensor):
             >>> nn.Conv2d(3, 5, 3).requires_grad_(False)(picture).relu()
             Unloaded(shape=(2, 5, 6, 6), dtype=torch.float32, device=cpu)
         """
+        device = device or tensor.device
         made: Unloaded = Tensor._make_wrapper_subclass(
-            Unloaded,
-            tensor.shape,
-            strides=tensor.stride(),
-            dtype=tensor.dtype,
-            device=device or tensor.device,
+            Unloaded, tensor.shape, strides=tensor.stride(), dtype=tensor.dtype, device=device
         )
-        made._meta, made._origin, made._loaded = _on_meta(tensor), origin or Origin(), None
-        made._source = values
-        made._origin.alive.add(made)
+        made._meta, made.origin, made.loaded, made._source = _on_meta(tensor), origin or Origin(), None, values
+        made.origin.alive.add(made)
         return made
 
     def load(self, values: Tensor) -> Tensor:
@@ -95,140 +95,136 @@ class Unloaded(Tensor):
         Args:
             values: Of the same shape; on its device, and in its memory format, if possible.
         """
-        self._origin.loaded.add(_memory(self._meta))
+        self.origin.loaded.add(_memory(self._meta))
         if values.stride() != self.stride() or values.device != self.device:
             values = torch.empty_like(self._meta, dtype=values.dtype, device=self.device).copy_(values)
-        self._loaded = values
+        self.loaded = values
         return values
 
-    @property
-    def origin(self) -> Origin:
-        """What it has in common with others."""
-        return self._origin
-
-    @property
-    def loaded(self) -> Tensor | None:
-        """Its values, if it was given any."""
-        return self._loaded
+    def known(self) -> Tensor | None:
+        """Return its values, if it was given any or they can be had."""
+        return self._source() if self.loaded is None and self._can_be_had else self.loaded
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Compute what comes out but for the values."""
-        args, kwargs = tree_map_only(Unloaded, lambda one: one if one._loaded is None else one._loaded, (args, kwargs))
-        leaves, spec = tree_flatten((args, dict(kwargs or {})))
-        missing = [leaf for leaf in leaves if isinstance(leaf, Unloaded)]
+        args, kwargs = tree_map_only(Unloaded, lambda o: o if o.loaded is None else o.loaded, (args, kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        missing = _missing(tensors)
         if not missing:
-            args, kwargs = tree_unflatten(leaves, spec)
             return func(*args, **kwargs)
-        args, kwargs = tree_unflatten(leaves, spec)
 
         def real() -> Any:
-            return func(*tree_map_only(Unloaded, _real, args), **tree_map_only(Unloaded, _real, kwargs))
+            return _call(func, args, kwargs, Unloaded, Unloaded.known)
 
         can_be_had = all(one._can_be_had for one in missing)
         try:
-            made = cls._imagine(func, args, kwargs, leaves, missing)
+            made = cls._imagine(func, args, kwargs, tensors, missing)
         except _MissingError as error:
             if not can_be_had:
-                raise missing[0]._origin.error(str(error)) from None
+                raise missing[0].origin.error(str(error)) from None
             return real()
-        is_alone = len(missing) == sum(isinstance(leaf, Tensor) for leaf in leaves)
-        for place, one in enumerate(tree_leaves(made) if can_be_had and is_alone else ()):
-            if isinstance(one, Unloaded) and one._source is None:
-                one._source = partial(lambda at: tree_leaves(real())[at], place)
+        if can_be_had and len(missing) == len(tensors):
+            for place, one in enumerate(tree_leaves(made)):
+                if isinstance(one, Unloaded) and one._source is None:
+                    one._source = partial(lambda at: tree_leaves(real())[at], place)
         return made
 
     @classmethod
     def _imagine(
-        cls, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any], missing: list[Unloaded]
+        cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], missing: list[Unloaded]
     ) -> Any:
-        _check(func, args, kwargs, leaves, missing[0]._origin)
-        device = kwargs.get("device") or missing[0].device
+        origin, device = missing[0].origin, kwargs.get("device") or missing[0].device
+        given = _given(func, args, kwargs)
+        _check(func, given, tensors, origin)
+        _check_writes(func, given, origin)
         if func in _FROM_SHAPE:
-            return func(*tree_map_only(Tensor, _meta_of, args), **{**kwargs, "device": device})
-        margs, mkwargs = tree_map_only(Tensor, _meta_of, (args, kwargs))
-        if mkwargs.get("device") is not None:
-            mkwargs["device"] = torch.device("meta")
+            return _call(func, args, {**kwargs, "device": device}, Tensor, _meta_of)
+        on_meta = {**kwargs, "device": torch.device("meta")} if kwargs.get("device") is not None else kwargs
         try:
-            made = func(*margs, **mkwargs)
-        except NotImplementedError as error:  # an operation of which torch does not know what comes out
-            if torch.Tag.dynamic_output_shape in func.tags:
-                raise _MissingError(f"`{func}` needs them ({error})") from error
-            made = func(*tree_map_only(Unloaded, _zeros, args), **tree_map_only(Unloaded, _zeros, kwargs))
-        except RuntimeError as error:
+            made = _call(func, args, on_meta, Tensor, _meta_of)
+        except RuntimeError as error:  # of which NotImplementedError is one
             raise _MissingError(f"`{func}` needs them ({error})") from error
         if any(one._meta.shape != one.shape for one in missing):
-            _refuse(missing[0]._origin, f"`{func}` changes their shape in place")
+            raise origin.error(f"`{func}` changes their shape in place")
         own = {id(one._meta): one for one in missing}  # an operation in place gives back what it was given
-        return tree_map_only(
-            Tensor, lambda one: own[id(one)] if id(one) in own else cls.of(one, missing[0]._origin, device), made
-        )
+        return tree_map_only(Tensor, lambda one: own[id(one)] if id(one) in own else cls.of(one, origin, device), made)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Unloaded(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __format__(self, spec: str) -> str:
-        return repr(self)
+        return format(self._needed("format"), spec) if spec else repr(self)
 
     def __deepcopy__(self, memo: Any) -> Unloaded:
         return self
 
     @property
     def _can_be_had(self) -> bool:
-        return self._source is not None and not self._origin.is_written
+        return self._source is not None and not self.origin.is_written
 
-    def _real(self, name: str) -> Tensor:
-        if self._loaded is None and not self._can_be_had:
-            _refuse(self._origin, f"`{name}` needs them")
-        return _real(self)
+    def _needed(self, name: str) -> Tensor:
+        values = self.known()
+        if values is None:
+            raise self.origin.error(f"`{name}` needs them")
+        return values
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._real("pickle").__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return self._needed("pickle").__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def numpy(self, **options: Any) -> Any:
         """Return the values, if there are any."""
-        return self._real("numpy").numpy(**options)
+        return self._needed("numpy").numpy(**options)
 
     def tolist(self) -> Any:
         """Return the values, if there are any."""
-        return self._real("tolist").tolist()
-
-    def backward(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: nothing that trains went into it."""
-        self._real("backward").backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self._needed("tolist").tolist()
 
 
-def _check(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any], origin: Origin) -> None:
+def _call(func: Any, args: Any, kwargs: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """Call a function with all arguments of a kind changed."""
+    args, kwargs = tree_map_only(kind, change, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _given(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of an operation, by name."""
+    arguments = func._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    return {**defaults, **dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
+
+
+def _check(func: Any, given: Mapping[str, Any], tensors: Iterable[Tensor], origin: Origin) -> None:
     """Refuse what cannot be done without values."""
-    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-        _refuse(origin, f"`{func}` mixes them with what trains")  # also if they can be had: the graph has kept these
+    if any(tensor.requires_grad for tensor in tensors):  # also if they can be had: the graph has kept these
+        raise origin.error(f"`{func}` mixes them with what trains")
     if torch.Tag.data_dependent_output in func.tags:
         raise _MissingError(f"`{func}` needs them")
-    arguments = func._schema.arguments
-    given = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    given |= {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
-    if torch.Tag.nondeterministic_seeded in func.tags and func is not _aten._fused_sdp_choice.default:
-        is_off = any(given.get(name) == 0 for name in ("p", "dropout_p", "train", "training"))
-        if not is_off:
-            _refuse(origin, f"`{func}` draws random numbers")
+    is_off = any(given.get(name) == 0 for name in ("p", "dropout_p", "train", "training"))
+    is_random = torch.Tag.nondeterministic_seeded in func.tags and func is not _aten._fused_sdp_choice.default
+    if is_random and not is_off:
+        raise origin.error(f"`{func}` draws random numbers")
     if given.get("training") and given.get("running_mean") is not None:
-        _refuse(origin, f"`{func}` takes the statistics of the batch")
-    for argument in arguments:
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        for target in tree_leaves(given.get(argument.name)):
-            if isinstance(target, Tensor) and not isinstance(target, Unloaded):
-                raise _MissingError(f"`{func}` writes them into another tensor")
-            if isinstance(target, Unloaded) and _memory(target._meta) in origin.loaded:
-                _refuse(origin, f"`{func}` writes into what a trainable module has already seen")
-            if isinstance(target, Unloaded) and target._source is not None:
-                origin.is_written = True
+        raise origin.error(f"`{func}` takes the statistics of the batch")
 
 
-def _refuse(origin: Origin, what: str) -> NoReturn:
-    raise origin.error(what)
+def _check_writes(func: Any, given: Mapping[str, Any], origin: Origin) -> None:
+    """Refuse to write into what others see, and note what is written."""
+    arguments = [one.name for one in func._schema.arguments if one.alias_info is not None and one.alias_info.is_write]
+    targets = tree_leaves([given.get(name) for name in arguments])
+    for target in (leaf for leaf in targets if isinstance(leaf, Tensor)):
+        if not isinstance(target, Unloaded):
+            raise _MissingError(f"`{func}` writes them into another tensor")
+        if _memory(target._meta) in origin.loaded:
+            raise origin.error(f"`{func}` writes into what a trainable module has already seen")
+        if target._source is not None:
+            origin.is_written = True
+
+
+def _missing(values: Iterable[Any]) -> list[Unloaded]:
+    return [value for value in values if isinstance(value, Unloaded) and value.loaded is None]
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -239,18 +235,6 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _meta_of(tensor: Tensor) -> Tensor:
     return tensor._meta if isinstance(tensor, Unloaded) else _on_meta(tensor)
-
-
-def _real(tensor: Unloaded) -> Tensor:
-    if tensor._loaded is not None:
-        return tensor._loaded
-    assert tensor._source is not None
-    values: Tensor = tensor._source()
-    return values
-
-
-def _zeros(tensor: Unloaded) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).zero_()
 
 
 def _memory(tensor: Tensor) -> int:
@@ -296,12 +280,12 @@ class Shortcuts:
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
-        given = [leaf for leaf in leaves if isinstance(leaf, Unloaded) and leaf.loaded is None]
+        given = _missing(leaves)
         if not given or len(given) < sum(isinstance(leaf, Tensor) for leaf in leaves):
             return forward(*args, **kwargs)
-        origin, device = given[0]._origin, given[0].device
+        origin, device = given[0].origin, given[0].device
         casts = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        key = (id(module), module.training, casts, str(spec), *(_look(leaf) for leaf in leaves))
+        key = (id(module), module.training, casts, str(spec), *map(_look, leaves))
         if key in self._made:
             self.count += 1
             looks, spec = self._made[key]
@@ -309,17 +293,28 @@ class Shortcuts:
         before = set(map(id, origin.alive))
         made = forward(*args, **kwargs)
         leaves, spec = tree_flatten(made)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        fresh = [leaf for leaf in tensors if isinstance(leaf, Unloaded) and leaf.loaded is None]
-        memories = {_memory(leaf._meta) for leaf in (*given, *fresh)}
-        # One that is another one's view gets its values, and is written to, together with it.
-        separate = len(memories) == len({id(leaf) for leaf in given}) + len(fresh)
-        # What is still there was left elsewhere: in an attribute, a list, a cache; or what is returned is a view of it.
-        left = {id(one) for one in origin.alive} - before - {id(one) for leaf in fresh for one in (leaf, leaf._base)}
-        simple = not left and all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves)
-        if separate and simple and len(fresh) == len(tensors):
+        if _is_apart(leaves, given, before, origin):
             self._made[key] = [_look(leaf) for leaf in leaves], spec
         return made
+
+
+def _is_apart(leaves: list[Any], given: list[Unloaded], before: set[int], origin: Origin) -> bool:
+    """Tell whether all that a module returns are plain values, and tensors that hang together with nothing else.
+
+    Args:
+        leaves: What it returns.
+        given: What it was given.
+        before: Ids of the tensors that were there before the call.
+        origin: Of all these tensors.
+    """
+    fresh = _missing(leaves)
+    others = [leaf for leaf in leaves if not any(leaf is one for one in fresh)]
+    # One that is another one's view gets its values, and is written to, together with it.
+    memories = {_memory(leaf._meta) for leaf in (*given, *fresh)}
+    is_separate = len(memories) == len({id(leaf) for leaf in given}) + len(fresh)
+    # What is still there was left elsewhere: in an attribute, a list, a cache; or what is returned is a view of it.
+    left = {id(one) for one in origin.alive} - before - {id(one) for leaf in fresh for one in (leaf, leaf._base)}
+    return is_separate and not left and all(isinstance(one, (bool, int, float, str, type(None))) for one in others)
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lightning_speedups.core.batch import check_place, count_samples, get_part, path_of, replace_part
+from lightning_speedups.core.batch import check_place, check_places, count_samples, get_part, path_of, replace_part
 
 
 class Pair(NamedTuple):
@@ -165,3 +165,26 @@ def test_places_are_indices_names_and_paths(place):
 def test_what_is_no_place_is_refused_by_name(place):
     with pytest.raises(ValueError, match=r"`inputs` to be an index, a key, an attribute name or a path .*, but got "):
         check_place("inputs", place)
+
+
+def test_one_place_or_several_are_taken_as_several():
+    assert check_places("inputs", 0) == (0,)
+    assert check_places("inputs", [0, "x", (1, "y")], labels=2, maps=(1, "z")) == (0, "x", (1, "y"))
+    assert check_places("inputs", ("views", 0)) == (("views", 0),)
+
+
+@pytest.mark.parametrize(
+    ("places", "apart", "told"),
+    [
+        ([], {}, r"Expected `inputs` to name at least one place in the batch, but got \[\]"),
+        (None, {}, "Expected `inputs` to be an index"),
+        ([0, None], {}, "Expected `inputs` to be an index.* but got None"),
+        (0, {"labels": [1]}, r"Expected `labels` to be an index.* but got \[1\]"),
+        ([0, 0], {}, r"Expected `inputs` to be different places in the batch, but got \[0, 0\]"),
+        ([0, 1], {"labels": 1}, r"Expected `labels` and `inputs` to be different places .* got 1 and \[0, 1\]"),
+        (0, {"labels": "x", "maps": ("x",)}, r"`labels` and `maps` and `inputs` .* got 'x' and \('x',\) and 0"),
+    ],
+)
+def test_places_that_cannot_be_or_are_the_same_are_refused(places, apart, told):
+    with pytest.raises(ValueError, match=told):
+        check_places("inputs", places, **apart)

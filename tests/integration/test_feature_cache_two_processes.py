@@ -58,7 +58,7 @@ class Facts(Callback):
     def on_train_end(self, trainer, pl_module):
         facts = {"images": pl_module.backbone[0].seen}
         if self.cache is not None:
-            facts |= {"hits": self.cache.hits, "temporary": str(self.cache._temporary)}
+            facts |= {"hits": self.cache.hits, "temporary": str(self.cache.run.temporary)}
         torch.save(facts, f"{self.folder}-{trainer.global_rank}.pt")
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, Subset
-from torchvision.transforms import v2
 
 from lightning_speedups.modules.frozen_part import (
     after,
     before,
     different,
     find_cuts,
-    find_outside,
+    is_compiled,
     is_frozen,
     is_untrained,
     memories,
-    random_transforms,
 )
 
 
@@ -41,28 +38,29 @@ def test_cuts_are_the_largest_modules_that_train(trains, cuts, outside):
     module = net().requires_grad_(False)
     for name in trains.split():
         module.get_submodule(name).requires_grad_(True)
-    assert list(find_cuts(module)) == cuts
-    assert all(module.get_submodule(name) is part for name, part in find_cuts(module).items())
-    assert list(find_outside(module, cuts)) == outside
+    found = find_cuts(module)
+    assert [list(parts) for parts in found] == [cuts, outside]
+    assert all(module.get_submodule(name) is part for parts in found for name, part in parts.items())
 
 
 def test_a_module_with_one_frozen_parameter_is_cut_into_its_children():
     module = net()
     module.register_parameter("scale", nn.Parameter(torch.ones(1), requires_grad=False))
-    assert list(find_cuts(module)) == ["0", "2", "3"]
+    assert list(find_cuts(module)[0]) == ["0", "2", "3"]
     assert not is_frozen(module)
     assert is_frozen(module.requires_grad_(False))
 
 
 def test_lists_of_modules_are_not_called():
     module = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(1, 1)]), "b": nn.ModuleDict({"c": nn.Linear(1, 1)})})
-    assert list(find_cuts(module)) == ["a.0", "b.c"]
+    assert list(find_cuts(module)[0]) == ["a.0", "b.c"]
 
 
 def test_names_that_begin_alike_are_not_in_each_other():
     module = nn.ModuleDict({"a": nn.Linear(1, 1), "ab": nn.Linear(1, 1), "c": nn.Linear(1, 1).requires_grad_(False)})
-    assert list(find_cuts(module)) == ["a", "ab"]
-    assert list(find_outside(module, ["a"])) == ["", "ab", "c"]
+    assert [list(parts) for parts in find_cuts(module)] == [["a", "ab"], ["", "c"]]
+    module["ab"].requires_grad_(False)
+    assert [list(parts) for parts in find_cuts(module)] == [["a"], ["", "ab", "c"]]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +83,13 @@ def test_different(one, other, apart):
 def test_different_of_integers_and_scalars():
     assert different(torch.tensor([1, 2]), torch.tensor([1, 4])).tolist() == [0.0, 0.5]
     assert different(torch.ones(2, 1, 3).bool(), torch.ones(2, 1, 3).bool()).tolist() == [0.0, 0.0]
+
+
+def test_compiled_modules():
+    module = nn.Sequential(nn.ReLU())
+    module[0].compile(backend="eager")
+    assert [is_compiled(part) for part in module.modules()] == [False, True]
+    assert is_compiled(torch.compile(module, backend="eager"))
 
 
 def test_untrained_values():
@@ -123,26 +128,3 @@ def test_hooks_see_what_goes_in_and_out_and_are_taken_away():
         _ = 1 / 0
     assert not module[3]._forward_hooks
     assert not module[3]._forward_pre_hooks
-
-
-class Photos:
-    def __init__(self, transform):
-        self.transform = transform
-
-    def __len__(self):
-        return 1
-
-
-@pytest.mark.parametrize(
-    ("transform", "names"),
-    [
-        (None, []),
-        (v2.Normalize([0.5], [0.5]), []),
-        (v2.RandomHorizontalFlip(), ["RandomHorizontalFlip"]),
-        (v2.Compose([v2.ColorJitter(), nn.Sequential(v2.RandomErasing())]), ["ColorJitter", "RandomErasing"]),
-    ],
-)
-def test_transforms_that_sound_random(transform, names):
-    assert random_transforms(Photos(transform)) == names
-    assert random_transforms(Subset(Photos(transform), [0])) == names
-    assert random_transforms(ConcatDataset([Photos(transform)])) == []  # whose parts it does not know

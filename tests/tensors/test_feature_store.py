@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_speedups.tensors.feature_store import FeatureStore, Kind, bytes_needed, fingerprint, spread
+from lightning_speedups.tensors.feature_store import FeatureStore, Kind, bytes_needed, evenly_spaced, fingerprint
 
 KINDS = {
     "a 0 0": Kind((3, 2), torch.float32),
@@ -33,7 +33,6 @@ def features(samples, seed=0):
 def test_what_is_written_is_read_in_any_order(in_folder, tmp_path):
     store = FeatureStore(KINDS, 11, tmp_path / "new" / "one" if in_folder else None)
     everything = features(11)
-    assert not store.was_there
     for part in torch.randperm(11).split(4):
         assert not store.has(part)
         store.write(part, {key: values[part] for key, values in everything.items()})
@@ -51,14 +50,17 @@ def test_what_is_read_is_no_view():
     assert torch.equal(store.read("a 0 0", torch.arange(2)), features(2)["a 0 0"])
 
 
-def test_a_file_that_was_cut_off_is_made_anew(tmp_path):
+@pytest.mark.parametrize("left", [0, 20, -3])
+def test_a_file_that_was_cut_off_is_made_anew(left, tmp_path):
     FeatureStore(KINDS, 6, tmp_path).write(torch.arange(6), features(6))
     (file,) = tmp_path.glob("*.bin")
-    file.write_bytes(file.read_bytes()[:20])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left])
     store = FeatureStore(KINDS, 6, tmp_path)
-    assert not store.was_there
-    assert not store.has(torch.tensor([0]))
-    assert FeatureStore(KINDS, 6, tmp_path).was_there
+    assert not store.has(torch.tensor([5]))
+    store.write(torch.arange(6), features(6))
+    assert file.read_bytes() == whole
+    assert FeatureStore(KINDS, 6, tmp_path).has(torch.arange(6))
 
 
 def test_fingerprints_of_objects_are_those_of_their_tensors():
@@ -72,7 +74,6 @@ def test_fingerprints_of_objects_are_those_of_their_tensors():
 
 def test_two_share_a_file_and_a_third_finds_it(tmp_path):
     one, other = FeatureStore(KINDS, 6, tmp_path), FeatureStore(KINDS, 6, tmp_path)
-    assert (one.was_there, other.was_there) == (False, True)
     one.write(torch.tensor([1, 2]), {key: values[:2] for key, values in features(6).items()})
     assert other.has(torch.tensor([2, 1]))
     assert not other.has(torch.tensor([2, 3]))
@@ -89,33 +90,22 @@ def test_other_kinds_or_samples_have_a_file_of_their_own(tmp_path):
     assert len(list(tmp_path.glob("*.bin"))) == 3
 
 
-@pytest.mark.parametrize("in_folder", [False, True])
-def test_anew(in_folder, tmp_path):
-    store = FeatureStore(KINDS, 6, tmp_path if in_folder else None)
-    store.write(torch.arange(6), features(6))
-    fresh = store.anew()
-    assert not fresh.has(torch.tensor([0]))
-    assert not fresh.was_there
-    assert torch.equal(store.read("b 0 0", torch.arange(6)), features(6)["b 0 0"])  # who has it open keeps it
-
-
 def test_a_process_that_was_quicker_is_not_disturbed(tmp_path, monkeypatch):
-    own = os.link
+    own = os.posix_fallocate
 
-    def late(mine, file):
-        monkeypatch.setattr("os.link", own)
+    def late(file, begin, size):
+        monkeypatch.setattr("os.posix_fallocate", own)
         FeatureStore(KINDS, 6, tmp_path).write(torch.arange(6), features(6))
-        raise FileExistsError
+        own(file, begin, size)
 
-    monkeypatch.setattr("os.link", late)
-    assert FeatureStore(KINDS, 6, tmp_path).has(torch.arange(6))
+    monkeypatch.setattr("os.posix_fallocate", late)
+    store = FeatureStore(KINDS, 6, tmp_path)
+    assert store.has(torch.arange(6))
+    assert torch.equal(store.read("a 0 0", torch.arange(6)), features(6)["a 0 0"])
 
 
-def test_a_disk_without_links(tmp_path, monkeypatch):
-    def refuse(mine, file):
-        raise PermissionError
-
-    monkeypatch.setattr("os.link", refuse)
+def test_a_system_without_fallocate(tmp_path, monkeypatch):
+    monkeypatch.delattr("os.posix_fallocate", raising=False)
     FeatureStore(KINDS, 6, tmp_path).write(torch.arange(6), features(6))
     assert FeatureStore(KINDS, 6, tmp_path).has(torch.arange(6))
 
@@ -172,8 +162,8 @@ def test_the_fingerprint_of_all_kinds_of_things():
 
 
 @given(st.integers(1, 20), st.integers(1, 100))
-def test_spread(count, length):
-    found = spread(count, length)
+def test_evenly_spaced(count, length):
+    found = evenly_spaced(count, length)
     assert found == sorted(set(found))
     assert len(found) == min(count, length)
     assert found[0] == 0

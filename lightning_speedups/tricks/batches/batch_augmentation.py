@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick
 from lightning_speedups.attach.loaders import LoaderGrip
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.augmentation import coins, flip_some, shifted_crops
-from lightning_speedups.core.batch import Place, check_place, path_of, replace_part
+from lightning_speedups.core.batch import Place, check_place, check_places, replace_part
 
 
 def crop_range(crop: int, strength: float) -> int:
@@ -93,14 +91,10 @@ class BatchAugmentation(SeededBatchTrick):
         check_choice("flip", flip, ("random", "alternating"), optional=True)
         if crop == 0 and flip is None:
             raise ValueError("Expected `crop` above 0 or a `flip`, but got crop=0 and flip=None, which change nothing.")
-        places = [] if maps is None else list(maps) if isinstance(maps, list) else [maps]
         check_place("inputs", inputs)
-        for place in places:
-            check_place("maps", place)
-        if len({path_of(place) for place in (inputs, *places)}) <= len(places):
-            raise ValueError(f"Expected `inputs` and `maps` to be different places, but got {inputs!r} and {maps!r}.")
+        self.maps = () if maps in (None, []) else check_places("maps", maps, inputs=inputs)
         self.crop, self.padding, self.flip, self.ignore_index = int(crop), padding, flip, int(ignore_index)
-        self.inputs, self.maps = inputs, tuple(places)
+        self.inputs = inputs
         self._loader = LoaderGrip(self, name=f'{self.name}(flip="alternating")')
         if flip == "alternating":  # which must know the samples
             self.grips = (self._loader,)
@@ -126,59 +120,36 @@ class BatchAugmentation(SeededBatchTrick):
         """Return which images to mirror, on the CPU."""
         if self.flip != "alternating":
             return None if self.flip is None else torch.rand(count, generator=generator) < 0.5
-        try:
-            samples = [operator.index(sample) for sample in self._loader.samples_of_batch()]
-        except TypeError as error:
-            raise MisconfigurationException(
-                'BatchAugmentation(flip="alternating") needs a sampler of whole numbers, which tell the samples. Use '
-                '`flip="random"` with this one.'
-            ) from error
+        samples = self._loader.require_numbers(self._loader.samples_of_batch())
         if len(samples) != count:
-            raise MisconfigurationException(
-                f'BatchAugmentation(flip="alternating") needs one image for each sample, but a batch of {len(samples)} '
-                f'samples has {count} images. Use `flip="random"`, or name the images\' place with `inputs=`.'
-            )
+            what = f"needs one image for each sample, but a batch of {len(samples)} samples has {count} images"
+            way_out = 'Use `flip="random"`, or name the images\' place with `inputs=`.'
+            raise self.refusal(what, way_out, flip="alternating")
         return (coins(self.run_seed(trainer), torch.tensor(samples)) + trainer.current_epoch) % 2 == 1
 
     def _images(self, batch: Any) -> Tensor:
-        images = self._tensor(batch, self.inputs, "inputs")
+        images = self.tensor_of(batch, self.inputs, "inputs")
+        found = f"but found the shape {tuple(images.shape)}"
         if images.ndim != 4:
-            raise MisconfigurationException(
-                f"BatchAugmentation(inputs={self.inputs!r}) expected images (N, C, H, W), but found the shape "
-                f"{tuple(images.shape)}. Name the right place, or stack the images into one tensor."
-            )
+            way_out = "Name the right place, or stack the images into one tensor."
+            raise self.refusal(f"expected images (N, C, H, W), {found}", way_out, inputs=self.inputs)
         if self.crop >= min(images.shape[-2:]):
-            raise MisconfigurationException(
-                f"BatchAugmentation(crop={self.crop}) needs images (N, C, H, W) with sides above {self.crop} pixels, "
-                f"but found the shape {tuple(images.shape)}. Lower `crop`, or put the channels second."
-            )
+            what = f"needs images (N, C, H, W) with sides above {self.crop} pixels, {found}"
+            raise self.refusal(what, "Lower `crop`, or put the channels second.", crop=self.crop)
         return images
 
     def _map(self, batch: Any, place: Place, images: Tensor) -> Tensor:
-        part = self._tensor(batch, place, "maps")
+        part = self.tensor_of(batch, place, "maps")
         if part.ndim not in (3, 4) or len(part) != len(images) or part.shape[-2:] != images.shape[-2:]:
-            raise MisconfigurationException(
-                f"BatchAugmentation(maps={place!r}) expected a map (N, H, W) or (N, C, H, W) as large as the images "
-                f"{tuple(images.shape)}, but found the shape {tuple(part.shape)}. Name the right place."
-            )
+            large = f"a map (N, H, W) or (N, C, H, W) as large as the images {tuple(images.shape)}"
+            what = f"expected {large}, but found the shape {tuple(part.shape)}"
+            raise self.refusal(what, "Name the right place.", maps=place)
         if self.padding == "zeros" and self.crop and not _holds(part.dtype, self.ignore_index):
-            raise MisconfigurationException(
-                f"BatchAugmentation(ignore_index={self.ignore_index}) pads maps with a value that {part.dtype} at "
-                f'maps={place!r} cannot hold. Give another `ignore_index`, or use `padding="reflect"`.'
-            )
-        return part
-
-    def _tensor(self, batch: Any, place: Place, argument: str) -> Tensor:
-        part = self.part_of(batch, place, argument)
-        if not isinstance(part, Tensor):
-            raise MisconfigurationException(
-                f"BatchAugmentation({argument}={place!r}) expected a tensor, but found {type(part).__name__}. Name the "
-                "right place."
-            )
+            what = f"pads maps with a value that {part.dtype} at maps={place!r} cannot hold"
+            way_out = 'Give another `ignore_index`, or use `padding="reflect"`.'
+            raise self.refusal(what, way_out, ignore_index=self.ignore_index)
         return part
 
 
 def _holds(dtype: torch.dtype, value: int) -> bool:
-    if dtype == torch.bool:
-        return value in (0, 1)
-    return dtype.is_floating_point or torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
+    return bool(torch.tensor(value).to(dtype).item() == value)

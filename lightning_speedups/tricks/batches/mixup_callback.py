@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick, batch_number
 from lightning_speedups.attach.run_length import run_length
 from lightning_speedups.core.arguments import check_choice, check_number
-from lightning_speedups.core.batch import Place, check_place, get_part, path_of, replace_part
+from lightning_speedups.core.batch import Place, check_places, get_part, replace_part
 from lightning_speedups.core.mixing import NO_BOX, Mixture, draw_mixture, mix_values
 from lightning_speedups.tensors.labels import MixedLabels, Reads, mix_targets, soft_targets
 
@@ -25,13 +24,11 @@ class Mixing:
 
     Attributes:
         mixed_batches: How many batches are mixed, from the first one on.
-        checked: Whether something has read the mixture.
-        unread: What tells whether something reads it, in the steps before.
+        reads: What tells whether something reads the mixture, since the first batch that was mixed.
     """
 
     mixed_batches: float = math.inf
-    checked: bool = False
-    unread: Reads | None = None
+    reads: Reads | None = None
 
 
 class MixupCallback(SeededBatchTrick):
@@ -115,21 +112,11 @@ class MixupCallback(SeededBatchTrick):
         check_number("stop_after", stop_after, 0, 1)
         check_choice("targets", targets, ("labels", "soft"))
         check_number("num_classes", num_classes, 1, whole=True, optional=True)
-        places: list[Place] = [*inputs] if isinstance(inputs, list) else [inputs]
-        if not places:
-            raise ValueError("Expected `inputs` to name at least one place in the batch, but got [].")
-        for name, place in (*(("inputs", place) for place in places), ("labels", labels)):
-            check_place(name, place)
-        if len({path_of(place) for place in (*places, labels)}) <= len(places):
-            raise ValueError(
-                f"Expected `inputs` and `labels` to be different places in the batch, but got {inputs!r} and"
-                f" {labels!r}."
-            )
+        self._places = check_places("inputs", inputs, labels=labels)
         self.alpha, self.cutmix_alpha, self.prob, self.switch_prob = alpha, cutmix_alpha, prob, switch_prob
         self.per_element, self.targets, self.num_classes = per_element, targets, num_classes
         self.stop_after, self.inputs, self.labels, self.logs = stop_after, inputs, labels, bool(log)
         self.last: Mixture | None = None
-        self._places = places
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the batch pipeline."""
@@ -143,18 +130,18 @@ class MixupCallback(SeededBatchTrick):
         if self.stop_after < 1.0:
             batches = run_length(trainer).batches
             if batches is None:
-                raise MisconfigurationException(
-                    f"MixupCallback(stop_after={self.stop_after}) is a fraction of the run, but this run has no known"
-                    " length. Give the Trainer `max_steps`, or leave `stop_after` at 1.0."
-                )
+                what = "is a fraction of the run, but this run has no known length"
+                way_out = "Give the Trainer `max_steps`, or leave `stop_after` at 1.0."
+                raise self.refusal(what, way_out, stop_after=self.stop_after)
             self.run.mixed_batches = self.stop_after * batches
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Mix inputs and labels."""
         mixes = batch_number(trainer) < self.run.mixed_batches
         batch, self.last = self.mix(batch, self.generator(trainer) if mixes else None)
-        if not self.run.checked and isinstance(labels := get_part(batch, self.labels), MixedLabels):
-            self.run.unread = labels.reads
+        is_read = self.run.reads is not None and self.run.reads.count > 0
+        if not is_read and isinstance(labels := get_part(batch, self.labels), MixedLabels):
+            self.run.reads = labels.reads
         return batch
 
     def mix(self, batch: Any, generator: torch.Generator | None) -> tuple[Any, Mixture]:
@@ -173,14 +160,8 @@ class MixupCallback(SeededBatchTrick):
             >>> labels.shape, mixture.method, mixture.lam.shape
             (torch.Size([4]), 'mixup', torch.Size([1]))
         """
-        inputs, labels = [self._input(batch, place) for place in self._places], self._labels(batch)
-        for place, part in zip(self._places, inputs, strict=True):
-            if len(part) != len(labels):
-                raise MisconfigurationException(
-                    f"MixupCallback(inputs={place!r}) expected as many inputs as labels, but got shapes "
-                    f"{tuple(part.shape)} and {tuple(labels.shape)}. Name their places in the batch with `inputs=` and "
-                    "`labels=`."
-                )
+        labels = self._labels(batch)
+        inputs = [self._input(batch, place, labels) for place in self._places]
         mixture = Mixture("none")
         if generator is not None:
             mixture = draw_mixture(
@@ -194,8 +175,10 @@ class MixupCallback(SeededBatchTrick):
                 device=inputs[0].device,
             )
         targets = mix_targets(labels, mixture)
-        if self._hands_over_soft(labels):
-            assert self.num_classes is not None
+        if self.targets == "soft" and not labels.is_floating_point():
+            if self.num_classes is None:
+                what = "needs `num_classes` to turn integer labels into probabilities"
+                raise self.refusal(what, "Give it.", targets="soft")
             targets = soft_targets(targets, self.num_classes)[0]
         for place, part in zip(self._places, inputs, strict=True):
             if mixture.method != "none":
@@ -216,60 +199,41 @@ class MixupCallback(SeededBatchTrick):
     ) -> None:
         """Stop a run whose loss does not see the mixture."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.run.unread is None:
+        if self.run.reads is None or self.run.reads.count:
             return
-        if self.run.unread.count == 0 and pl_module.automatic_optimization and not outputs:
-            self.run.unread = None  # training_step skipped the batch: the next one will tell
+        if pl_module.automatic_optimization and not outputs:
+            self.run.reads = None  # training_step skipped the batch: the next one will tell
             return
-        if self.run.unread.count == 0:
-            raise MisconfigurationException(
-                f"MixupCallback mixed the inputs, but nothing in {type(pl_module).__name__}.training_step read the"
-                " mixed labels: its loss used the dominant labels only, which is the wrong target. Use F.cross_entropy,"
-                " F.nll_loss, F.one_hot or LabelSmoothingLoss on the labels as they come, or"
-                ' MixupCallback(targets="soft", num_classes=...) with a loss that takes class probabilities.'
-            )
-        self.run.checked, self.run.unread = True, None
+        step = f"{type(pl_module).__name__}.training_step"
+        raise self.refusal(
+            f"mixed the inputs, but nothing in {step} read the mixed labels: its loss used the dominant labels only, "
+            "which is the wrong target",
+            "Use F.cross_entropy, F.nll_loss, F.one_hot or LabelSmoothingLoss on the labels as they come, or "
+            'MixupCallback(targets="soft", num_classes=...) with a loss that takes class probabilities.',
+        )
 
-    def _hands_over_soft(self, labels: Tensor) -> bool:
-        return self.targets == "soft" and not labels.is_floating_point()
-
-    def _input(self, batch: Any, place: Place) -> Tensor:
-        part = self._tensor(batch, place, "inputs")
+    def _input(self, batch: Any, place: Place, labels: Tensor) -> Tensor:
+        part = self.tensor_of(batch, place, "inputs")
         if not (part.is_floating_point() or part.dtype == torch.uint8):
-            raise MisconfigurationException(
-                f"MixupCallback(inputs={place!r}) blends floating-point or uint8 inputs, but found {part.dtype}."
-                " Name the place of the inputs; codes such as token ids cannot be blended."
-            )
+            what = f"blends floating-point or uint8 inputs, but found {part.dtype}"
+            way_out = "Name the place of the inputs; codes such as token ids cannot be blended."
+            raise self.refusal(what, way_out, inputs=place)
         if self.cutmix_alpha > 0 and part.ndim < 3:
-            raise MisconfigurationException(
-                "CutMix cuts a box out of images (N, ..., H, W), but the inputs at"
-                f" MixupCallback(inputs={place!r}) have the shape {tuple(part.shape)}. Use `cutmix_alpha=0`."
-            )
+            what = f"cuts a box out of images (N, ..., H, W), but found the shape {tuple(part.shape)}"
+            raise self.refusal(what, "Use `cutmix_alpha=0`.", inputs=place, cutmix_alpha=self.cutmix_alpha)
+        if len(part) != len(labels):
+            shapes = f"{tuple(part.shape)} and {tuple(labels.shape)}"
+            what = f"expected as many inputs as labels, but got shapes {shapes}"
+            raise self.refusal(what, "Name their places in the batch with `inputs=` and `labels=`.", inputs=place)
         return part
 
     def _labels(self, batch: Any) -> Tensor:
-        part = self._tensor(batch, self.labels, "labels")
+        part = self.tensor_of(batch, self.labels, "labels")
         if part.dtype == torch.bool:
-            raise MisconfigurationException(
-                f"MixupCallback(labels={self.labels!r}) found bool labels. Make them integer class labels (`.long()`),"
-                " or floating-point targets (`.float()`), which are mixed directly."
+            way_out = (
+                "Make them integers (`.long()`), or floating-point targets (`.float()`), which are mixed directly."
             )
+            raise self.refusal("found bool labels", way_out, labels=self.labels)
         if isinstance(part, MixedLabels):
-            raise MisconfigurationException(
-                f"MixupCallback(labels={self.labels!r}) found labels that are mixed already. Mix a batch once."
-            )
-        if self._hands_over_soft(part) and self.num_classes is None:
-            raise MisconfigurationException(
-                'MixupCallback(targets="soft") needs `num_classes` to turn integer labels into probabilities.'
-            )
-        return part
-
-    def _tensor(self, batch: Any, place: Place, argument: str) -> Tensor:
-        part = self.part_of(batch, place, argument)
-        if not isinstance(part, Tensor) or part.ndim == 0:
-            found = "a tensor without dimensions" if isinstance(part, Tensor) else type(part).__name__
-            raise MisconfigurationException(
-                f"MixupCallback({argument}={place!r}) expected a tensor with a batch dimension, but found {found}."
-                " Name the right place."
-            )
+            raise self.refusal("found labels that are mixed already", "Mix a batch once.", labels=self.labels)
         return part

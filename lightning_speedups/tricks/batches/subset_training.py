@@ -5,12 +5,13 @@ without a bias, Selective Backprop (Jiang et al., arXiv:1910.00762) prefers thos
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
@@ -53,10 +54,6 @@ def update(losses: Tensor, total: Tensor, count: Tensor) -> Tensor:
     return torch.where((count > 0) & total.isfinite(), total / count, losses)
 
 
-def _none() -> Tensor:
-    return torch.empty(0)
-
-
 @dataclass
 class Known(Seed):
     """What a checkpoint holds.
@@ -70,9 +67,9 @@ class Known(Seed):
         samples_saved: Samples left out in the epochs that have ended, in all processes.
     """
 
-    losses: Tensor = field(default_factory=_none)
-    total: Tensor = field(default_factory=_none)
-    count: Tensor = field(default_factory=_none)
+    losses: Tensor = field(default_factory=partial(torch.empty, 0))
+    total: Tensor = field(default_factory=partial(torch.empty, 0))
+    count: Tensor = field(default_factory=partial(torch.empty, 0))
     epoch: int = 0
     left_out: int = 0
     samples_saved: int = 0
@@ -92,7 +89,7 @@ class Epoch:
 
     full_from: float = math.inf
     new: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    indices: Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
     weights: Tensor | None = None
     shortened: int = -1
 
@@ -190,10 +187,8 @@ class SubsetTraining(SeededBatchTrick):
             return
         epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
         if epochs < 0 and self.stop_at < 1.0:
-            raise MisconfigurationException(
-                f"SubsetTraining(stop_at={self.stop_at}) is a fraction of the run's epochs, but this Trainer has no "
-                "`max_epochs`. Give it one, or use `stop_at=1.0`."
-            )
+            what = "is a fraction of the run's epochs, but this Trainer has no `max_epochs`"
+            raise self.refusal(what, "Give it one, or use `stop_at=1.0`.", stop_at=self.stop_at)
         self.run.full_from, self.kept = full_again(self.stop_at, epochs), 1.0
         if goes_on is not None:  # the same Trainer goes on, with what is known
             self.saved = goes_on
@@ -209,47 +204,6 @@ class SubsetTraining(SeededBatchTrick):
     def samples_saved(self) -> int:
         """Samples left out in the epochs that have ended, in all processes."""
         return self.saved.samples_saved
-
-    def samples_in_epoch(self, epoch: int, samples: int) -> int:
-        """Return how many samples an epoch has, of all that this process has in an epoch."""
-        if epoch == 0 or epoch >= self.run.full_from:
-            return samples
-        return min(samples, max(1, round(self.keep * samples)))
-
-    def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
-        """Make room for the losses of the loader's dataset."""
-        self.run_seed(trainer)  # on all ranks at once; workers may ask for the samples before `on_train_start`
-        samples, known = len(loader.dataset), len(self.saved.losses)
-        if samples != known:
-            if known:
-                rank_zero_warn(
-                    f"SubsetTraining knows the losses of {known} samples, but the training data has {samples} now. It "
-                    "takes them all for new ones."
-                )
-            self.saved.losses = torch.full((samples,), math.nan)
-            self.saved.total, self.saved.count = torch.zeros(samples), torch.zeros(samples)
-            self.run.new, self.run.weights, self.saved.left_out = [], None, 0
-        if epoch > self.saved.epoch:  # resumed behind the last batch of an epoch, whose end no hook saw
-            self._close_epoch(trainer)
-
-    def select(self, trainer: Trainer, epoch: int, order: list[int]) -> list[int]:
-        """Choose the epoch's samples."""
-        kept = self.samples_in_epoch(epoch, len(order))
-        self.loader.require_numbers(order)
-        generator = generator_for(self.run_seed(trainer), trainer.global_rank, epoch, self.batch_order)
-        places, weights = self._draw(self.saved.losses[order], kept, generator)
-        self.run.shortened, self.kept, self.saved.left_out = epoch, kept / len(order), len(order) - kept
-        if self.method == "infobatch":
-            self.run.weights = torch.ones(len(self.saved.losses))
-            self.run.weights[order] = weights
-        return [order[place] for place in places.tolist()]
-
-    def _draw(self, losses: Tensor, kept: int, generator: torch.Generator) -> Subset:
-        if self.method == "infobatch":
-            return draw_unbiased(losses, kept, generator, self.max_drop)
-        if self.method == "loss":
-            return draw_hard(losses, kept, generator, self.beta)
-        return draw_uniform(losses, kept, generator)
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Note which samples these are."""
@@ -284,12 +238,27 @@ class SubsetTraining(SeededBatchTrick):
         """Exchange what the processes have seen."""
         super().on_train_epoch_end(trainer, pl_module)
         kept = self.kept
-        self._close_epoch(trainer)
+        self.close_epoch(trainer)
         if self.logs_facts:
             facts = {"kept": kept, "mean_loss": self.mean_loss, "samples_saved": float(self.samples_saved)}
             pl_module.log_dict({f"subset_{name}": fact for name, fact in facts.items() if fact is not None})
 
-    def _close_epoch(self, trainer: Trainer) -> None:
+    def make_room(self, samples: int) -> None:
+        """Begin to know the losses of so many samples, unless it does."""
+        known = len(self.saved.losses)
+        if samples == known:
+            return
+        if known:
+            rank_zero_warn(
+                f"{self.name} knows the losses of {known} samples, but the training data has {samples} now. It takes "
+                "them all for new ones."
+            )
+        self.saved.losses = torch.full((samples,), math.nan)
+        self.saved.total, self.saved.count = torch.zeros(samples), torch.zeros(samples)
+        self.run.new, self.run.weights, self.saved.left_out = [], None, 0
+
+    def close_epoch(self, trainer: Trainer) -> None:
+        """Take what all processes have seen in the epoch for what is known."""
         self.saved.losses = update(self.saved.losses, *self._of_all_processes(trainer))
         self.saved.total, self.saved.count = torch.zeros_like(self.saved.losses), torch.zeros_like(self.saved.losses)
         self.saved.samples_saved += int(_sum(trainer, torch.tensor(self.saved.left_out)))
@@ -325,18 +294,39 @@ class SubsetTraining(SeededBatchTrick):
 
 
 class _Selects(LoaderGrip):
-    """Hands out the samples that the trick chooses."""
+    """Hands out the samples of an epoch, chosen by what the trick knows of their losses."""
 
     trick: SubsetTraining
 
     def samples_in_epoch(self, epoch: int, samples: int) -> int:
-        return self.trick.samples_in_epoch(epoch, samples)
+        """Return how many samples an epoch has, of all that this process has in an epoch."""
+        if epoch == 0 or epoch >= self.trick.run.full_from:
+            return samples
+        return min(samples, max(1, round(self.trick.keep * samples)))
 
     def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
-        self.trick.change_loader(trainer, loader, epoch)
+        """Make room for the losses of the loader's dataset."""
+        self.trick.run_seed(trainer)  # on all ranks at once; workers may ask for the samples before `on_train_start`
+        self.trick.make_room(len(loader.dataset))
+        if epoch > self.trick.saved.epoch:  # resumed behind the last batch of an epoch, whose end no hook saw
+            self.trick.close_epoch(trainer)
 
     def select(self, trainer: Trainer, epoch: int, order: list[int]) -> list[int]:
-        return self.trick.select(trainer, epoch, order)
+        """Choose the epoch's samples."""
+        trick, losses = self.trick, self.trick.saved.losses
+        kept = self.samples_in_epoch(epoch, len(order))
+        generator = generator_for(trick.run_seed(trainer), trainer.global_rank, epoch, trick.batch_order)
+        draws: dict[Method, Callable[[Tensor, int, torch.Generator], Subset]] = {
+            "infobatch": partial(draw_unbiased, max_drop=trick.max_drop),
+            "random": draw_uniform,
+            "loss": partial(draw_hard, beta=trick.beta),
+        }
+        places, weights = draws[trick.method](losses[self.require_numbers(order)], kept, generator)
+        trick.run.shortened, trick.kept, trick.saved.left_out = epoch, kept / len(order), len(order) - kept
+        if trick.method == "infobatch":
+            trick.run.weights = torch.ones(len(losses))
+            trick.run.weights[order] = weights
+        return [order[place] for place in places.tolist()]
 
 
 def _sum(trainer: Trainer, values: Tensor) -> Tensor:

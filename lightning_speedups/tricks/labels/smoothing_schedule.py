@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_speedups.attach.batches import batch_number
@@ -46,14 +45,10 @@ class Driven:
     Attributes:
         losses: The losses that it drives.
         batches: Training batches of the whole run.
-        factor: What ε is multiplied by now.
-        strength: The same on the device; None for 1.
     """
 
     losses: list[Smoothing] = field(default_factory=list)
     batches: int = 0
-    factor: float = 1.0
-    strength: Tensor | None = None
 
 
 class SmoothingSchedule(Trick):
@@ -126,24 +121,22 @@ class SmoothingSchedule(Trick):
         super().on_fit_start(trainer, pl_module)
         others = [one for one in callbacks_of(trainer) if isinstance(one, SmoothingSchedule) and one is not self]
         if others:
-            raise MisconfigurationException(
-                "SmoothingSchedule multiplies the ε of every loss, and there are two such callbacks. Remove one."
-            )
+            raise self.refusal("multiplies the ε of every loss, and there are two such callbacks", "Remove one.")
         found = [module for module in pl_module.modules() if isinstance(module, Smoothing)]
         losses = [loss for loss in found if loss.highest > 0]
         if not losses:
-            what = "only ones with `smoothing=0`" if found else "none"
-            raise MisconfigurationException(
-                "SmoothingSchedule drives the losses with label smoothing of lightning_speedups, but among the "
-                f"submodules of {type(pl_module).__name__} there are {what}. Assign one in its `__init__`, for example "
-                "`self.criterion = LabelSmoothingLoss(0.1)`, and use it in `training_step` (in place of torch's own)."
+            there_are = "only ones with `smoothing=0`" if found else "none"
+            where = f"among the submodules of {type(pl_module).__name__} there are {there_are}"
+            raise self.refusal(
+                f"drives losses with label smoothing of this package, but {where}",
+                "Assign one in its `__init__`, as `self.criterion = LabelSmoothingLoss(0.1)`, and let `training_step` "
+                "use it.",
             )
         for loss in losses:
-            if loss.highest * self._highest >= 1:
-                raise MisconfigurationException(
-                    f"SmoothingSchedule would take {type(loss).__name__}(smoothing={loss.highest:g}) up to "
-                    f"{loss.highest * self._highest:g}, but ε must stay below 1. Give a lower `end_factor` or ε."
-                )
+            if (most := loss.highest * self._highest) >= 1:
+                kind = f"{type(loss).__name__}(smoothing={loss.highest:g})"
+                what = f"would take {kind} up to {most:g}, but ε must stay below 1"
+                raise self.refusal(what, "Give a lower `end_factor` or ε.")
         self.run.losses = losses
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,10 +144,8 @@ class SmoothingSchedule(Trick):
         super().on_train_start(trainer, pl_module)
         batches = run_length(trainer).batches
         if batches is None:
-            raise MisconfigurationException(
-                "SmoothingSchedule needs the length of the run, and this one's is unknown (an endless loader, or no "
-                "`max_epochs`). Give `Trainer(max_steps=...)`."
-            )
+            what = "needs the length of the run, and this one's is unknown (an endless loader, or no `max_epochs`)"
+            raise self.refusal(what, "Give `Trainer(max_steps=...)`.")
         self.run.batches = batches
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -162,12 +153,8 @@ class SmoothingSchedule(Trick):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         done = batch_number(trainer) - 1  # it counts this one already
         factor = factor_at(min(1.0, done / self.run.batches), self.shape, self.start, self.stop)
-        if factor != self.run.factor:
-            # A new tensor, as the old one may be saved for a backward pass; filled on the device: no copy to wait for.
-            strength = torch.full((), factor, dtype=torch.float32, device=pl_module.device)
-            self.run.strength = None if factor == 1 else strength
-            self.run.factor = factor
-        self._set(self.run.strength)
+        # A new tensor, as the old one may be saved for a backward pass; filled on the device: no copy to wait for.
+        self._set(None if factor == 1 else torch.full((), factor, dtype=torch.float32, device=pl_module.device))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.run_length import raw_optimizers
-from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
+from lightning_speedups.attach.steps import GIVE_STEPS, OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.durations import RunFacts
@@ -56,20 +57,6 @@ def entry(group: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     return {"betas": (value, *group["betas"][1:])} if key == "momentum" and "betas" in group else {key: value}
 
 
-def check_rates(name: str, rates: Any) -> None:
-    """Refuse what is not a learning rate, or one for each parameter group.
-
-    Args:
-        name: The argument's name.
-        rates: What was given.
-
-    Raises:
-        ValueError: If one is not a number above 0.
-    """
-    for rate in rates if isinstance(rates, (list, tuple)) and rates else [rates]:
-        check_number(name, rate, 0, above=True)
-
-
 def rate_of(rates: Rates, group: int) -> float:
     """Return a group's rate; one that came later than the rates were given has the first one's.
 
@@ -87,11 +74,11 @@ class Schedule(Steps):
     """What a checkpoint holds of a schedule.
 
     Attributes:
-        courses: How each optimizer's steps go along the curve.
+        courses: How each optimizer's steps go along the curve: the values of its `Course`.
         groups: How many groups each optimizer had when the schedule began.
     """
 
-    courses: list[Course] = field(default_factory=list)
+    courses: list[list[Any]] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
 
 
@@ -117,6 +104,8 @@ class ScheduleTrick(OptimizerTrick):
         total_steps: Length in optimizer steps, 1 or more; None: from the Trainer.
         optimizer: Index of the optimizer to drive; None: all of them.
         on_resume: What to do when a resumed run has another length.
+        **rates: Learning rates that the user gives, by the arguments' names: one above 0, or one for each parameter
+            group.
     """
 
     order = ValueOrder.ABSOLUTE
@@ -128,20 +117,20 @@ class ScheduleTrick(OptimizerTrick):
     """Steps between the curve's end and the end of the run: 1 if the last step stands at the end of the curve."""
     way_without: ClassVar[Mapping[str, str]] = {}
     """What to do when an optimizer lacks a value that it drives."""
-    ways_out: ClassVar[str] = "Give `total_steps=`, in optimizer steps, or `Trainer(max_steps=...)`."
+    ways_out: ClassVar[str] = GIVE_STEPS
     """What to do when the length of the run is unknown."""
+    keys: tuple[str, ...]
+    """Names of the values that it owns."""
 
-    def __init__(self, total_steps: int | None, optimizer: int | None, on_resume: OnResume) -> None:
+    def __init__(self, total_steps: int | None, optimizer: int | None, on_resume: OnResume, **rates: Rates) -> None:
         super().__init__()
         check_number("total_steps", total_steps, 1, whole=True, optional=True)
         check_number("optimizer", optimizer, 0, whole=True, optional=True)
         check_choice("on_resume", on_resume, ("stretch", "extend"))
-        self.total_steps, self.optimizer, self.on_resume = total_steps, optimizer, on_resume
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Names of the values that it owns."""
-        raise NotImplementedError
+        for name, given in rates.items():
+            for rate in given if isinstance(given, (list, tuple)) and given else [given]:
+                check_number(name, rate, 0, above=True)
+        self.total_steps, self.optimizer, self.on_resume, self.rates = total_steps, optimizer, on_resume, rates
 
     @property
     def needs_length(self) -> bool:
@@ -151,7 +140,7 @@ class ScheduleTrick(OptimizerTrick):
     @property
     def length(self) -> float:
         """Length of the curve, in its own steps: that of the run when it began."""
-        return self.saved.courses[0].length + self.ends_before
+        return Course(*self.saved.courses[0]).length + self.ends_before
 
     @property
     def state_key(self) -> str:
@@ -164,10 +153,10 @@ class ScheduleTrick(OptimizerTrick):
 
     def position(self, optimizer: int, step: int) -> float:
         """Return where the curve stands at a step of an optimizer, in the curve's own steps."""
-        return self.saved.courses[optimizer].position(step)
+        return Course(*self.saved.courses[optimizer]).position(step)
 
-    def ratio(self, optimizer: int, group: int, values: Mapping[str, Any]) -> float:
-        """Return the learning rate of a group that came later over that of the first group; 1 for the others."""
+    def settle_ratio(self, optimizer: int, group: int, values: Mapping[str, Any]) -> float:
+        """Settle and return the learning rate of a group that came later over the first group's; 1 for the others."""
         rate = float(values["lr"])
         if group == 0:
             self.run.leading[optimizer] = rate
@@ -180,32 +169,28 @@ class ScheduleTrick(OptimizerTrick):
         super().on_fit_start(trainer, pl_module)
         optimizers = raw_optimizers(trainer)
         if self.optimizer is not None and self.optimizer >= len(optimizers):
-            raise MisconfigurationException(
-                f"{self.name}(optimizer={self.optimizer}) counts from 0, but `configure_optimizers` returned "
-                f"{len(optimizers)} optimizers."
-            )
+            what = f"counts from 0, but `configure_optimizers` returned {len(optimizers)} optimizers"
+            raise self.refusal(what, "Name one of these.", optimizer=self.optimizer)
         if others := list(self._other_owners(trainer)):
-            what = "learning rate" if "lr" in self.keys else " and ".join(self.keys)
-            raise MisconfigurationException(
-                f"{self.name} sets the {what} of every step, and so does {' and '.join(others)}. Remove one of them"
-                " (WarmupLRScaler may stay: it multiplies)."
-            )
-        for i, optimizer in enumerate(optimizers):
-            for key in self.keys if self.drives(i) else ():
-                for group in optimizer.param_groups:
-                    try:
-                        value = get_value(group, key)
-                    except KeyError as error:
-                        has = [name for name in group if name != "params"]
-                        raise MisconfigurationException(
-                            f"{self.name} drives `{key}`, but {type(optimizer).__name__} has none, only {has}. "
-                            f"{self.way_without.get(key, 'Name one of these.')}"
-                        ) from error
-                    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
-                        raise MisconfigurationException(
-                            f"{self.name} drives `{key}`, which must be a number, but {type(optimizer).__name__} has "
-                            f"{value!r} there."
-                        )
+            mine = "learning rate" if "lr" in self.keys else " and ".join(self.keys)
+            what = f"sets the {mine} of every step, and so does {' and '.join(others)}"
+            raise self.refusal(what, "Remove one of them (WarmupLRScaler may stay: it multiplies).")
+        for optimizer in (one for i, one in enumerate(optimizers) if self.drives(i)):
+            self._require_numbers(optimizer)
+        self.require_rates(trainer, **self.rates)
+
+    def _require_numbers(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that lacks one of the values."""
+        kind = type(optimizer).__name__
+        for key, group in itertools.product(self.keys, optimizer.param_groups):
+            try:
+                value = get_value(group, key)
+            except KeyError as error:
+                what = f"drives `{key}`, but {kind} has none, only {[name for name in group if name != 'params']}"
+                raise self.refusal(what, self.way_without.get(key, "Name one of these.")) from error
+            if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+                what = f"drives `{key}`, which must be a number, but {kind} has {value!r} there"
+                raise self.refusal(what, "Name another one.")
 
     def require_rates(self, trainer: Trainer, **arguments: Any) -> None:
         """Refuse lists of rates that do not fit the parameter groups that the optimizers began with."""
@@ -213,10 +198,8 @@ class ScheduleTrick(OptimizerTrick):
             count = self.saved.groups[i] if i < len(self.saved.groups) else len(optimizer.param_groups)
             for name, rates in arguments.items():
                 if self.drives(i) and isinstance(rates, (list, tuple)) and len(rates) != count:
-                    raise MisconfigurationException(
-                        f"{self.name}({name}={rates}) has {len(rates)} values, but {type(optimizer).__name__} has "
-                        f"{count} parameter groups. Give one number, or one for each group."
-                    )
+                    what = f"has {len(rates)} values, but {type(optimizer).__name__} has {count} parameter groups"
+                    raise self.refusal(what, "Give one number, or one for each group.", **{name: rates})
 
     def _other_owners(self, trainer: Trainer) -> Iterator[str]:
         for config in trainer.lr_scheduler_configs if "lr" in self.keys else ():
@@ -243,38 +226,23 @@ class ScheduleTrick(OptimizerTrick):
 
     def plan(self, run: RunFacts) -> None:
         """Settle the length of the curve; what stretched or extended it stands in a warning."""
+        super().plan(run)
         if not self.needs_length:
             return
-        total = self.total_steps or run.steps
-        if not total:
-            raise MisconfigurationException(
-                f"{self.name} needs the length of the run, and this one's is unknown (an endless loader, no "
-                f"`max_epochs`, or manual optimization, where the steps are the module's own). {self.ways_out}"
-            )
-        if not self.saved.groups:
-            self.saved.groups = [1] * len(run.optimizers)
-        end = total - self.ends_before
-        before = self.saved.courses
-        if len(before) != len(run.optimizers):
-            self.saved.courses = [Course(end, end)] * len(run.optimizers)
-        elif before[0].total != end:
+        total = self.steps_of_run(run, self.total_steps, self.ways_out)
+        self.saved.groups = self.saved.groups or [1] * len(run.optimizers)
+        end, courses = total - self.ends_before, [Course(*course) for course in self.saved.courses]
+        if len(courses) != len(run.optimizers):
+            courses = [Course(end, end)] * len(run.optimizers)
+        elif (before := courses[0].total) != end:
             if self.on_resume == "extend":
-                steps = zip(before, self.steps_done, strict=True)
-                self.saved.courses = [course.extended(step, end) for course, step in steps]
+                courses = [course.extended(step, end) for course, step in zip(courses, self.steps_done, strict=True)]
                 how = "the curve goes on from where it stood and ends at the new total"
             else:
-                self.saved.courses = [Course(end, end)] * len(before)
+                courses = [Course(end, end)] * len(courses)
                 how = "the curve is stretched over the new total"
             rank_zero_warn(
-                f"{self.name}: the checkpoint's run had {before[0].total + self.ends_before} optimizer steps, this one"
-                f" has {total}; {how}."
+                f"{self.name}: the checkpoint's run had {before + self.ends_before} optimizer steps, this one has "
+                f"{total}; {how}."
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counted steps and how they lie on the curve."""
-        return {**super().state_dict(), "courses": [list(astuple(course)) for course in self.saved.courses]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the same step."""
-        super().load_state_dict(state_dict)
-        self.saved.courses = [Course(*course) for course in state_dict["courses"]]
+        self.saved.courses = [list(astuple(course)) for course in courses]

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.schedules import triangle
-from lightning_speedups.tricks.rates.base import Leaders, OnResume, Rates, ScheduleTrick, check_rates, entry, rate_of
+from lightning_speedups.tricks.rates.base import Leaders, OnResume, Rates, ScheduleTrick, entry, rate_of
 
 Mode = Literal["triangular", "triangular2", "exp_range"]
 
@@ -103,9 +101,7 @@ class CyclicMomentum(ScheduleTrick):
         optimizer: int | None = None,
         on_resume: OnResume = "stretch",
     ) -> None:
-        super().__init__(total_steps, optimizer, on_resume)
-        check_rates("base_lr", base_lr)
-        check_rates("max_lr", max_lr)
+        super().__init__(total_steps, optimizer, on_resume, base_lr=base_lr, max_lr=max_lr)
         check_choice("mode", mode, get_args(Mode))
         check_number("gamma", gamma, 0, 1, above=True)
         check_number("base_momentum", base_momentum, 0, 1, below=True)
@@ -117,41 +113,26 @@ class CyclicMomentum(ScheduleTrick):
                 raise ValueError(f"Expected `{name}` to be above 0, but got {size.amount} {size.unit}.")
         self.base_lr, self.max_lr, self.mode, self.gamma = base_lr, max_lr, mode, gamma
         self.base_momentum, self.max_momentum, self.cycle_momentum = base_momentum, max_momentum, cycle_momentum
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Rate and, where it cycles, momentum."""
-        return ("lr", "momentum") if self.cycle_momentum else ("lr",)
+        self.keys = ("lr", "momentum") if cycle_momentum else ("lr",)
 
     @property
     def needs_length(self) -> bool:
         """Whether a step size is a fraction of the run."""
         return "fraction" in (self.up.unit, self.down.unit)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse another owner of the learning rate, and groups that do not fit."""
-        super().on_fit_start(trainer, pl_module)
-        self.require_rates(trainer, base_lr=self.base_lr, max_lr=self.max_lr)
-
     def plan(self, run: RunFacts) -> None:
         """Settle the step sizes."""
         super().plan(run)
         whole = self.length if self.needs_length else None
-        up, down = (size.in_steps(run, whole) for size in (self.up, self.down))
-        if up is None or down is None:
-            raise MisconfigurationException(
-                "CyclicMomentum: a step size in epochs needs the length of an epoch, but this training data has none. "
-                "Give `step_size_up` in optimizer steps."
-            )
+        up, down = self.steps_of_parts(run, whole, step_size_up=self.up, step_size_down=self.down)
         if not up or not down:
-            raise MisconfigurationException(
-                f"CyclicMomentum: step sizes of {self.up.amount:g} {self.up.unit} up and {self.down.amount:g} "
-                f"{self.down.unit} down are less than one optimizer step. Give a longer `step_size_up`."
-            )
+            sizes = f"{self.up.amount:g} {self.up.unit} up and {self.down.amount:g} {self.down.unit} down"
+            what = f"finds that step sizes of {sizes} are less than one optimizer step"
+            raise self.refusal(what, "Give a longer `step_size_up`.")
         self.run.sizes = (up, down)
         if up + down < 2:
             rank_zero_warn(
-                f"CyclicMomentum: a cycle of {up + down:g} optimizer steps is too short to leave `base_lr`. Give a "
+                f"{self.name}: a cycle of {up + down:g} optimizer steps is too short to leave `base_lr`. Give a "
                 "longer `step_size_up`."
             )
 
@@ -163,6 +144,6 @@ class CyclicMomentum(ScheduleTrick):
         height, cycle = triangle(position, *self.run.sizes)
         height *= amplitude(self.mode, cycle, position, self.gamma)
         base, high = rate_of(self.base_lr, group), rate_of(self.max_lr, group)
-        rate = (base + (high - base) * height) * self.ratio(optimizer, group, values)
+        rate = (base + (high - base) * height) * self.settle_ratio(optimizer, group, values)
         momentum = self.max_momentum - (self.max_momentum - self.base_momentum) * height
         return {"lr": rate, **(entry(values, "momentum", momentum) if self.cycle_momentum else {})}

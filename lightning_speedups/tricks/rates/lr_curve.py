@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.trick import callbacks_of
@@ -139,12 +138,7 @@ class LRCurve(ScheduleTrick):
                 "lost. Give `end_factor` above 0, or leave it out."
             )
         self.warmup_factor, self.cooldown_factor = warmup_factor, cooldown_factor
-        self.key, self.over = key, over
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The value that it drives."""
-        return (self.key,)
+        self.key, self.over, self.keys = key, over, (key,)
 
     @property
     def needs_length(self) -> bool:
@@ -171,7 +165,7 @@ class LRCurve(ScheduleTrick):
         """
         check_number("steps", steps, 1, whole=True)
         if not self.run.pieces:
-            raise MisconfigurationException("LRCurve.cool_down is for a run that is going on: call it from a hook.")
+            raise self.refusal("has no run: LRCurve.cool_down is for a run that is going on", "Call it from a hook.")
         here = [self._factor(i, done) for i, done in enumerate(self.steps_done)]
         self.saved.cooling = [(done, steps, factor) for done, factor in zip(self.steps_done, here, strict=True)]
         self.saved.stop = stop
@@ -180,18 +174,12 @@ class LRCurve(ScheduleTrick):
         """Lay the pieces end to end."""
         super().plan(run)
         whole = self.length if self.needs_length else 1.0
-        warmup, cooldown = (part.in_steps(run, whole) for part in (self.warmup, self.cooldown))
-        if warmup is None or cooldown is None:
-            raise MisconfigurationException(
-                "LRCurve: a warm-up or cooldown in epochs needs the length of an epoch, but this training data has "
-                "none. Give it in optimizer steps or as a fraction of the run."
-            )
+        warmup, cooldown = self.steps_of_parts(run, whole, warmup=self.warmup, cooldown=self.cooldown)
         if warmup + cooldown > whole * (1 + 1e-9):  # fractions that add up to 1 may pass it by a rounding error
             if not self.resumed:
-                raise MisconfigurationException(
-                    f"LRCurve: a warm-up of {warmup:g} and a cooldown of {cooldown:g} optimizer steps do not fit in a "
-                    f"run of {whole:g}. Give shorter ones, or fractions of the run."
-                )
+                parts = f"a warm-up of {warmup:g} and a cooldown of {cooldown:g} optimizer steps"
+                what = f"finds that {parts} do not fit in a run of {whole:g}"
+                raise self.refusal(what, "Give shorter ones, or fractions of the run.")
             # A resumed run that is too short for both: they share it.
             warmup, cooldown = (part * whole / (warmup + cooldown) for part in (warmup, cooldown))
         self.run.pieces = with_ends(self.shape, whole, warmup, self.warmup_factor, cooldown, self.cooldown_factor)
@@ -199,41 +187,39 @@ class LRCurve(ScheduleTrick):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the curve, and find the clock that it may go by."""
         super().on_train_start(trainer, pl_module)
-        if self.saved.stop and self._has_cooled:  # resumed from a checkpoint of the last step
-            trainer.should_stop = True
-        if self.over == "time":
-            self._look_at_the_clock(trainer)
+        self._stop_if_cooled(trainer)  # resumed from a checkpoint of the last step
+        self._look_at_the_clock(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the time, where the curve goes by it."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self.over == "time":
-            self._look_at_the_clock(trainer)
+        self._look_at_the_clock(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End the run when a cooldown is over that should."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.saved.stop and self._has_cooled:
-            trainer.should_stop = True
+        self._stop_if_cooled(trainer)
 
-    @property
-    def _has_cooled(self) -> bool:
-        cooling = enumerate(zip(self.steps_done, self.saved.cooling, strict=True))
-        # An optimizer that has not stepped at all is not waited for.
-        ends = [done >= since + steps for i, (done, (since, steps, _)) in cooling if self.drives(i) and done]
-        return bool(ends) and all(ends)
+    def _stop_if_cooled(self, trainer: Trainer) -> None:
+        if self.saved.stop:
+            cooling = enumerate(zip(self.steps_done, self.saved.cooling, strict=True))
+            # An optimizer that has not stepped at all is not waited for.
+            ends = [done >= since + steps for i, (done, (since, steps, _)) in cooling if self.drives(i) and done]
+            if ends and all(ends):
+                trainer.should_stop = True
 
     def _look_at_the_clock(self, trainer: Trainer) -> None:
-        for timer in callbacks_of(trainer):
-            left = timer.time_remaining() if is_a(timer, "Timer") else None  # type: ignore[attr-defined]
-            if left is not None:
-                gone = timer.time_elapsed()  # type: ignore[attr-defined]
-                elapsed = min(1.0, gone / max(gone + left, 1e-9))
-                self.run.elapsed = trainer.strategy.broadcast(elapsed) if trainer.world_size > 1 else elapsed
-                return
-        raise MisconfigurationException("LRCurve(over='time') needs the length of the run: `Trainer(max_time=...)`.")
+        if self.over != "time":
+            return
+        timers: list[Any] = [callback for callback in callbacks_of(trainer) if is_a(callback, "Timer")]
+        timer = next((timer for timer in timers if timer.time_remaining() is not None), None)
+        if timer is None:
+            raise self.refusal("needs the length of the run", "Give `Trainer(max_time=...)`.", over="time")
+        gone, left = timer.time_elapsed(), timer.time_remaining()
+        elapsed = min(1.0, gone / max(gone + left, 1e-9))
+        self.run.elapsed = trainer.strategy.broadcast(elapsed) if trainer.world_size > 1 else elapsed
 
     def _factor(self, optimizer: int, step: int) -> float:
         if self.saved.cooling:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_speedups.attach.range_test import run_range_test
 from lightning_speedups.core.range_test import Sweep
 from lightning_speedups.core.schedules import Anneal, OneCycle
-from lightning_speedups.tricks.rates.base import OnResume, Rates, Schedule, ScheduleTrick, check_rates, entry, rate_of
+from lightning_speedups.tricks.rates.base import OnResume, Rates, Schedule, ScheduleTrick, entry, rate_of
 
 curve = lru_cache(maxsize=8)(OneCycle.at)  # parameter groups ask for the same point
 
@@ -89,11 +89,10 @@ class OneCycleMomentum(ScheduleTrick):
         on_resume: OnResume = "stretch",
         range_test: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(total_steps, optimizer, on_resume)
-        if max_lr != "auto":
-            check_rates("max_lr", max_lr)
+        super().__init__(total_steps, optimizer, on_resume, **({} if max_lr == "auto" else {"max_lr": max_lr}))
         self.cycle = OneCycle(pct_start, anneal, div_factor, final_div_factor, base_momentum, max_momentum, three_phase)
         self.max_lr, self.cycle_momentum = max_lr, cycle_momentum
+        self.keys = ("lr", "momentum") if cycle_momentum else ("lr",)
         try:
             self.sweep = Sweep(**(range_test or {}))
         except (TypeError, ValueError) as error:
@@ -105,16 +104,6 @@ class OneCycleMomentum(ScheduleTrick):
     def found_lr(self) -> float | None:
         """The peak that the range test found, for ``max_lr="auto"``; None before it."""
         return self.saved.found_lr
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Rate and, where it cycles, momentum."""
-        return ("lr", "momentum") if self.cycle_momentum else ("lr",)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse another owner of the learning rate, and groups that do not fit."""
-        super().on_fit_start(trainer, pl_module)
-        self.require_rates(trainer, max_lr=self.max_lr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the peak, if that was asked for, and settle the length of the cycle."""
@@ -128,7 +117,7 @@ class OneCycleMomentum(ScheduleTrick):
         """Set rate and momentum."""
         if not self.drives(optimizer):
             return {}
-        ratio = self.ratio(optimizer, group, values)
+        ratio = self.settle_ratio(optimizer, group, values)
         rates = self.saved.found_lr if self.max_lr == "auto" else self.max_lr
         assert rates is not None
         lr, momentum = curve(self.cycle, self.position(optimizer, step), self.length, rate_of(rates, group) * ratio)

@@ -17,9 +17,8 @@ from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import count_samples
 from lightning_speedups.core.durations import Duration, RunFacts
+from lightning_speedups.core.plateau import Mode
 from lightning_speedups.core.schedules import anneal_between
-
-Mode = Literal["min", "max"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Way(Steps):
     Attributes:
         reached: What it took, as a dict; None as long as it is not reached.
         samples: Training samples so far; None if they cannot be counted.
-        seconds: Those of the runs before this one.
+        seconds: Seconds since training began, up to the clock's last look.
         last: For each optimizer: since which step it decays, and for how many.
         rates: Indices of optimizer and group, and where its rate stood then.
     """
@@ -75,7 +74,7 @@ class Watch:
     """What else belongs to a run.
 
     Attributes:
-        clock: When training began; NaN while there is none.
+        clock: When the time was taken last; NaN before training.
         validates: Whether a validation is still to come that may log the metric.
         ended_an_epoch: Whether an epoch has ended.
     """
@@ -160,19 +159,15 @@ class StopAtTarget(OptimizerTrick):
 
     def plan(self, run: RunFacts) -> None:
         """Refuse a decay whose length nobody knows."""
-        if self.finish == "anneal" and self.anneal.in_steps(run, 1) is None:
-            raise MisconfigurationException(
-                f"StopAtTarget(anneal='{self.anneal.amount:g} epochs') needs the length of an epoch, but this training "
-                "data has none. Give `anneal` in optimizer steps or as a fraction."
-            )
+        super().plan(run)
+        if self.finish == "anneal":
+            self.steps_of_parts(run, 1, anneal=self.anneal)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at what was logged after this callback's turn at the last epoch's end."""
         super().on_train_epoch_start(trainer, pl_module)
-        if self.run.ended_an_epoch:
-            self._look(trainer, pl_module, trainer.current_epoch)
-            if self._misses(trainer):
-                raise MisconfigurationException(self._missing(trainer))
+        if missing := self._look_late(trainer, pl_module):
+            raise missing
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the samples."""
@@ -183,22 +178,26 @@ class StopAtTarget(OptimizerTrick):
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Decay the rate to 0 from where it stood when the target was reached."""
-        if not self.saved.last:
+        since, steps = self.saved.last[optimizer] if self.saved.last else (0, 0)
+        if not steps:  # also of a Trainer that must go on, as for its `min_epochs`
             return {}
-        since, steps = self.saved.last[optimizer]
-        if not steps:  # a Trainer that must go on, as for its `min_epochs`
-            return {}
-        begin = next((rate for *place, rate in self.saved.rates if place == [optimizer, group]), None)
-        if begin is None:
-            begin = float(values["lr"])
-            self.saved.rates.append([optimizer, group, begin])
+        begin = self._settle_begin(optimizer, group, float(values["lr"]))
         return {"lr": anneal_between(begin, 0.0, min(1.0, (step - since) / steps), "linear")}
+
+    def _settle_begin(self, optimizer: int, group: int, rate: float) -> float:
+        """Settle where a group's decay begins: at its rate in the first step, or in its own first one."""
+        begin = next((begin for *place, begin in self.saved.rates if place == [optimizer, group]), None)
+        if begin is None:
+            begin = rate
+            self.saved.rates.append([optimizer, group, begin])
+        return begin
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End the run after the decay."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._take_time()
         self._stop_if_done(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -219,41 +218,47 @@ class StopAtTarget(OptimizerTrick):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once more, at what the last epoch's end logged."""
         super().on_train_end(trainer, pl_module)
-        if self.run.ended_an_epoch:
-            self._look(trainer, pl_module, trainer.current_epoch)
-            if self._misses(trainer):
-                rank_zero_warn(self._missing(trainer))
-
-    def _misses(self, trainer: Trainer) -> bool:
-        return self.saved.reached is None and self.monitor not in trainer.callback_metrics and not self.run.validates
-
-    def _missing(self, trainer: Trainer) -> str:
-        return (
-            f"StopAtTarget(monitor={self.monitor!r}): no such metric was logged in the first epoch, only "
-            f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)`, or name one of these."
-        )
+        if missing := self._look_late(trainer, pl_module):
+            rank_zero_warn(str(missing))
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, epochs: int) -> None:
-        if self.saved.reached is not None:
-            return
+        self._take_time()
         value = float(trainer.callback_metrics.get(self.monitor, math.nan))
         # One rank's word is enough: a metric that is not synchronised differs between them, or is known to one alone.
-        if not trainer.strategy.reduce_boolean_decision(is_reached(value, self.target, self.mode), all=False):
-            return
-        seconds, steps = self._seconds_now(), max(self.steps_done, default=trainer.global_step)
-        reached = Reached(value, epochs, steps, self.saved.samples, seconds)
+        if self.saved.reached is None and trainer.strategy.reduce_boolean_decision(
+            is_reached(value, self.target, self.mode), all=False
+        ):
+            steps = max(self.steps_done, default=trainer.global_step)
+            self._note(trainer, Reached(value, epochs, steps, self.saved.samples, self.saved.seconds))
+            run = facts(trainer, pl_module)
+            left = math.inf if run.steps is None else run.steps - trainer.global_step
+            self.saved.last = [[done, self._decay(done, run, left)] for done in self.steps_done]
+
+    def _look_late(self, trainer: Trainer, pl_module: LightningModule) -> MisconfigurationException | None:
+        """Look at what the last epoch's end logged after this callback's turn; return what to say of no such metric."""
+        if not self.run.ended_an_epoch:
+            return None
+        self._look(trainer, pl_module, trainer.current_epoch)
+        if self.saved.reached is not None or self.monitor in trainer.callback_metrics or self.run.validates:
+            return None
+        what = f"finds that no such metric was logged in the first epoch, only {sorted(trainer.callback_metrics)}"
+        way_out = f"Log it with `self.log({self.monitor!r}, ...)`, or name one of these."
+        return self.refusal(what, way_out, monitor=self.monitor)
+
+    def _note(self, trainer: Trainer, reached: Reached) -> None:
         self.saved.reached = asdict(reached)
         samples = "an unknown number of" if reached.samples is None else reached.samples
         rank_zero_info(
-            f"StopAtTarget: {self.monitor} = {value:g} (target {self.target:g}) after {seconds:.1f} s, {steps} "
-            f"optimizer steps, {samples} samples."
+            f"{self.name}: {self.monitor} = {reached.value:g} (target {self.target:g}) after {reached.seconds:.1f} s, "
+            f"{reached.steps} optimizer steps, {samples} samples."
         )
         report = {f"target/{name}": number for name, number in self.saved.reached.items() if number is not None}
         for logger in trainer.loggers:
             logger.log_metrics(report, step=trainer.global_step)
-        run = facts(trainer, pl_module)
-        left = math.inf if run.steps is None else run.steps - trainer.global_step
-        self.saved.last = [[done, self._decay(done, run, left)] for done in self.steps_done]
+
+    def _take_time(self) -> None:
+        now = time.monotonic()
+        self.saved.seconds, self.run.clock = self.saved.seconds + now - self.run.clock, now
 
     def _decay(self, done: int, run: RunFacts, left: float) -> int:
         if self.finish == "now" or not done:  # an optimizer that does not step is not waited for
@@ -266,15 +271,3 @@ class StopAtTarget(OptimizerTrick):
             done >= since + steps for done, (since, steps) in zip(self.steps_done, self.saved.last, strict=True)
         ):
             trainer.should_stop = True
-
-    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the driver, and stop the clock."""
-        self.saved.seconds = self._seconds_now()
-        super().undo(trainer, pl_module)
-
-    def _seconds_now(self) -> float:
-        return self.saved.seconds + (0.0 if math.isnan(self.run.clock) else time.monotonic() - self.run.clock)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was counted, and how far the decay is."""
-        return {**super().state_dict(), "seconds": self._seconds_now()}

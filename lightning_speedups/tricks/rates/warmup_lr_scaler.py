@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_speedups.attach.run_length import facts
@@ -88,26 +87,24 @@ class WarmupLRScaler(OptimizerTrick):
         check_number("scale", scale, 0, above=True, optional=True)
         self.base_batch_size, self.rule = base_batch_size, rule
         self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
-        self.start_factor, self.scale = start_factor, scale
+        own = 0.01 if scale is None and base_batch_size is None else 1.0
+        self.start_factor, self.scale = own if start_factor is None else start_factor, scale
 
     def plan(self, run: RunFacts) -> None:
         """Settle the factors and the length of the ramp."""
+        super().plan(run)
         steps = self.warmup_steps if self.warmup_steps is not None else run.steps_in_epochs(self.warmup_epochs)
         if steps is None:
-            raise MisconfigurationException(
-                f"WarmupLRScaler(warmup_epochs={self.warmup_epochs}) needs the length of an epoch, but this training "
-                "data has none. Give `warmup_steps` instead."
-            )
+            what = "needs the length of an epoch, but this training data has none"
+            raise self.refusal(what, "Give `warmup_steps` instead.", warmup_epochs=self.warmup_epochs)
         self.run.steps = steps
         if self.scale is not None or self.base_batch_size is None:
             self.run.full = [self.scale or 1.0] * len(run.optimizers)
             return
         if run.batch_size is None:
-            raise MisconfigurationException(
-                f"WarmupLRScaler(base_batch_size={self.base_batch_size}) needs the batch size, but it cannot be read "
-                "from this training loader (it takes one DataLoader with a `batch_size`). Give `scale=`, the effective"
-                " batch size over the base batch size."
-            )
+            what = "needs the batch size, which only a single training DataLoader with a `batch_size` tells"
+            way_out = "Give `scale=`, the effective batch size over the base batch size."
+            raise self.refusal(what, way_out, base_batch_size=self.base_batch_size)
         ratio = run.batch_size / self.base_batch_size
         self.run.full = [scaling_factor(ratio, self.rule, name) for name in run.optimizers]
 
@@ -116,13 +113,11 @@ class WarmupLRScaler(OptimizerTrick):
         super().on_train_start(trainer, pl_module)
         run, steps, scaled = facts(trainer, pl_module), self.run.steps, self.base_batch_size and not self.scale
         size = f" (effective batch {run.batch_size}, base {self.base_batch_size})" if scaled else ""
-        factors = ", ".join(f"× {self._start(full):g} → × {full:g}" for full in self.run.full)
-        rank_zero_info(
-            f"WarmupLRScaler: learning rate {factors}{size} over the first {self.run.steps} optimizer steps."
-        )
+        factors = ", ".join(f"× {self.start_factor:g} → × {full:g}" for full in self.run.full)
+        rank_zero_info(f"{self.name}: learning rate {factors}{size} over the first {steps} optimizer steps.")
         if run.steps is not None and steps > run.steps:
             rank_zero_warn(
-                f"WarmupLRScaler: the ramp takes {steps} optimizer steps, but the run has {run.steps} and never "
+                f"{self.name}: the ramp takes {steps} optimizer steps, but the run has {run.steps} and never "
                 "reaches the full rate. Give a shorter `warmup_epochs` or `warmup_steps`."
             )
 
@@ -134,9 +129,4 @@ class WarmupLRScaler(OptimizerTrick):
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Multiply the rate."""
         full = self.run.full[optimizer]
-        return {"lr": values["lr"] * ramp(step, self.run.steps, self._start(full), full)}
-
-    def _start(self, full: float) -> float:
-        if self.start_factor is not None:
-            return self.start_factor
-        return 0.01 if self.scale is None and self.base_batch_size is None else 1.0
+        return {"lr": values["lr"] * ramp(step, self.run.steps, self.start_factor, full)}

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_speedups.attach.run_length import raw_optimizers
@@ -20,6 +19,10 @@ from lightning_speedups.modules.freezing import Frozen
 from lightning_speedups.modules.layers import Layer, is_norm, layers_by_child, layers_by_number, owners, unreserved
 
 Backbone = str | Callable[[LightningModule], nn.Module | Iterable[nn.Module]] | None
+
+
+class NoBackboneError(LookupError):
+    """There is no such backbone; what was found instead, and the way out."""
 
 
 @dataclass
@@ -43,7 +46,6 @@ class Freezing:
         frozen: Those that are frozen now, by name.
         pairs: Convolutions and their norms in the backbone; None before they were looked for.
         folded: Those that are folded now.
-        resting: Optimizers of which all parameters are frozen.
     """
 
     layers: list[Layer] = field(default_factory=list)
@@ -51,7 +53,6 @@ class Freezing:
     frozen: dict[str, Frozen] = field(default_factory=dict)
     pairs: list[Pair] | None = None
     folded: FoldedNorms = field(default_factory=lambda: FoldedNorms([]))
-    resting: list[torch.optim.Optimizer] = field(default_factory=list)
 
 
 class FreezingTrick(OptimizerTrick):
@@ -82,13 +83,26 @@ class FreezingTrick(OptimizerTrick):
         """The backbone's layers in the run under way, from its input on."""
         return self.run.layers
 
+    @property
+    def layer_of_group(self) -> dict[tuple[int, int], Layer]:
+        """Those that have a parameter group in the run under way, by the indices of optimizer and group."""
+        return self.run.layer_of_group
+
+    @property
+    def frozen_parameters(self) -> int:
+        """How many numbers are frozen now."""
+        return sum(parameter.numel() for frozen in self.run.frozen.values() for parameter in frozen.parameters)
+
     def group_label(self, layer: Layer) -> str:
         """Return the name of the parameter group that a layer is in; layers of one group are always paced alike."""
         return layer.name
 
     def find_layers(self, pl_module: LightningModule) -> list[Layer]:
         """Return the backbone's layers, from its input on."""
-        return find_layers(pl_module, self.backbone, self.name)
+        try:
+            return find_layers(pl_module, self.backbone)
+        except NoBackboneError as error:
+            raise self.refusal(*error.args, backbone=self.backbone) from error
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the optimizer driver."""
@@ -102,11 +116,8 @@ class FreezingTrick(OptimizerTrick):
         self.settle_courses(pl_module)
         labels = {layer.name: self.group_label(layer) for layer in self.layers}
         if self.resumed and self.saved.labels != labels:  # torch would hand the state of one layer to another
-            raise MisconfigurationException(
-                f"{self.name} found other parameter groups in the checkpoint than its arguments make now: layers that "
-                "go together then and now are not the same. Resume with the arguments of that run, or load its weights"
-                " alone."
-            )
+            what = "found other parameter groups in the checkpoint than its arguments make now"
+            raise self.refusal(what, "Resume with the arguments of that run, or load its weights alone.")
         self.saved.labels = labels
         label_of = {id(parameter): labels[layer.name] for layer in self.layers for parameter in layer.parameters()}
         return lambda parameter: label_of.get(id(parameter))
@@ -115,39 +126,48 @@ class FreezingTrick(OptimizerTrick):
         """Settle what the layers do when."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the optimizers have the layers in groups of their own, and that nobody else freezes them."""
+        """Check that nobody else freezes the layers, and that the optimizers have them in groups of their own."""
         super().on_fit_start(trainer, pl_module)
         layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
         for other in callbacks_of(trainer):
             others = other.layers if isinstance(other, FreezingTrick) and other is not self else []
             if any(id(parameter) in layer_of for layer in others for parameter in layer.parameters()):
-                raise MisconfigurationException(
-                    f"{self.name} and {type(other).__name__} both freeze the same layers. Use one of them, or give them"
-                    " different backbones."
-                )
+                what = f"and {type(other).__name__} both freeze the same layers"
+                raise self.refusal(what, "Use one of them, or give them different backbones.")
+        self._settle_layer_of_group(layer_of, raw_optimizers(trainer))
+
+    def _settle_layer_of_group(self, layer_of: dict[int, Layer], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         lacking = {id(p) for layer in self.layers for p in layer.parameters() if p.requires_grad}
         if not lacking:
-            raise MisconfigurationException(
-                f"{self.name}: no parameter of the backbone can be trained at all. Leave the freezing to this callback."
-            )
-        self.run.layer_of_group = {}
-        for i, optimizer in enumerate(raw_optimizers(trainer)):
+            what = "finds that no parameter of the backbone can be trained at all"
+            raise self.refusal(what, "Leave the freezing to this callback.")
+        for i, optimizer in enumerate(optimizers):
             for g, group in enumerate(optimizer.param_groups):
                 found = [layer_of.get(id(parameter)) for parameter in group["params"]]
                 lacking -= {id(parameter) for parameter in group["params"]}
                 if len({layer and self.group_label(layer) for layer in found}) > 1:
-                    raise MisconfigurationException(
-                        f"{self.name} found backbone and head in one parameter group, or layers that go apart: the "
-                        "optimizer was not made in `configure_optimizers`. Make it there."
-                    )
+                    what = "found backbone and head in one parameter group, or layers that go apart"
+                    raise self.refusal(what, "Make the optimizer in `configure_optimizers`.")
                 if found and found[0] is not None:
                     self.run.layer_of_group[i, g] = found[0]
         if lacking:
-            raise MisconfigurationException(
-                f"{self.name}: {len(lacking)} of the backbone's trainable parameters are in no optimizer and would "
-                "never train. Give all parameters to the optimizer in `configure_optimizers`, and leave the freezing to"
-                " this callback."
-            )
+            what = f"finds that {len(lacking)} of the backbone's trainable parameters are in no optimizer"
+            raise self.refusal(what, "Give it all parameters, and leave the freezing to this callback.")
+
+    def require_training(self, pl_module: LightningModule, frozen: Collection[str], when: str, way_out: str) -> None:
+        """Refuse to freeze all that there is, before the time for it comes.
+
+        Args:
+            pl_module: The module, with nothing frozen.
+            frozen: Names of the layers that will be.
+            when: And when, for the message.
+            way_out: What the user can do, as a sentence.
+        """
+        modules = [module for layer in self.layers if layer.name in frozen for module in layer.modules]
+        resting = (module for module in modules if not (self.train_norm and is_norm(module)))
+        parameters = {id(parameter) for module in resting for parameter in module.parameters(recurse=False)}
+        if parameters.issuperset(id(p) for p in pl_module.parameters() if p.requires_grad):
+            raise self.refusal(f"would freeze every parameter{when}: nothing is left to train", way_out)
 
     def freeze_only(self, trainer: Trainer, pl_module: LightningModule, names: Collection[str]) -> bool:
         """Freeze the layers of these names, thaw the others, and tell whether that changed anything."""
@@ -162,29 +182,16 @@ class FreezingTrick(OptimizerTrick):
                 elif layer.name not in names and layer.name in self.run.frozen:
                     self.run.frozen.pop(layer.name).undo()
             if not any(parameter.requires_grad for parameter in pl_module.parameters()):
-                raise MisconfigurationException(
-                    f"{self.name} froze every parameter: nothing is left to train. `backbone` must not contain the"
-                    " head."
-                )
+                what = "froze every parameter: nothing is left to train"
+                raise self.refusal(what, "`backbone` must not contain the head.")
         if self.fold and not self.train_norm and self.run.frozen:
             self._fold(trainer, pl_module)
-        self.run.resting = [
-            optimizer
-            for optimizer in raw_optimizers(trainer)
-            if not any(parameter.requires_grad for group in optimizer.param_groups for parameter in group["params"])
-        ]
         return True
 
     def rests(self, optimizer: torch.optim.Optimizer) -> bool:
         """Tell whether all of an optimizer's parameters are frozen."""
-        return optimizer in self.run.resting
-
-    def freezes_all(self, pl_module: LightningModule, names: Collection[str]) -> bool:
-        """Tell whether nothing would train if the layers of these names were frozen."""
-        modules = [module for layer in self.layers if layer.name in names for module in layer.modules]
-        resting = (module for module in modules if not (self.train_norm and is_norm(module)))
-        frozen = {id(parameter) for module in resting for parameter in module.parameters(recurse=False)}
-        return frozen.issuperset(id(p) for p in pl_module.parameters() if p.requires_grad)
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        return bool(self.run.frozen) and not any(parameter.requires_grad for parameter in parameters)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -205,11 +212,6 @@ class FreezingTrick(OptimizerTrick):
             children = [child for child in pl_module.children() if not frozen.isdisjoint(child.modules())]
             self.run.pairs = [pair for child in children for pair in conv_norm_pairs(child, [pl_module, trainer])]
         self.run.folded = FoldedNorms(pair for pair in self.run.pairs if frozen.issuperset(pair))
-
-    @property
-    def frozen_parameters(self) -> int:
-        """How many numbers are frozen now."""
-        return sum(parameter.numel() for frozen in self.run.frozen.values() for parameter in frozen.parameters)
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was handed in."""
@@ -233,26 +235,28 @@ def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterab
                 optimizer.state.pop(parameter, None)
 
 
-def find_layers(pl_module: LightningModule, backbone: Backbone, name: str) -> list[Layer]:
+def find_layers(module: nn.Module, backbone: str | Callable[[Any], Any] | None) -> list[Layer]:
     """Return the layers of a backbone, from its input on.
 
     timm's models say themselves what their layers are; of others each child is one; several modules are one each.
 
     Args:
-        pl_module: The module that trains.
+        module: The module that trains.
         backbone: Attribute path, a callable that picks one or several modules, or None: the timm model in it without
             its classifier.
-        name: Who asks, for the message.
 
     Raises:
-        MisconfigurationException: If there is no such thing.
+        NoBackboneError: If there is no such thing.
+
+    Example:
+        >>> net = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), "head": nn.ReLU()})
+        >>> [layer.name for layer in find_layers(net, "backbone")]
+        ['0', '1']
     """
-    if backbone is None:
-        return _layers(*_timm_model(pl_module, name))
-    roots = find_modules(pl_module, backbone, name)
+    roots, heads = _timm_model(module) if backbone is None else (_picked(module, backbone), [])
     if len(roots) == 1:
-        return _layers(roots[0], [])
-    paths = {module: path for path, module in pl_module.named_modules()}
+        return _layers(roots[0], heads)
+    paths = {inner: path for path, inner in module.named_modules()}
     before = [roots[:i] for i in range(len(roots))]  # a module that is in two of them belongs to the first
     held = [owners(root, without).values() for root, without in zip(roots, before, strict=True)]
     return [
@@ -262,41 +266,35 @@ def find_layers(pl_module: LightningModule, backbone: Backbone, name: str) -> li
     ]
 
 
-def find_modules(pl_module: LightningModule, picked: str | Callable[[LightningModule], Any], name: str) -> list[Any]:
+def _picked(module: nn.Module, backbone: str | Callable[[Any], Any]) -> list[nn.Module]:
     """Return the modules at a path, or those that a callable picks."""
-    if isinstance(picked, str):
-        try:
-            return [pl_module.get_submodule(picked)]
-        except AttributeError as error:
-            raise MisconfigurationException(
-                f"{name}(backbone={picked!r}): {type(pl_module).__name__} has no such submodule. It has "
-                f"{[name for name, _ in pl_module.named_children()]}; name one, give a callable, or None for a timm"
-                " model."
-            ) from error
-    found = picked(pl_module)
-    roots = list(found) if isinstance(found, Iterable) and not isinstance(found, nn.Module) else [found]
-    if not roots or not all(isinstance(root, nn.Module) for root in roots):
-        raise MisconfigurationException(f"{name}: `backbone` must pick nn.Modules, but it picked {found!r}.")
-    return roots
+    if callable(backbone):
+        found = backbone(module)
+        roots = list(found) if isinstance(found, Iterable) and not isinstance(found, nn.Module) else [found]
+        if roots and all(isinstance(root, nn.Module) for root in roots):
+            return roots
+        raise NoBackboneError(f"must pick nn.Modules, but it picked {found!r}", "Return one, or a list of them.")
+    try:
+        return [module.get_submodule(backbone)]
+    except AttributeError as error:
+        has = [name for name, _ in module.named_children()]
+        what = f"names nothing: {type(module).__name__} has no such submodule. It has {has}"
+        raise NoBackboneError(what, "Name one, give a callable, or None for a timm model.") from error
 
 
-def _timm_model(pl_module: LightningModule, name: str) -> tuple[nn.Module, list[nn.Module]]:
-    model = next(
-        (m for m in pl_module.modules() if hasattr(m, "get_classifier") and hasattr(m, "reset_classifier")), None
-    )
+def _timm_model(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the timm model in a module, and its classifier or classifiers."""
+    found = (m for m in module.modules() if hasattr(m, "get_classifier") and hasattr(m, "reset_classifier"))
+    model: Any = next(found, None)
     if model is None:
-        raise MisconfigurationException(
-            f"{name}(backbone=None) looks for a timm model in {type(pl_module).__name__}, but found none. Give an "
-            "attribute path."
-        )
-    classifier: Any = model.get_classifier()  # type: ignore[operator]
-    heads: list[nn.Module] = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
+        what = f"looks for a timm model in {type(module).__name__}, but found none"
+        raise NoBackboneError(what, "Give an attribute path.")
+    classifier = model.get_classifier()
+    heads = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
     if not any(True for head in heads for _ in head.parameters()):
-        raise MisconfigurationException(
-            f"{name}(backbone=None): the classifier of {type(model).__name__} has no parameters. Create it with "
-            "`num_classes`, or name the backbone by its attribute path."
-        )
-    return model, heads
+        what = f"looks for a head, but the classifier of {type(model).__name__} has no parameters"
+        raise NoBackboneError(what, "Create it with `num_classes`, or name the backbone by its attribute path.")
+    return [model], heads
 
 
 def _layers(root: nn.Module, heads: Sequence[nn.Module]) -> list[Layer]:

@@ -5,19 +5,39 @@ lower rate (fastai's ``fine_tune``; gradual unfreezing and rates by depth: ULMFi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from enum import Enum, auto
+from typing import Any, TypedDict, Unpack
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.durations import Duration, RunFacts
+from lightning_speedups.core.plateau import Mode, Plateau
 from lightning_speedups.modules.layers import Layer, rates_by_depth
 from lightning_speedups.modules.unfreezing import Names, Stage, check_schedule, gradually, stages
 from lightning_speedups.tricks.transfer.base import Backbone, Freezing, FreezingTrick, GroupLabels
+
+
+class PlateauArguments(TypedDict, total=False):
+    """A `Plateau`, argument by argument, as it was given before there was one."""
+
+    monitor: str | None
+    mode: Mode
+    patience: int
+    min_delta: float
+
+
+class LoggedBy(Enum):
+    """Where the metric comes from that decides when the next layer thaws."""
+
+    UNKNOWN = auto()
+    """A validation is still to come that may log it."""
+    VALIDATION = auto()
+    TRAINING = auto()
+    """A validation has passed without it, or there is none."""
 
 
 @dataclass
@@ -26,7 +46,7 @@ class Progress(GroupLabels):
 
     Attributes:
         stage: The stage under way.
-        due: With ``monitor``, the stage of the next epoch.
+        due: With a plateau, the stage of the next epoch.
         best: The best value of the metric so far; of one that shall grow, its negative.
         waited: How many times in a row it has not improved.
         thawed: The layers that began to train after the start, and the steps of each optimizer at that time.
@@ -47,17 +67,15 @@ class Stages(Freezing):
         stages: Which layers train when.
         rate_of: Rate of each layer over the head's.
         warmup_steps: Length of the ramp of what was thawed.
+        logged_by: Where the metric comes from.
         value_before: The metric before the validation under way.
-        validated: Whether the metric comes from validation.
-        awaits_validation: Whether there is a validation to come that may log it.
     """
 
     stages: list[Stage] = field(default_factory=list)
     rate_of: dict[str, float] = field(default_factory=dict)
     warmup_steps: float = 0.0
+    logged_by: LoggedBy = LoggedBy.UNKNOWN
     value_before: Any = None
-    validated: bool = False
-    awaits_validation: bool = False
 
 
 class FreezeBackboneFinetune(FreezingTrick):
@@ -94,14 +112,13 @@ class FreezeBackboneFinetune(FreezingTrick):
         schedule: Which layers begin to train in which epoch, such as ``{0: "head", 2: "layer4", 4: ["layer3",
             "layer2"]}``; a path means all layers under it, ``"all"`` all. What is never named stays frozen.
         refreeze: Which of them stop again, in the same form; their optimizer state is forgotten.
-        gradual: Thaw one layer after the other, from the last one down.
-        every_n_epochs: With ``gradual``: epochs from one to the next, 1 or more.
-        monitor: With ``gradual``: thaw the next one when this logged metric has not improved, instead; not before
-            ``unfreeze_at_epoch``.
-        mode: Whether the metric shall become ``"min"`` or ``"max"``.
-        patience: How many times in a row it must not have improved, 1 or more.
-        min_delta: What counts as an improvement, 0 or more.
+        gradual: Thaw one layer after the other, from the last one down: True: by epochs;
+            [Plateau][lightning_speedups.core.plateau.Plateau]``("val_loss")``: when that logged metric has not
+            improved, not before ``unfreeze_at_epoch``.
+        every_n_epochs: With ``gradual=True``: epochs from one to the next, 1 or more.
         fold: Compute a frozen convolution and its frozen BatchNorm as one.
+        **plateau: ``monitor``, ``mode``, ``patience`` and ``min_delta``, with ``gradual=True`` the same as
+            ``gradual=Plateau(...)``.
 
     Raises:
         ValueError: If an argument is out of range, or two of them contradict each other.
@@ -117,6 +134,7 @@ class FreezeBackboneFinetune(FreezingTrick):
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune("backbone", unfreeze_at_epoch=2)])
         >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune(None, gradual=True, lr_decay=0.65)])
+        >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune(None, gradual=Plateau("val_loss", patience=2))])
     """
 
     saved_as, run_as = Progress, Stages
@@ -135,13 +153,10 @@ class FreezeBackboneFinetune(FreezingTrick):
         unfreeze_warmup: int | float | str = 0,
         schedule: Mapping[int, Names] | None = None,
         refreeze: Mapping[int, Names] | None = None,
-        gradual: bool = False,
+        gradual: bool | Plateau = False,
         every_n_epochs: int = 1,
-        monitor: str | None = None,
-        mode: Literal["min", "max"] = "min",
-        patience: int = 1,
-        min_delta: float = 0.0,
         fold: bool = True,
+        **plateau: Unpack[PlateauArguments],
     ) -> None:
         super().__init__(backbone, train_norm, fold)
         check_number("unfreeze_at_epoch", unfreeze_at_epoch, 0, whole=True, optional=True)
@@ -150,14 +165,14 @@ class FreezeBackboneFinetune(FreezingTrick):
         check_schedule("schedule", schedule)
         check_schedule("refreeze", refreeze)
         check_number("every_n_epochs", every_n_epochs, 1, whole=True)
-        check_number("patience", patience, 1, whole=True)
-        check_number("min_delta", min_delta, 0)
-        check_choice("mode", mode, ("min", "max"))
-        _check_together(schedule, refreeze, gradual, monitor, unfreeze_at_epoch)
+        self.plateau = _checked_plateau(gradual, {**plateau}, refreeze)
+        if schedule is not None and gradual:
+            raise ValueError("Expected one of `schedule` and `gradual=True`, but got both: each says when layers thaw.")
+        if gradual and unfreeze_at_epoch is None:
+            raise ValueError("Expected `unfreeze_at_epoch` to be an epoch with `gradual=True`, but got None.")
         self.unfreeze_at_epoch, self.head_lr_ratio = unfreeze_at_epoch, head_lr_ratio
         self.unfreeze_warmup = Duration.parse("unfreeze_warmup", unfreeze_warmup)
         self.schedule, self.refreeze, self.gradual, self.every_n_epochs = schedule, refreeze, gradual, every_n_epochs
-        self.monitor, self.mode, self.patience, self.min_delta = monitor, mode, patience, min_delta
 
     def settle_courses(self, pl_module: LightningModule) -> None:
         """Settle the layers' rates, and the stages."""
@@ -173,12 +188,11 @@ class FreezeBackboneFinetune(FreezingTrick):
         try:
             self.run.stages = stages(layers, thaw, self.refreeze or {})
         except LookupError as error:
-            raise MisconfigurationException(
-                f"{self.name}: the backbone has no layer {error.args[0]!r}. Its layers are {names}; `schedule` and "
-                "`refreeze` can name these, paths above them, 'head' and 'all'."
-            ) from error
+            what = f"finds that the backbone has no layer {error.args[0]!r}. Its layers are {names}"
+            way_out = "`schedule` and `refreeze` can name these, paths above them, 'head' and 'all'."
+            raise self.refusal(what, way_out) from error
         except ValueError as error:
-            raise MisconfigurationException(f"{self.name}: {error}. Mend `schedule` and `refreeze`.") from error
+            raise self.refusal(f"finds that {error}", "Mend `schedule` and `refreeze`.") from error
 
     def group_label(self, layer: Layer) -> str:
         """Put layers that always do the same into one parameter group."""
@@ -190,27 +204,19 @@ class FreezeBackboneFinetune(FreezingTrick):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a stage in which nothing would train."""
         super().on_fit_start(trainer, pl_module)
+        way_out = "`backbone` must not contain the head, or the schedule must thaw it."
         for stage in self.run.stages:
-            if self.freezes_all(pl_module, {layer.name for layer in self.layers} - stage.training):
-                raise MisconfigurationException(
-                    f"{self.name} would freeze every parameter in epoch {stage.epoch}: nothing is left to train. "
-                    "`backbone` must not contain the head, or the schedule must thaw it."
-                )
+            self.require_training(pl_module, self._frozen_in(stage), f" in epoch {stage.epoch}", way_out)
 
     def plan(self, run: RunFacts) -> None:
         """Settle the ramp."""
-        steps = self.unfreeze_warmup.in_steps(run)
-        if steps is None:
-            raise MisconfigurationException(
-                f"{self.name}(unfreeze_warmup=...) needs the length of the run, but this training data has none. Give "
-                "it in optimizer steps."
-            )
-        self.run.warmup_steps = steps
+        super().plan(run)
+        (self.run.warmup_steps,) = self.steps_of_parts(run, unfreeze_warmup=self.unfreeze_warmup)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze as the epoch wants it, also in a resumed run."""
         super().on_train_start(trainer, pl_module)
-        self.run.awaits_validation = trainer.enable_validation
+        self.run.logged_by = LoggedBy.UNKNOWN if trainer.enable_validation else LoggedBy.TRAINING
         # To thaw as many layers one by one as there is time for is what some want.
         change = self.run.stages[-1 if not self.gradual else min(1, len(self.run.stages) - 1)].epoch
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= change:
@@ -218,86 +224,81 @@ class FreezeBackboneFinetune(FreezingTrick):
                 f"{self.name} thaws or freezes layers in epoch {change}, but the run ends before, after "
                 f"{trainer.max_epochs} epochs. Let it come earlier, or give None if the backbone shall stay frozen."
             )
-        self._move(trainer, pl_module, self.saved.stage if self.monitor else self._stage_in(trainer.current_epoch))
+        self._move(trainer, pl_module, self.saved.stage)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Thaw and freeze what it is time for."""
         super().on_train_epoch_start(trainer, pl_module)
-        self._move(trainer, pl_module, self.saved.due if self.monitor else self._stage_in(trainer.current_epoch))
+        self._move(trainer, pl_module, self.saved.due)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the metric was before."""
         super().on_validation_start(trainer, pl_module)
-        self.run.value_before = trainer.callback_metrics.get(self.monitor or "")
+        if self.plateau:
+            self.run.value_before = trainer.callback_metrics.get(self.plateau.monitor)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the metric, if validation has logged it."""
         super().on_validation_end(trainer, pl_module)
-        value = trainer.callback_metrics.get(self.monitor or "")
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and value is not self.run.value_before:
-            self.run.validated = True
-            self._look(trainer)
-        self.run.awaits_validation = trainer.sanity_checking
+        if self.plateau is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if trainer.callback_metrics.get(self.plateau.monitor) is not self.run.value_before:
+            self.run.logged_by = LoggedBy.VALIDATION
+            self._look(trainer, self.plateau)
+        elif self.run.logged_by is LoggedBy.UNKNOWN:
+            self.run.logged_by = LoggedBy.TRAINING
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the metric, if validation does not log it."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self.monitor is None or self.run.validated:
+        if self.plateau is None or self.run.logged_by is LoggedBy.VALIDATION:
             return
-        if self.monitor in trainer.callback_metrics:
-            self._look(trainer)
-        elif not self.run.awaits_validation:
-            raise MisconfigurationException(
-                f"{self.name}(monitor={self.monitor!r}): no such metric was logged, only "
-                f"{sorted(trainer.callback_metrics)}. Log it with `self.log({self.monitor!r}, ...)`, or name one of "
-                "these."
-            )
+        name = self.plateau.monitor
+        if name in trainer.callback_metrics:
+            self._look(trainer, self.plateau)
+        elif self.run.logged_by is LoggedBy.TRAINING:
+            what = f"finds that no such metric was logged, only {sorted(trainer.callback_metrics)}"
+            raise self.refusal(what, f"Log it with `self.log({name!r}, ...)`, or name one of these.", monitor=name)
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Pace the layers, and the head while it trains alone."""
-        layer = self.run.layer_of_group.get((optimizer, group))
+        layer = self.layer_of_group.get((optimizer, group))
         if layer is None:
             alone = bool(self.run.stages) and not self.run.stages[self.saved.stage].training
-            return {"lr": values["lr"] * self.head_lr_ratio} if alone and self.head_lr_ratio != 1.0 else {}
+            return {"lr": values["lr"] * self.head_lr_ratio} if alone else {}
         ratio = self.run.rate_of[layer.name]
         since = self.saved.thawed.get(layer.name)
         if since is not None and step - since[optimizer] < self.run.warmup_steps:
             ratio *= (step - since[optimizer] + 1) / math.ceil(self.run.warmup_steps)
         return {"lr": values["lr"] * ratio}
 
-    def _stage_in(self, epoch: int) -> int:
-        return max(i for i, stage in enumerate(self.run.stages) if stage.epoch <= epoch)
+    def _frozen_in(self, stage: Stage) -> set[str]:
+        return {layer.name for layer in self.layers} - stage.training
 
-    def _move(self, trainer: Trainer, pl_module: LightningModule, stage: int) -> None:
-        self.saved.stage = stage
-        self.saved.due = max(self.saved.due, stage)
-        training = self.run.stages[self.saved.stage].training
-        frozen = {layer.name for layer in self.layers} - training
-        since = {name: list(self.steps_done) for name in training - self.run.stages[0].training}
+    def _move(self, trainer: Trainer, pl_module: LightningModule, told: int) -> None:
+        """Begin the stage of this epoch, or the one that the metric has told."""
+        begun = [i for i, stage in enumerate(self.run.stages) if stage.epoch <= trainer.current_epoch]
+        self.saved.stage = told if self.plateau else begun[-1]
+        self.saved.due = max(self.saved.due, self.saved.stage)
+        stage = self.run.stages[self.saved.stage]
+        since = {name: list(self.steps_done) for name in stage.training - self.run.stages[0].training}
         self.saved.thawed = {name: self.saved.thawed.get(name, steps) for name, steps in since.items()}
-        if self.freeze_only(trainer, pl_module, frozen):
-            self._tell(trainer, training)
+        if self.freeze_only(trainer, pl_module, self._frozen_in(stage)):
+            names = [layer.name for layer in self.layers if layer.name in stage.training]
+            rank_zero_info(
+                f"{self.name}: in epoch {trainer.current_epoch} the head trains"
+                f"{' with ' + ', '.join(names) if names else ''}; {self.frozen_parameters:,} parameters are frozen."
+            )
 
-    def _tell(self, trainer: Trainer, training: frozenset[str]) -> None:
-        names = [layer.name for layer in self.layers if layer.name in training]
-        rank_zero_info(
-            f"{self.name}: in epoch {trainer.current_epoch} the head trains"
-            f"{' with ' + ', '.join(names) if names else ''}; {self.frozen_parameters:,} parameters are frozen."
-        )
-
-    def _look(self, trainer: Trainer) -> None:
-        next_one = self.saved.due + 1
-        if self.monitor is None or next_one >= len(self.run.stages) or self.saved.due > self.saved.stage:
+    def _look(self, trainer: Trainer, plateau: Plateau) -> None:
+        saved = self.saved
+        if saved.due + 1 >= len(self.run.stages) or saved.due > saved.stage:
             return
         # Ranks that decide for themselves would part.
-        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
-        value = value if self.mode == "min" else -value
-        if value < self.saved.best - self.min_delta:
-            self.saved.best, self.saved.waited = value, 0
-        else:
-            self.saved.waited += 1
-        if self.saved.waited >= self.patience and trainer.current_epoch + 1 >= (self.unfreeze_at_epoch or 0):
-            self.saved.due, self.saved.waited = next_one, 0
+        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[plateau.monitor])))
+        saved.best, saved.waited, is_due = plateau.seen(value, saved.best, saved.waited)
+        if is_due and trainer.current_epoch + 1 >= (self.unfreeze_at_epoch or 0):
+            saved.due, saved.waited = saved.due + 1, 0
 
 
 def _checked_rates(
@@ -305,30 +306,28 @@ def _checked_rates(
 ) -> tuple[float | None, tuple[float, float]]:
     """Return ``lr_decay`` and the ratios of the first and the last layer."""
     check_number("lr_decay", decay, 0, 1, above=True, optional=True)
-    if ratio is None:
-        return decay, (0.1, 0.1)
-    if decay is not None:
-        raise ValueError(
-            f"Expected one of `backbone_lr_ratio` and `lr_decay`, but got {ratio!r} and {decay!r}: both set the layers'"
-            " rates."
-        )
-    ends = tuple(ratio) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio, ratio)
+    if ratio is not None and decay is not None:
+        raise ValueError(f"Expected one of `backbone_lr_ratio` and `lr_decay`, but got {ratio!r} and {decay!r}.")
+    ratio = 0.1 if ratio is None else ratio
+    ends = tuple(ratio) if isinstance(ratio, (list, tuple)) else (ratio, ratio)
     if len(ends) != 2:
         raise ValueError(f"Expected `backbone_lr_ratio` to be a number or a pair of numbers, but got {ratio!r}.")
     for end in ends:
         check_number("backbone_lr_ratio", end, 0, above=True)
-    return None, (ends[0], ends[1])
+    return decay, (ends[0], ends[1])
 
 
-def _check_together(
-    schedule: Any, refreeze: Any, gradual: bool, monitor: str | None, unfreeze_at_epoch: int | None
-) -> None:
-    if schedule is not None and gradual:
-        raise ValueError("Expected one of `schedule` and `gradual=True`, but got both: each says when layers thaw.")
-    if gradual and unfreeze_at_epoch is None:
-        raise ValueError("Expected `unfreeze_at_epoch` to be an epoch with `gradual=True`, but got None.")
+def _checked_plateau(gradual: bool | Plateau, given: dict[str, Any], refreeze: object) -> Plateau | None:
+    """Return what decides when layers thaw, if a metric does, however it was given."""
+    if isinstance(gradual, Plateau) and given:
+        raise ValueError(f"Expected `gradual=Plateau(...)` to hold all of its settings, but got {given} beside it.")
+    monitor = gradual.monitor if isinstance(gradual, Plateau) else given.get("monitor")
     if monitor is not None and (not gradual or refreeze is not None):
         raise ValueError(
             f"Expected `monitor` with `gradual=True` and without `refreeze`, but got monitor={monitor!r}, "
             f"gradual={gradual!r} and refreeze={refreeze!r}."
         )
+    if isinstance(gradual, Plateau):
+        return gradual
+    plateau = Plateau(**{**given, "monitor": "none" if monitor is None else monitor})  # which checks the others, too
+    return None if monitor is None else plateau

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_speedups.core.arguments import check_number
@@ -144,31 +143,20 @@ class FreezeProgressively(FreezingTrick):
         layers = super().find_layers(pl_module)
         return layers[: max(1, round(self.share * len(layers)))]
 
-    def settle_courses(self, pl_module: LightningModule) -> None:
-        """Settle when each layer is frozen."""
-        super().settle_courses(pl_module)
-        times = freeze_times(len(self.layers), self.start, self.until, self.power)
-        self.run.times = {layer.name: time for layer, time in zip(self.layers, times, strict=True)}
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to freeze all that there is, before the time for it comes."""
+        """Refuse a run at whose end nothing would train."""
         super().on_fit_start(trainer, pl_module)
-        if self.freezes_all(pl_module, [layer.name for layer in self.layers]):
-            raise MisconfigurationException(
-                f"{self.name} would freeze every parameter: `backbone` must not contain the head. Name a part of the "
-                "module, or give a lower `share`."
-            )
+        way_out = "`backbone` must not contain the head: name a part of the module, or give a lower `share`."
+        self.require_training(pl_module, {layer.name for layer in self.layers}, "", way_out)
 
     def plan(self, run: RunFacts) -> None:
-        """Settle the steps."""
-        steps = run.steps if self.total_steps is None else self.total_steps
-        if steps is None:
-            raise MisconfigurationException(
-                f"{self.name} needs the length of the run, which manual optimization and loaders without a length do "
-                "not tell. Give `total_steps=`, in optimizer steps, or `Trainer(max_steps=...)`."
-            )
+        """Settle when each layer is frozen."""
+        super().plan(run)
+        steps, names = self.steps_of_run(run, self.total_steps), [layer.name for layer in self.layers]
+        times = freeze_times(len(names), self.start, self.until, self.power)
+        self.run.times = dict(zip(names, times, strict=True))
         self.run.freeze_at = {name: max(1, round(time * steps)) for name, time in self.run.times.items()}
-        self.run.optimizer_of = {layer.name: optimizer for (optimizer, _), layer in self.run.layer_of_group.items()}
+        self.run.optimizer_of = {layer.name: optimizer for (optimizer, _), layer in self.layer_of_group.items()}
         if min(self.run.freeze_at.values(), default=0) >= steps:
             rank_zero_warn(
                 f"{self.name}(start={self.start:g}) freezes no layer before the end of this run of {steps} optimizer "
@@ -187,7 +175,7 @@ class FreezeProgressively(FreezingTrick):
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Bring a layer's rate down to where it is frozen."""
-        layer = self.run.layer_of_group.get((optimizer, group))
+        layer = self.layer_of_group.get((optimizer, group))
         if layer is None:
             return {}
         freeze_at = self.run.freeze_at[layer.name]

@@ -365,7 +365,11 @@ def test_an_alternating_flip_refuses_samples_without_numbers():
     ("options", "batch", "told"),
     [
         ({"inputs": "x"}, pictures(8), r"inputs='x'\) found no part 'x' in a batch of type"),
-        ({"inputs": 1}, (pictures(8)[0], ["a"] * 8), r"inputs=1\) expected a tensor, but found list"),
+        (
+            {"inputs": 1},
+            (pictures(8)[0], ["a"] * 8),
+            r"inputs=1\) expected a tensor with a batch dimension, but found list",
+        ),
         ({"inputs": 1}, pictures(8), r"expected images \(N, C, H, W\), but found the shape \(8,\)"),
         ({"crop": SIDE}, pictures(8), r"crop=6\) needs images .* above 6 pixels, but found the shape \(8, 2, 6, 6\)"),
         ({"crop": 3}, (torch.zeros(8, 6, 6, 3),), "put the channels second"),
@@ -406,7 +410,7 @@ def test_batches_it_cannot_change_are_refused_by_name_before_the_first_step(opti
         ({"maps": [None]}, "`maps` to be an index"),
         ({"maps": 0.5}, "`maps` to be an index"),
         ({"inputs": ("image",), "maps": "image"}, "different places"),
-        ({"maps": [1, 0]}, r"`inputs` and `maps` to be different places, but got 0 and \[1, 0\]"),
+        ({"maps": [1, 0]}, r"`inputs` and `maps` to be different places in the batch, but got 0 and \[1, 0\]"),
         ({"maps": ["mask", "mask"]}, "different places"),
     ],
 )

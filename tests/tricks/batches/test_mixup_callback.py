@@ -546,7 +546,7 @@ def test_type_and_memory_format_of_the_inputs_are_kept(method, dtype):
         (
             {"cutmix_alpha": 1.0},
             (torch.randn(8, 5), torch.zeros(8, dtype=torch.int64)),
-            r"CutMix cuts a box out of images \(N, ..., H, W\)",
+            r"cutmix_alpha=1.0\) cuts a box out of images \(N, ..., H, W\)",
         ),
         ({"targets": "soft"}, images(8), "needs `num_classes`"),
         ({"inputs": 1, "labels": 0}, images(8), "blends floating-point or uint8 inputs, but found torch.int64"),
@@ -563,7 +563,7 @@ def test_type_and_memory_format_of_the_inputs_are_kept(method, dtype):
         (
             {"inputs": [0, 2], "cutmix_alpha": 1.0},
             (*images(8), torch.randn(8, 5)),
-            r"CutMix cuts .* inputs at MixupCallback\(inputs=2\) have the shape \(8, 5\)",
+            r"MixupCallback\(inputs=2, .* cuts a box .* but found the shape \(8, 5\)",
         ),
     ],
 )

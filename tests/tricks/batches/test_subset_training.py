@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from patches import patched
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
@@ -15,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_speedups import LabelSmoothingLoss, MixupCallback, OneCycleMomentum, SubsetTraining
 from lightning_speedups.attach.batches import BatchOrder
 from lightning_speedups.core.randomness import generator_for
+from lightning_speedups.core.schedules import OneCycle
 from lightning_speedups.core.subsets import draw_hard, draw_unbiased, draw_uniform
 from zoo import (
     CLASSES,
@@ -360,6 +362,19 @@ def test_a_trainer_that_goes_on_keeps_what_it_knows():
     assert [len(module.of_epoch(epoch)[0]) for epoch in range(5)] == [32, 16, 16, 16, 16]
     assert known is not None
     assert subset.samples_saved == 64
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_beside_one_cycle_nothing_stays_patched_and_the_trainer_goes_on(order):
+    tricks = [SubsetTraining(keep=0.5, seed=3, stop_at=1.0), OneCycleMomentum(max_lr=0.1)]
+    module, run = Numbered(), trainer(callbacks=tricks[::order], max_epochs=2)
+    for epochs in (2, 4):
+        run.fit_loop.max_epochs = epochs
+        run.fit(module, replay())
+        assert patched(run) == set()
+    assert [len(module.of_epoch(epoch)[0]) for epoch in range(4)] == [32, 16, 16, 16]
+    rates = [groups[0]["lr"] for groups in module.values]
+    assert rates == [OneCycle().at(step, 6 if step < 6 else 10, max_lr=0.1)[0] for step in range(10)]
 
 
 class Twice(Numbered):

@@ -191,8 +191,8 @@ def test_step_sizes_in_steps_need_no_length_of_the_run(arguments):
     ("module", "data", "tricks", "arguments", "told"),
     [
         (Manual, loader, [CyclicMomentum(0.02, 0.2, 2, 0.5)], {}, "Give `total_steps=`"),
-        (Classifier, endless, [CyclicMomentum(0.02, 0.2, "1 epochs")], {}, "a step size in epochs needs the length of an epoch, .* Give `step_size_up` in optimizer steps"),
-        (Classifier, endless, [CyclicMomentum(0.02, 0.2, 3, "1 epochs")], {}, "a step size in epochs"),
+        (Classifier, endless, [CyclicMomentum(0.02, 0.2, "1 epochs")], {}, r"\(step_size_up='1 epochs'\) needs the length of an epoch, .* Give `step_size_up` in optimizer steps"),
+        (Classifier, endless, [CyclicMomentum(0.02, 0.2, 3, "1 epochs")], {}, r"\(step_size_down='1 epochs'\) needs the length of an epoch"),
         (Classifier, loader, [CyclicMomentum(0.02, 0.2, "0.1 epochs")], {}, "step sizes of 0.1 epochs up and 0.1 epochs down are less than one optimizer step"),
         (Classifier, loader, [CyclicMomentum([0.02, 0.1], 0.2, 2)], {}, r"CyclicMomentum\(base_lr=\[0.02, 0.1\]\) has 2 values, but SGD has 1"),
         (TwoGroups, loader, [CyclicMomentum(0.02, [0.1, 0.2, 0.3], 2)], {}, r"CyclicMomentum\(max_lr=\[0.1, 0.2, 0.3\]\) has 3 values, but SGD has 2"),

@@ -447,7 +447,7 @@ def test_a_cooldown_without_a_run_or_of_no_length_is_refused():
     with pytest.raises(MisconfigurationException, match=r"LRCurve\.cool_down is for a run that is going on"):
         curve.cool_down(5)
     trainer(callbacks=[curve], max_epochs=1).fit(Classifier(), loader())
-    with pytest.raises(MisconfigurationException, match="call it from a hook"):
+    with pytest.raises(MisconfigurationException, match="Call it from a hook"):
         curve.cool_down(5)
     for steps in (0, 1.5, True):
         with pytest.raises(ValueError, match="`steps` to be a whole number of 1 or more"):
@@ -541,9 +541,9 @@ def test_over_time_all_ranks_stand_at_the_same_place():
     ("module", "data", "tricks", "arguments", "told"),
     [
         (Classifier, endless, [LRCurve()], {}, r"LRCurve needs the length of the run, .* Give `total_steps=`, .*`over='time'` with `Trainer\(max_time"),
-        (Classifier, endless, [LRCurve(warmup="1 epochs", total_steps=12)], {}, "warm-up or cooldown in epochs needs the length of an epoch"),
-        (Classifier, loader, [LRCurve(over="time")], {}, r"LRCurve\(over='time'\) needs the length of the run: `Trainer\(max_time=...\)`"),
-        (Classifier, loader, [LRCurve(over="time"), Timer()], {}, r"needs the length of the run: `Trainer\(max_time"),
+        (Classifier, endless, [LRCurve(warmup="1 epochs", total_steps=12)], {}, r"LRCurve\(warmup='1 epochs'\) needs the length of an epoch"),
+        (Classifier, loader, [LRCurve(over="time")], {}, r"LRCurve\(over='time'\) needs the length of the run\. Give `Trainer\(max_time=...\)`"),
+        (Classifier, loader, [LRCurve(over="time"), Timer()], {}, r"needs the length of the run\. Give `Trainer\(max_time"),
         (Classifier, loader, [LRCurve("trapezoid", warmup=8, cooldown=5)], {}, "a warm-up of 8 and a cooldown of 5 optimizer steps do not fit in a run of 12"),
         (Classifier, loader, [LRCurve(warmup="3.5 epochs")], {}, "a warm-up of 14 and a cooldown of 0 optimizer steps do not fit"),
         (Classifier, loader, [LRCurve(key="speed")], {}, "LRCurve drives `speed`, but SGD has none, only .*'weight_decay'.* Name one of these"),

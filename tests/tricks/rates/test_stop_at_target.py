@@ -369,7 +369,7 @@ def test_a_late_metric_starts_a_decay_with_the_next_epoch():
 @pytest.mark.parametrize("validating", [True, False])
 def test_a_metric_that_nobody_logs_is_refused_after_the_first_epoch_by_name(validating):
     module = Classifier()
-    told = r"StopAtTarget\(monitor='score'\): no such metric was logged in the first epoch, only \[.*'train_loss'.*Log it with `self.log\('score'"
+    told = r"StopAtTarget\(monitor='score'\) finds that no such metric was logged in the first epoch, only \[.*'train_loss'.*Log it with `self.log\('score'"
     with pytest.raises(MisconfigurationException, match=told):
         trainer(callbacks=[at(1)]).fit(module, loader(), loader(8) if validating else None)
     assert len(module.losses) == 4

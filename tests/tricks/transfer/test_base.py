@@ -110,7 +110,7 @@ def test_forgotten_parameters_start_anew_but_for_adagrad_whose_state_is_made_onc
 def test_a_timm_backbone_without_a_head_has_timms_layers():
     module = Classifier()
     module.backbone = timm.create_model("resnet10t", num_classes=0, in_chans=2)
-    names = [layer.name for layer in find_layers(module, "backbone", "Someone")]
+    names = [layer.name for layer in find_layers(module, "backbone")]
     assert names == ["stem", "layer1", "layer2", "layer3", "layer4"]
 
 
@@ -118,7 +118,7 @@ def test_families_of_timm_without_coarse_groups_or_without_any():
     def names(name):
         module = Classifier()
         module.model = timm.create_model(name, num_classes=4)
-        layers = find_layers(module, None, "Someone")
+        layers = find_layers(module, None)
         parameters = [id(p) for layer in layers for p in layer.parameters()]
         assert len(set(parameters)) == len(parameters)
         head = {id(p) for p in module.model.get_classifier().parameters()}
@@ -153,7 +153,7 @@ def test_validation_of_averaged_weights_sees_these_weights():
 
 def test_modules_that_a_callable_picks_are_a_layer_each_under_their_paths():
     module = deep()
-    layers = find_layers(module, lambda m: [m.backbone[:2], m.backbone[3], m.head, nn.ReLU()], "Someone")
+    layers = find_layers(module, lambda m: [m.backbone[:2], m.backbone[3], m.head, nn.ReLU()])
     assert [layer.name for layer in layers] == ["part 0", "backbone.3", "backbone.head"]
     assert [list(layer.modules) for layer in layers] == [
         list(module.backbone[:2]),
@@ -163,7 +163,7 @@ def test_modules_that_a_callable_picks_are_a_layer_each_under_their_paths():
 
 
 def test_the_name_of_the_trick_is_in_the_message():
-    with pytest.raises(MisconfigurationException, match=r"Someone: `backbone` must pick nn\.Modules"):
-        find_layers(Classifier(), lambda module: [module.backbone, 3], "Someone")
+    with pytest.raises(MisconfigurationException, match=r"FreezingTrick\(backbone=.*\) must pick nn\.Modules"):
+        FreezingTrick(lambda module: [module.backbone, 3]).find_layers(Classifier())
     with pytest.raises(ValueError, match="Expected `backbone` to be"):
         FreezingTrick("")

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRa
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_speedups import FreezeBackboneFinetune, OneCycleMomentum, WarmupLRScaler
+from lightning_speedups import FreezeBackboneFinetune, OneCycleMomentum, Plateau, WarmupLRScaler
 from lightning_speedups.core.schedules import OneCycle
 from zoo import (
     Classifier,
@@ -246,6 +246,37 @@ def test_a_plateau_thaws_the_next_layer(values, options, expected):
     callback = FreezeBackboneFinetune(gradual=True, monitor="score", **options)
     trainer(callbacks=[callback], max_epochs=6).fit(module, loader(8), loader(8))
     assert module.training_layers == [set(layers) for layers in expected]
+
+
+SPELLINGS = [
+    (
+        {"gradual": Plateau("score", "max", 2, 0.5)},
+        "{gradual: {monitor: score, mode: max, patience: 2, min_delta: 0.5}}",
+    ),
+    (
+        {"gradual": True, "monitor": "score", "mode": "max", "patience": 2, "min_delta": 0.5},
+        "{gradual: true, monitor: score, mode: max, patience: 2, min_delta: 0.5}",
+    ),
+    ({"gradual": True}, "{gradual: true, monitor: null, mode: min, patience: 1, min_delta: 0.0}"),
+    ({"gradual": True, "mode": "max", "patience": 3}, "{gradual: true, mode: max, patience: 3}"),
+    ({}, "{}"),
+]
+
+
+@pytest.mark.parametrize(("options", "yaml"), SPELLINGS, ids=str)
+def test_a_plateau_is_one_object_or_given_argument_by_argument_in_yaml_too(options, yaml):
+    jsonargparse = pytest.importorskip("jsonargparse")
+    expected = Plateau("score", "max", 2, 0.5) if "score" in str(options) else None
+    assert FreezeBackboneFinetune(**options).plateau == expected
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    path = "lightning_speedups.FreezeBackboneFinetune"
+    config = parser.parse_string(f"callback: {{class_path: {path}, init_args: {yaml}}}")
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as it was called before 4.49
+    made = make(config).callback
+    assert (made.plateau, bool(made.gradual)) == (expected, "gradual" in options)
+    with pytest.raises(Exception, match="patience"):
+        parser.parse_string(f"callback: {{class_path: {path}, init_args: {{patience: long}}}}")
 
 
 def test_where_validation_has_its_own_rhythm_each_one_counts():
@@ -518,6 +549,13 @@ def test_timms_own_layers_by_name(name, schedule, counts):
         ({"gradual": True, "every_n_epochs": 0}, "Expected `every_n_epochs`"),
         ({"monitor": "val_loss"}, "`monitor` with `gradual=True`"),
         ({"gradual": True, "monitor": "val_loss", "refreeze": {3: "stem"}}, "without `refreeze`"),
+        ({"gradual": True, "monitor": ""}, "Expected `monitor` to be the name of a metric, but got ''"),
+        (
+            {"gradual": Plateau("val_loss"), "refreeze": {3: "stem"}},
+            "`monitor` with `gradual=True` and without `refreeze`",
+        ),
+        ({"gradual": Plateau("val_loss"), "schedule": {1: "stem"}}, "one of `schedule` and `gradual=True`"),
+        ({"gradual": Plateau("val_loss"), "patience": 2}, "all of its settings, but got {'patience': 2} beside it"),
         ({"mode": "least"}, "Expected `mode` to be 'min' or 'max', but got 'least'"),
         ({"patience": 0}, "Expected `patience`"),
         ({"min_delta": -1.0}, "Expected `min_delta`"),

@@ -348,7 +348,7 @@ def test_frozen_modules_are_not_even_called():
 
     class Looks(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            calls.append(type(batch[0]) is Unloaded and cache._shortcuts is not None and cache._shortcuts.count)
+            calls.append(type(batch[0]) is Unloaded and cache.run.cuts.shortcuts.count)
 
     fit(module, shuffled(), Looks(), cache)
     assert calls == [False] * 6 + [0, 1] + [False, 0, 1, 2]
@@ -408,7 +408,7 @@ class NotesStore(Callback):
         self.cache, self.kept, self.shapes = cache, [], []
 
     def on_train_batch_end(self, trainer, *_):
-        store = self.cache._store
+        store = self.cache.run.store
         self.shapes.append(None if store is None else [kind.shape for kind in store.kinds.values()])
 
 
@@ -446,11 +446,31 @@ class TrainsOnInputs(Frozen):
         return F.cross_entropy(self.head(batch[0]), batch[1]) + self.backbone(batch[0]).mean()
 
 
-def test_a_trainable_module_that_takes_the_inputs_themselves_leaves_nothing_to_do():
+def test_where_only_inputs_come_to_what_trains_there_is_nothing_to_do():
     module, cache = TrainsOnInputs(), FeatureCache()
-    with pytest.warns(UserWarning, match="nothing to do: `head` trains, and takes the inputs themselves"):
+    with pytest.warns(UserWarning, match="nothing to do: nothing that comes to the trainable modules is frozen"):
         trainer(callbacks=[cache]).fit(module, shuffled())
     assert (cache.hits, cache.misses) == (0, 1)
+
+
+class TwoBranches(Frozen):
+    """One head takes the inputs themselves, and writes into them; the other takes features."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(128, CLASSES))
+
+    def training_step(self, batch, batch_idx):
+        features = self.backbone(batch[0])
+        loss = F.cross_entropy(self.head(features) + self.stem(batch[0][:, :]), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+
+def test_a_trainable_module_that_takes_the_inputs_themselves_gets_them():
+    cache, _, cached = same_as_without(TwoBranches, shuffled)
+    assert cached == 40
+    assert (cache.hits, cache.misses) == (7, 5)
 
 
 class Changes(Callback):
@@ -576,8 +596,27 @@ class GivesMixer(Frozen):
 
 
 def test_a_constant_with_as_many_rows_as_a_batch():
-    cache, _, _ = same_as_without(GivesMixer, lambda: shuffled(29, 8), close=True, max_epochs=5)
-    assert cache.hits >= 4
+    message = refused(GivesMixer(), shuffled(29, 8), steps=4)
+    assert "nothing but features have as many rows as the first batch" in message
+
+
+class TwoDropouts(Frozen):
+    """Two heads with dropout before their first layer."""
+
+    def __init__(self):
+        super().__init__(head=nn.Sequential(nn.Dropout(0.2), nn.Linear(6, CLASSES)))
+        self.other = nn.Sequential(nn.Dropout(0.2), nn.Linear(6, CLASSES))
+
+    def training_step(self, batch, batch_idx):
+        features = self.backbone(batch[0])
+        loss = F.cross_entropy(self.head(features) + self.other(features), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+
+def test_dropout_in_several_heads():
+    cache, _, _ = same_as_without(TwoDropouts, shuffled)
+    assert (cache.hits, cache.misses) == (7, 5)
 
 
 def test_weights_that_are_swapped_and_come_back_cost_one_batch():
@@ -651,16 +690,22 @@ def test_another_run_with_other_weights_or_data_has_features_of_its_own(change, 
     assert len(list((tmp_path / "features").iterdir())) == 2
 
 
-def test_features_in_a_folder_that_are_wrong_are_found_out_and_replaced(tmp_path):
+def test_features_in_a_folder_that_are_wrong_are_found_out(tmp_path):
     fit(Frozen(), shuffled(), FeatureCache(tmp_path / "features"))
     (file,) = (tmp_path / "features").glob("*/*.bin")
-    file.write_bytes(file.read_bytes()[:32] + bytes([64]) * (file.stat().st_size - 32))
-    module, plain, cache = Frozen(), Frozen(), FeatureCache(tmp_path / "features")
-    with pytest.warns(UserWarning, match="are not those of this run"):
-        fit(module, shuffled(), cache)
-    fit(plain, shuffled())
-    assert_same_weights(weights(plain), weights(module))
-    assert cache.misses == 5
+    file.write_bytes(bytes([64]) * (file.stat().st_size - 32) + file.read_bytes()[-32:])
+    message = refused(Frozen(), shuffled(), steps=1, cache=FeatureCache(tmp_path / "features"))
+    assert "makes something else of the same samples than what is kept" in message
+    assert "delete a `folder` of other samples" in message
+
+
+def test_a_second_run_finds_them_beside_what_moves_in_each_step():
+    first, second = FeatureCache("features"), FeatureCache("features")
+    fit(NormalisesAndDropsOut(), shuffled(), first)
+    module = NormalisesAndDropsOut()
+    module.steps += 7
+    fit(module, shuffled(), second)
+    assert (second.hits, second.misses) == (10, 2)
 
 
 def test_the_limit():
@@ -716,7 +761,7 @@ def test_it_pickles_without_features_and_frees_them():
     before = len(pickle.dumps(cache))
     fit(Frozen(), shuffled(), cache)
     assert len(pickle.dumps(cache)) <= before + 20
-    assert cache._store is None
+    assert cache.run.store is None
 
 
 # Refusals
@@ -953,10 +998,10 @@ class Memorises(Images):
 
 
 def test_data_that_changes_from_epoch_to_epoch_where_nobody_looks():
-    from lightning_speedups.tensors.feature_store import spread
+    from lightning_speedups.tensors.feature_store import evenly_spaced
 
     data = Memorises()
-    data.looked_at = spread(16, 64)
+    data.looked_at = evenly_spaced(16, 64)
     message = refused(Frozen(), shuffled(dataset=data), steps=9)
     assert "makes something else of the same samples" in message
 

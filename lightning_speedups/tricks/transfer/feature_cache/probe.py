@@ -1,0 +1,61 @@
+"""Some samples of the data, loaded to see whether it is random, and whether it is what it was."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_speedups.attach.batches import transferred
+from lightning_speedups.attach.loaders import take_batch
+from lightning_speedups.attach.randomness import random_states, same_randomness
+from lightning_speedups.tensors.feature_store import evenly_spaced, fingerprint
+from lightning_speedups.tricks.transfer.feature_cache.cuts import Refuse
+
+PROBES = 16
+"""Samples that are looked at."""
+
+
+def probe(trainer: Any, loader: DataLoader[Any], refuse: Refuse) -> str:
+    """Return a fingerprint of the data by some samples as they come to the model; refuse random ones.
+
+    Args:
+        trainer: A fitting Trainer with a trick in its pipeline.
+        loader: Its training loader.
+        refuse: Makes an exception of what was found and the way out.
+    """
+    dataset: Any = loader.dataset
+    with same_randomness(trainer):
+        before = random_states(trainer)
+        indices = evenly_spaced(PROBES, len(dataset))
+        one, other = (fingerprint(transferred(trainer, take_batch(loader, indices))) for _ in range(2))
+        drew = random_states(trainer) != before
+    if drew or one != other:
+        found = "are different when they are loaded twice" if one != other else "draw random numbers when loaded"
+        names = random_transforms(dataset)
+        raise refuse(
+            f"samples of the {type(dataset).__name__} {found}{': it has ' + ', '.join(names) if names else ''}",
+            "Leave out random augmentation, in the dataset, in `collate_fn` and in the transfer hooks",
+        )
+    return fingerprint([one, len(dataset)])
+
+
+def random_transforms(dataset: Any) -> list[str]:
+    """Return the class names of a dataset's transforms that sound random.
+
+    Args:
+        dataset: With attributes such as torchvision's datasets have, or ``Subset``.
+
+    Example:
+        >>> from torch.utils.data import Subset
+        >>> class RandomCrop: ...
+        >>> class Photos: transform = [str, RandomCrop()]
+        >>> random_transforms(Subset(Photos(), []))
+        ['RandomCrop']
+    """
+    found, words = list[str](), r"\w*(?:Random|Jitter|Augment|AugMix|Erasing)\w*"
+    while dataset is not None:
+        found += re.findall(words, f"{getattr(dataset, 'transform', '')} {getattr(dataset, 'transforms', '')}")
+        dataset = getattr(dataset, "dataset", None)
+    return list(dict.fromkeys(found))
