@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchTrick
-from lightning_speedups.core.batch import Place, check_place, path_of, replace_part
+from lightning_speedups.core.batch import Place, check_places, replace_part
 from lightning_speedups.core.resizing import Size, resize_images, resize_maps, side
 
 
@@ -28,8 +28,8 @@ class ImagePlaces:
 
     def __init__(self, trick: BatchTrick, inputs: Any, maps: Any, antialias: bool, multiple: int) -> None:
         self.trick, self.antialias, self.multiple = trick, antialias, multiple
-        self.inputs = _checked("inputs", inputs)
-        self.maps = () if maps is None else _checked("maps", maps)
+        self.inputs = check_places("inputs", inputs)
+        self.maps = () if maps is None else check_places("maps", maps)
 
     def size_in(self, batch: Any) -> Size:
         """Return the size of a batch's first images."""
@@ -48,13 +48,11 @@ class ImagePlaces:
         return changed
 
     def _part(self, batch: Any, place: Place, argument: str) -> Tensor:
-        part = self.trick.part_of(batch, place, argument)
-        is_map, found = argument == "maps", f"a {type(part).__name__}"
-        if isinstance(part, Tensor):
-            if part.ndim >= 3 and (is_map or part.is_floating_point() or part.dtype == torch.uint8):
-                return part
-            found = f"{part.dtype} of the shape {tuple(part.shape)}"
-        what = "maps (N, ..., H, W)" if is_map else "floating-point or uint8 images (N, ..., H, W)"
+        part = self.trick.tensor_of(batch, place, argument)
+        if part.ndim >= 3 and (argument == "maps" or part.is_floating_point() or part.dtype == torch.uint8):
+            return part
+        what = "maps (N, ..., H, W)" if argument == "maps" else "floating-point or uint8 images (N, ..., H, W)"
+        found = f"{part.dtype} of the shape {tuple(part.shape)}"
         way_out = "Name the right place; maps of labels go to `maps=`."
         raise self.trick.refusal(f"expected {what}, but found {found}", way_out, **{argument: place})
 
@@ -79,14 +77,3 @@ def in_proportion(own: Size, first: Size, size: Size, multiple: int = 1) -> Size
 
 def _size(images: Tensor) -> Size:
     return images.shape[-2], images.shape[-1]
-
-
-def _checked(name: str, places: Any) -> tuple[Place, ...]:
-    several: list[Place] = list(places) if isinstance(places, list) else [places]
-    if not several:
-        raise ValueError(f"Expected `{name}` to name at least one place in the batch, but got [].")
-    for place in several:
-        check_place(name, place)
-    if len({path_of(place) for place in several}) < len(several):
-        raise ValueError(f"Expected `{name}` to name different places, but got {places!r}.")
-    return tuple(several)

@@ -46,7 +46,7 @@ def test_a_size_in_proportion_is_never_above_the_full_one_and_full_with_the_othe
     ("options", "batch", "reason"),
     [
         ({"inputs": 1}, [torch.zeros(2, 3, 8, 8), torch.zeros(2)], r"inputs=1\) .*\(N, ..., H, W\), but found torch.float32 of"),
-        ({}, [[1, 2]], "but found a list"),
+        ({}, [[1, 2]], "but found list"),
         ({}, [torch.zeros(2, 8, 8, dtype=torch.int64)], "but found torch.int64 .*maps="),
         ({"maps": 1}, [torch.zeros(2, 3, 8, 8), torch.zeros(2)], r"maps=1\) "),
         ({"inputs": "x"}, [torch.zeros(2, 3, 8, 8)], "no part 'x'"),
