@@ -10,7 +10,7 @@ from lightning_speedups.tensors.sample_losses import mean_over_samples
 from lightning_speedups.tricks.batches.batch_augmentation import BatchAugmentation
 from lightning_speedups.tricks.batches.in_memory_loader import InMemoryLoader
 from lightning_speedups.tricks.batches.mixup_callback import MixupCallback
-from lightning_speedups.tricks.batches.progressive_resizing import ProgressiveResizing
+from lightning_speedups.tricks.batches.progressive_resizing.progressive_resizing import ProgressiveResizing
 from lightning_speedups.tricks.batches.subset_training import SubsetTraining
 from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
 from lightning_speedups.tricks.labels.binary_label_smoothing import BinaryLabelSmoothing

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_speedups.measure.errors import CompareError
 from lightning_speedups.tricks.batches.mixup_callback import MixupCallback
-from lightning_speedups.tricks.batches.progressive_resizing import ProgressiveResizing
+from lightning_speedups.tricks.batches.progressive_resizing.progressive_resizing import ProgressiveResizing
 from lightning_speedups.tricks.batches.subset_training import SubsetTraining
 from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
 from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss

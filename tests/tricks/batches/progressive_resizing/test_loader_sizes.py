@@ -1,15 +1,18 @@
 """What a loader's dataset can be asked for, and what cannot be had without a trace elsewhere."""
 
 import re
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_speedups.attach.image_sizes import ask_for_sizes, full_batches
-from lightning_speedups.attach.loaders import LoaderGrip
 from lightning_speedups.attach.trick import Trick
-from lightning_speedups.core.dataset_sizes import UnknownSizeError
+from lightning_speedups.core.resizing import Growth
+from lightning_speedups.tricks.batches.progressive_resizing.growth import SizesOverRun
+from lightning_speedups.tricks.batches.progressive_resizing.loader_sizes import LoaderSizes, load_full
 from zoo import Classifier, trainer
 
 
@@ -29,47 +32,33 @@ class Sized(Dataset):
         return torch.full((2, self.size, self.size), float(i)), i % 4
 
 
-class Asking(LoaderGrip):
-    def change_loader(self, trainer, loader, epoch):
-        self.trick.ask(trainer, loader)
+@dataclass
+class Run:
+    said: WarningCache = field(default_factory=WarningCache)
 
 
 class Asks(Trick):
-    """Asks before the first epoch, and loads some samples at full size in each epoch."""
+    """Wants images of half the side throughout, and loads some samples at full size in each epoch."""
 
-    def __init__(self, smallest=4, evaluated=(), place=0):
+    run_as = Run
+
+    def __init__(self, evaluated=(), place=0, is_required=False, loads=True):
         super().__init__()
-        self.smallest, self.evaluated, self.place = smallest, evaluated, place
-        self.settings, self.error, self.loaded, self.states = None, None, [], []
-        self.grips = (Asking(self),)
-
-    def ask(self, trainer, loader):
-        if self.settings is not None or self.error is not None:
-            return
-        self.loader = loader
-        try:
-            self.settings = ask_for_sizes(
-                self.grips[0],
-                trainer,
-                loader,
-                [self.place],
-                lambda full: (self.smallest, self.smallest),
-                self.evaluated,
-            )
-        except UnknownSizeError as error:
-            self.error = str(error)
+        sizes = SizesOverRun(self, Growth(grow_from=1.0, full_from=1.0, multiple=1), "batch")
+        self.sizes = LoaderSizes(self, sizes, [place], is_required)
+        self.grips = (sizes, self.sizes)
+        self.sizes.evaluated += evaluated
+        self.full, self.error, self.loads, self.loaded = None, None, loads, []
 
     def on_train_epoch_start(self, trainer, pl_module):
         super().on_train_epoch_start(trainer, pl_module)
-        if self.settings is not None:
-            self.settings.set_size((4, 4))
-            before = torch.get_rng_state()
-            self.loaded.append(full_batches(trainer, self.loader, self.settings, (4, 4), [[3, 1], [2]]))
-            self.states.append(torch.equal(before, torch.get_rng_state()))
+        self.full = self.sizes.full
+        if self.full is not None and self.loads:
+            loader, settings = self.sizes.loader, self.sizes.settings
+            self.loaded.append([load_full(trainer, loader, settings, samples) for samples in ([3, 1], [2])])
 
     def undo(self, trainer, pl_module):
-        if self.settings is not None:
-            self.settings.restore()
+        self.error = next(iter(self.run.said), self.error)
         super().undo(trainer, pl_module)
 
 
@@ -83,14 +72,29 @@ def test_a_size_that_can_be_set_is_tried_and_samples_can_be_had_at_full_size():
     dataset, module = Sized(), Classifier()
     trick = asked(dataset, module)
     assert trick.error is None
-    assert trick.settings.full == (8, 8)
+    assert trick.full == (8, 8)
     assert {tuple(inputs.shape) for inputs, _ in module.seen} == {(4, 2, 4, 4)}
     assert dataset.size == 8
-    assert trick.states == [True, True]
+    assert len(trick.loaded) == 2
     for (first, labels), (second, _) in trick.loaded:
         assert first[:, 0].tolist() == torch.stack([torch.full((8, 8), 3.0), torch.full((8, 8), 1.0)]).tolist()
         assert labels.tolist() == [3, 1]
         assert second.shape == (1, 2, 8, 8)
+
+
+def test_asking_draws_no_random_numbers_of_the_run():
+    def drawn(trick):
+        torch.manual_seed(0)
+        module = Classifier()
+        trainer(callbacks=[trick] if trick else [], max_epochs=1).fit(module, DataLoader(Sized(), 4))
+        return torch.get_rng_state()
+
+    assert torch.equal(drawn(Asks(loads=False)), drawn(None))
+
+
+def test_a_batch_gives_itself_at_full_size_where_the_loader_makes_full_images():
+    batch = [torch.zeros(1)]
+    assert Asks().sizes.at_full_size(None, batch)() is batch
 
 
 class Transfers(Classifier):
@@ -110,10 +114,15 @@ class Transfers(Classifier):
 )
 def test_it_says_why_not(dataset, options, trick, reason):
     asked(dataset, trick=trick, **options)
-    assert trick.settings is None
+    assert trick.full is None
     assert trick.error
     assert re.search(reason, trick.error)
     assert getattr(dataset, "size", 8) == 8
+
+
+def test_it_refuses_where_it_is_required():
+    with pytest.raises(MisconfigurationException, match=r"Asks\(in_loader=True\) cannot .* \(too small\)\. Use"):
+        asked(Sized(least=6), trick=Asks(is_required=True))
 
 
 def test_hooks_that_may_do_anything_to_the_images_are_a_reason():

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import v2
 
-from lightning_speedups import MixupCallback, OneCycleMomentum, ProgressiveResizing, WarmupLRScaler
+from lightning_speedups import BatchAugmentation, MixupCallback, OneCycleMomentum, ProgressiveResizing, WarmupLRScaler
 from zoo import (
     CLASSES,
     Batches,
@@ -104,15 +104,22 @@ def test_stages_are_a_few_sizes():
     assert sides(module) == [(6, 6)] * 4 + [(16, 16)] * 4
 
 
-@pytest.mark.parametrize("options", [{}, {"by": "epoch"}])
-def test_the_run_may_be_given_in_steps_with_accumulation(options):
+def test_the_run_may_be_given_in_steps_with_accumulation():
     module = Classifier()
-    callback = ProgressiveResizing(multiple=1, **options)
+    callback = ProgressiveResizing(multiple=1)
     trainer(callbacks=[callback], max_epochs=None, max_steps=5, accumulate_grad_batches=2).fit(module, square(16))
-    if options:  # three epochs, the last of which is cut short
-        assert sides(module) == [(side, side) for side in [8] * 4 + [9] * 4 + [14] * 2]
-    else:
-        assert sides(module) == [(side, side) for side in expected(10)]
+    assert sides(module) == [(side, side) for side in expected(10)]
+
+
+def test_growth_by_epochs_needs_their_number_and_says_that_steps_may_end_the_run_before():
+    module = Classifier()
+    callback = ProgressiveResizing(multiple=1, by="epoch")
+    with pytest.raises(MisconfigurationException, match="max_epochs"):
+        trainer(callbacks=[callback], max_epochs=None, max_steps=5).fit(module, square(16))
+    assert not module.seen
+    with pytest.warns(UserWarning, match="`max_steps` may end the run"):
+        trainer(callbacks=[callback], max_epochs=3, max_steps=10).fit(module, square(16))
+    assert sides(module) == [(side, side) for side in [8] * 4 + [9] * 4 + [14] * 2]
 
 
 def test_an_endless_run_says_what_to_give():
@@ -731,6 +738,23 @@ def test_regularization_follows_the_side_across_epochs_of_different_lengths():
     trainer(callbacks=[MixupCallback(seed=1), callback], max_epochs=4).fit(module, whole())
     shares = np.interp([side for side, _ in sides(module)], [8, 16], [0.5, 1.0])
     np.testing.assert_allclose(module.strengths, np.stack([0.4 * shares, shares], 1))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_the_regularization_of_filled_batches_goes_on_in_the_middle_of_an_epoch(stop):
+    def callbacks():
+        callback = ProgressiveResizing(
+            scale_regularization=0.2, multiple=1, fill_batch=True, grow_from=0, full_from=1, in_loader=False
+        )
+        return [BatchAugmentation(seed=2), MixupCallback(seed=1), callback]
+
+    module, again = Dropping(), Dropping()
+    again.load_state_dict(module.state_dict())
+    trainer(callbacks=callbacks()).fit(module, ReplayLoader())
+    fit_interrupted(again, ReplayLoader(), stop, callbacks())
+    resume(again, ReplayLoader(), callbacks())
+    assert again.strengths == module.strengths
+    assert_same_weights(weights(module), weights(again))
 
 
 def test_nothing_to_regularize_warns():

@@ -13,7 +13,7 @@ from torchvision.datasets import FakeData
 from torchvision.transforms import v2
 
 from lightning_speedups.attach.loaders import take_batch
-from lightning_speedups.core.dataset_sizes import UnknownSizeError, find_settings
+from lightning_speedups.tricks.batches.progressive_resizing.dataset_sizes import UnknownSizeError, find_settings
 
 
 class Pictures(Dataset):
@@ -124,6 +124,30 @@ def test_a_number_of_samples_is_no_side():
     data = FakeData(size=50, image_size=(3, 40, 40), transform=v2.RandomResizedCrop(32))
     find_settings(data).set_size((16, 16))
     assert (len(data), data[0][0].size) == (50, (16, 16))
+    wrapped = Wrapper(FakeData(size=50, image_size=(3, 40, 40)), v2.RandomResizedCrop(32))
+    assert [setting.owner for setting in find_settings(wrapped).each] == [wrapped.transform]
+
+
+def test_a_datasets_own_size_counts_before_its_crops():
+    crop = v2.RandomCrop(12, padding=4)
+    dataset = Sized(16)
+    dataset.transform = crop
+    settings = find_settings(dataset)
+    assert settings.full == (12, 12)
+    settings.set_size((6, 6))
+    assert (dataset.size, list(crop.size), list(crop.padding)) == (8, [6, 6], [2, 2, 2, 2])
+
+
+def test_a_size_for_a_while_gives_way_to_the_one_before_it_also_after_an_error():
+    dataset = Sized(16)
+    settings = find_settings(dataset)
+    settings.set_size((8, 8))
+    with settings.at_size((12, 12)):
+        assert dataset.size == 12
+    assert dataset.size == 8
+    with pytest.raises(ZeroDivisionError), settings.at_size((16, 16)):
+        dataset.size / 0
+    assert dataset.size == 8
 
 
 def test_joint_transforms_are_taken_instead_of_the_pair_that_torchvision_makes():
