@@ -73,17 +73,13 @@ def _create_network(
             name, options = _without_hub(model, options)
             return timm.create_model(name, pretrained=pretrained, **own, **options), name, dict(options)
     except Exception as error:  # timm, hub and network fail in more ways than can be listed
-        cause, at_fault = error, "its options"
+        at_fault = "its options"
         if ":" in model:
-            at_fault = "its files on the hub, or its options"
+            at_fault += ", or its files on the hub"
         elif pretrained:
-            try:
-                timm.create_model(model, **own, **options)
-                at_fault = "its pretrained weights"
-            except Exception as again:
-                cause = again
-    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
-    raise ValueError(f"timm can't create {model!r} ({reason}). At fault: {at_fault}. {WAYS_OUT}") from cause
+            at_fault += ", or its pretrained weights"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"timm can't create {model!r} ({reason}). At fault: {at_fault}. {WAYS_OUT}") from error
 
 
 def _without_hub(model: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
