@@ -61,7 +61,10 @@ class LoaderGrip(Grip):
         return order
 
     def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
-        """Prepare a loader or its dataset for an epoch, before its iterator starts; may be called twice."""
+        """Prepare the loader or its dataset for an epoch, before its iterator starts; may be called twice.
+
+        Where there are several loaders, each is shown once, and the last one in each epoch.
+        """
 
     def see_evaluation_loader(self, trainer: Trainer, loader: Any) -> None:
         """Look at a validation loader of the fit, before its iterator starts."""
@@ -74,8 +77,8 @@ class LoaderGrip(Grip):
 
     @property
     def loader(self) -> Any:
-        """The first training loader."""
-        return self.loaders.loaders[0]
+        """The training loader; of several the last."""
+        return self.loaders.loader
 
     def samples_of_batch(self) -> list[int]:
         """Return the dataset's indices of the batch that is on its way to the device."""
@@ -147,7 +150,7 @@ class Loaders:
         self.trainer = trainer
         self.grips: list[LoaderGrip] = []
         self.is_open = False
-        self.loaders: list[Any] = []
+        self.loader: Any = None  # of several the last
         self.has_all = True  # Lightning hands over one loader after the other, and then starts an epoch
         self.selection: Selection | None = None  # of the only loader, if it can be changed
         self.epoch = 0
@@ -165,12 +168,9 @@ class Loaders:
             for grip in grips:
                 grip.see_evaluation_loader(self.trainer, loader)
             return loader
-        if self.has_all:  # the first, or the first of those that Lightning reloads
-            self.give_back()
-        self.has_all = False
-        self.loaders.append(loader)
-        several = len(self.loaders) > 1
-        self._drop_selection()
+        several, self.has_all = not self.has_all, False
+        self.give_back()
+        self.loader = loader
         batcher = None if several else find_batcher(loader)
         if batcher is not None:
             self.selection = Selection(self, batcher)
@@ -209,9 +209,8 @@ class Loaders:
     def begin(self, epoch: int) -> None:
         """Prepare an epoch."""
         self.epoch, self.order, self.early = epoch, None, id(self._iterator())
-        for loader in self.loaders:
-            for grip in self.active_grips():
-                grip.change_loader(self.trainer, loader, epoch)
+        for grip in self.active_grips():
+            grip.change_loader(self.trainer, self.loader, epoch)
         if self.selection is not None:  # only now: a trick may have to see the loader first
             self.selection.begin(epoch)
             if self.has_all:  # before its first epoch Lightning asks the loader
@@ -226,7 +225,7 @@ class Loaders:
             trainer.val_check_batch = max(1, int(batches * trainer.val_check_interval))
 
     def _iterator(self) -> Any:
-        """Return Lightning's iterator over the first loader, if there is one."""
+        """Return Lightning's iterator over the only loader, if there is one."""
         iterators = getattr(getattr(self.trainer.fit_loop._combined_loader, "_iterator", None), "iterators", None)
         return iterators[0] if iterators else None
 
@@ -235,7 +234,7 @@ class Loaders:
         selection = self.selection
         assert selection is not None
         number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        iterator, loader = self._iterator(), self.loaders[0]
+        iterator, loader = self._iterator(), self.loader
         if self.order is None:  # others may iterate over the loader too, before and after, and draw other orders
             goes_on = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
             # A loader that cannot go on in the middle of an epoch begins anew there.
@@ -250,15 +249,11 @@ class Loaders:
         size = selection.batcher.batch_size
         return order[place * size : (place + 1) * size]
 
-    def _drop_selection(self) -> None:
-        if self.selection is not None:
-            self.selection.give_back()
-        self.selection = self.order = None
-
     def give_back(self) -> None:
         """Put the loader's own sampler and batch size back."""
-        self._drop_selection()
-        self.loaders = []
+        if self.selection is not None:
+            self.selection.give_back()
+        self.loader = self.selection = self.order = None
         if self.hushed in warnings.filters:
             warnings.filters.remove(self.hushed)  # type: ignore[attr-defined]
         self.hushed = None
