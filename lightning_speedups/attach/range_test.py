@@ -36,7 +36,7 @@ from lightning_speedups.attach.packages import is_a, is_overridden
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.run_length import accumulation, raw_optimizers
 from lightning_speedups.attach.steps import has_stepped
-from lightning_speedups.core.range_test import diverged, smooth, sweep_rate
+from lightning_speedups.core.range_test import Sweep, diverged, smooth, sweep_rate
 
 WAY_OUT = "Give the learning rate as a number."
 
@@ -55,14 +55,9 @@ def _telling_the_way_out() -> Iterator[None]:
 def run_range_test(
     trainer: Trainer,
     pl_module: LightningModule,
+    sweep: Sweep,
     loaders: Any = None,
-    *,
     datamodule: LightningDataModule | None = None,
-    min_lr: float = 1e-6,
-    max_lr: float = 10.0,
-    steps: int = 100,
-    beta: float = 0.98,
-    stop_factor: float = 4.0,
 ) -> tuple[list[float], list[float]]:
     """Train a copy of a module with an exponentially rising rate, and note the loss of each step.
 
@@ -78,14 +73,10 @@ def run_range_test(
     Args:
         trainer: The Trainer to imitate, before a fit or in ``on_train_start``.
         pl_module: The module, without a wrapper.
+        sweep: Which rates, and when to stop; steps that GradScaler skips do not count.
         loaders: Training loaders: an iterable or a nested collection of them. None: those of the running fit, or of the
             ``train_dataloader`` hook.
         datamodule: The datamodule of a fit that is still to come; that of a running one is the Trainer's own.
-        min_lr: Rate of the first step, above 0.
-        max_lr: Rate of the last step, above ``min_lr``.
-        steps: Length of the sweep in optimizer steps, 2 or more; steps that GradScaler skips do not count.
-        beta: Weight of the past in the smoothed loss that decides about stopping, in [0, 1).
-        stop_factor: The sweep ends early when the smoothed loss rises above this many times its best, above 1.
 
     Returns:
         The rates, and the raw loss at each of them, averaged over the batches of the step.
@@ -95,26 +86,25 @@ def run_range_test(
             splits parameters between devices, or if the module or a loader's sampler cannot be copied.
     """
     require_copyable(trainer, pl_module)
-    rates = [sweep_rate(step, steps, min_lr, max_lr) for step in range(steps)]
-    sweep = _Sweep(rates, beta, stop_factor)
+    run = _Run(sweep)
     failure: Exception | None = None
     if trainer.world_size == 1 or not torch.distributed.is_initialized() or trainer.is_global_zero:
         try:
-            _fit_a_copy(trainer, pl_module, loaders, datamodule, sweep)
+            _fit_a_copy(trainer, pl_module, loaders, datamodule, run)
         except Exception as error:
             failure = error
     told = failure and f"{type(failure).__name__}: {failure}"
     # told to all, or those that wait for the losses would wait for ever
-    losses, told = trainer.strategy.broadcast((sweep.losses, told))
+    losses, told = trainer.strategy.broadcast((run.losses, told))
     if failure is not None:
         raise failure
     if told is not None:
         raise RuntimeError(f"The learning-rate range test failed in the first process: {told}")
-    return rates[: len(losses)], losses
+    return run.rates[: len(losses)], losses
 
 
 def _fit_a_copy(
-    trainer: Trainer, pl_module: LightningModule, loaders: Any, datamodule: LightningDataModule | None, sweep: _Sweep
+    trainer: Trainer, pl_module: LightningModule, loaders: Any, datamodule: LightningDataModule | None, run: _Run
 ) -> None:
     running = trainer.state.status == TrainerStatus.RUNNING and trainer.lightning_module is pl_module
     if running:
@@ -137,17 +127,18 @@ def _fit_a_copy(
         hook = owner.train_dataloader
         owner.__dict__["train_dataloader"] = lambda: _copy_loaders(hook() if loaders is None else loaders, undo)
         hidden = not _shows_progress(trainer)
-        sweep.bar = undo.enter_context(Tqdm(total=len(sweep.rates), desc="LR range test", leave=False, disable=hidden))
+        run.bar = undo.enter_context(Tqdm(total=len(run.rates), desc="LR range test", leave=False, disable=hidden))
         inner = _imitate(trainer)
-        inner.callbacks = [sweep]  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+        inner.callbacks = [run]  # type: ignore[attr-defined]  # Lightning sets it without declaring it
         inner.fit(twin, datamodule=twin_data)
 
 
-class _Sweep(Callback):
+class _Run(Callback):
     """Sets the rate of each step, notes its loss, and ends the run."""
 
-    def __init__(self, rates: list[float], beta: float, stop_factor: float) -> None:
-        self.rates, self.beta, self.stop_factor = rates, beta, stop_factor
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.rates = [sweep_rate(step, sweep.steps, sweep.min_lr, sweep.max_lr) for step in range(sweep.steps)]
         self.losses: list[float] = []  # of the steps that were done
         self.bar: Any = None
         self._window: list[float] = []  # losses of the batches of the step under way
@@ -190,8 +181,8 @@ class _Sweep(Callback):
         if self._window and self._stepped:
             self.losses.append(sum(self._window) / len(self._window))
             self.bar.update()
-            smoothed = smooth(self.losses, self.beta)
-            if len(self.losses) == len(self.rates) or diverged(smoothed[-1], min(smoothed), self.stop_factor):
+            smoothed = smooth(self.losses, self.sweep.beta)
+            if len(self.losses) == len(self.rates) or diverged(smoothed[-1], min(smoothed), self.sweep.stop_factor):
                 trainer.should_stop = True
         self._window, self._stepped = [], False
 
