@@ -95,17 +95,16 @@ class LoaderGrip(Grip):
         return samples
 
     def join(self, trainer: Trainer) -> None:
-        """Join those who see the loader."""
+        """Wait: tuners have their trial runs first."""
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Join those who see the loader; what tuners have left behind is asked for anew."""
+        trainer.fit_loop._combined_loader = None
         station = Station.of(trainer.strategy, "process_dataloader")
         self.loaders = station.find(Loaders) or Loaders(trainer)
         if not self.loaders.grips:
             station.join(self.loaders, self.loaders.take)
         self.loaders.grips.append(self)
-
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Begin to look at loaders, now that tuners, which leave some behind, have had their trial runs."""
-        trainer.fit_loop._combined_loader = None  # Lightning asks for it anew
-        self.loaders.is_open = True
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Catch up with a resumed run, and refuse epochs that are too short."""
@@ -149,7 +148,6 @@ class Loaders:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.grips: list[LoaderGrip] = []
-        self.is_open = False
         self.loader: Any = None  # of several the last
         self.has_all = True  # Lightning hands over one loader after the other, and then starts an epoch
         self.selection: Selection | None = None  # of the only loader, if it can be changed
@@ -162,8 +160,6 @@ class Loaders:
     def take(self, process: Callable[[Any], Any], loader: Any) -> Any:
         """Take a loader over that Lightning begins to use."""
         loader, grips = process(loader), self.active_grips()
-        if not self.is_open:
-            return loader
         if not self.trainer.training or not grips:
             for grip in grips:
                 grip.see_evaluation_loader(self.trainer, loader)

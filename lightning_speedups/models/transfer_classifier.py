@@ -210,16 +210,14 @@ class TransferClassifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW or SGD; norms and biases without weight decay."""
-        from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+        from timm.optim import create_optimizer_v2, param_groups_weight_decay  # type: ignore[attr-defined]
 
         exempt: set[str] = getattr(self.model, "no_weight_decay", set)()
         groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         groups = [group for group in groups if group["params"]]
-        if self.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(
-            groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0, weight_decay=self.weight_decay
-        )
+        # What timm calls "sgd" has Nesterov's momentum, which cannot be 0.
+        kind = "momentum" if self.optimizer == "sgd" and self.momentum == 0 else self.optimizer
+        return create_optimizer_v2(groups, kind, self.lr, self.weight_decay, self.momentum)
 
     def transforms(self, train: bool = False) -> Callable[[Any], Tensor]:
         """Make the torchvision transform that fits the network's pretrained weights: size, crop, normalisation.
