@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 STOREYS = ["core", {"modules", "tensors"}, "attach", "tricks", "models", "recipes", "measure", "cli"]
 LIBRARIES = {"core": {"torch"}, "modules": {"torch", "timm"}, "tensors": {"torch"}, "cli": {"rich"}}
 BASES = [  # of attach/, each may be built on those before it
-    "stations", "packages", "trick", "lasting", "randomness", "copies", "run_length", "steps", "batches", "loaders", "wrapping",
+    "stations", "packages", "trick", "lasting", "randomness", "copies", "loaders", "run_length", "steps", "batches", "wrapping",
 ]  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def copy_module(trainer: Trainer, pl_module: LightningModule, shared: Iterable[A
     around += [value for value in held if isinstance(value, (Trick, Dataset, DataLoader))]
     around += [value for value in held if is_a(value, "LightningDataModule", "Trainer")]
     # What a step has left behind with its graph cannot be copied.
-    around += [value for value in _flat(held) if isinstance(value, Tensor) and value.grad_fn is not None]
+    around += [value for value in flat(held) if isinstance(value, Tensor) and value.grad_fn is not None]
     try:
         twin = copy.deepcopy(pl_module, {id(thing): thing for thing in around if thing is not None})
     except Exception as error:
@@ -65,11 +65,17 @@ def copy_module(trainer: Trainer, pl_module: LightningModule, shared: Iterable[A
     return twin
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
+def flat(values: Iterable[Any]) -> Iterator[Any]:
+    """Return what stands in lists, tuples and dicts, however deep, instead of these.
+
+    Example:
+        >>> list(flat([1, (2, {"a": [3]})]))
+        [1, 2, 3]
+    """
     for value in values:
         if isinstance(value, (list, tuple)):
-            yield from _flat(value)
+            yield from flat(value)
         elif isinstance(value, dict):
-            yield from _flat(value.values())
+            yield from flat(value.values())
         else:
             yield value

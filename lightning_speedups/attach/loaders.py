@@ -20,7 +20,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from lightning_speedups.attach.run_length import PlansEpochs
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Grip, Trick
 
@@ -36,12 +35,16 @@ class LoaderGrip(Grip):
         trick: Whose.
         any_loader: Whether the trick can do without a loader that it can change.
         name: Who needs it, in messages; None: the trick's name.
+
+    Attributes:
+        loaders: Who stands at the loader, as long as the fit lasts.
     """
+
+    loaders: Loaders
 
     def __init__(self, trick: Trick, any_loader: bool = False, name: str | None = None) -> None:
         super().__init__(trick)
         self.any_loader, self.name = any_loader, name or trick.name
-        self.loaders: Loaders | None = None
 
     def samples_in_epoch(self, epoch: int, samples: int) -> int:
         """Return how many of this rank's samples an epoch has."""
@@ -58,7 +61,10 @@ class LoaderGrip(Grip):
         return order
 
     def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
-        """Prepare a loader or its dataset for an epoch, before its iterator starts; may be called twice."""
+        """Prepare the loader or its dataset for an epoch, before its iterator starts; may be called twice.
+
+        Where there are several loaders, each is shown once, and the last one in each epoch.
+        """
 
     def see_evaluation_loader(self, trainer: Trainer, loader: Any) -> None:
         """Look at a validation loader of the fit, before its iterator starts."""
@@ -66,16 +72,16 @@ class LoaderGrip(Grip):
     @property
     def batcher(self) -> BatchSampler | None:
         """What batches the one training loader's indices, or None if there is none that can be changed."""
-        return None if self.loaders is None else self.loaders.batcher
+        selection = self.loaders.selection
+        return None if selection is None else selection.batcher
 
     @property
     def loader(self) -> Any:
-        """The first training loader, or None before the first epoch's."""
-        return next(iter(self.loaders.loaders), None) if self.loaders is not None else None
+        """The training loader; of several the last."""
+        return self.loaders.loader
 
     def samples_of_batch(self) -> list[int]:
         """Return the dataset's indices of the batch that is on its way to the device."""
-        assert self.loaders is not None
         return self.loaders.samples_of_batch()
 
     def require_numbers(self, samples: list[Any]) -> list[int]:
@@ -89,34 +95,32 @@ class LoaderGrip(Grip):
         return samples
 
     def join(self, trainer: Trainer) -> None:
-        """Join those who see the loader."""
+        """Wait: tuners have their trial runs first."""
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Join those who see the loader; what tuners have left behind is asked for anew."""
+        trainer.fit_loop._combined_loader = None
         station = Station.of(trainer.strategy, "process_dataloader")
         self.loaders = station.find(Loaders) or Loaders(trainer)
         if not self.loaders.grips:
             station.join(self.loaders, self.loaders.take)
         self.loaders.grips.append(self)
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Begin to look at loaders, now that tuners, which leave some behind, have had their trial runs."""
-        assert self.loaders is not None
-        trainer.fit_loop._combined_loader = None  # Lightning asks for it anew
-        self.loaders.is_open = True
-
     def on_train_start(self, trainer: Trainer) -> None:
         """Catch up with a resumed run, and refuse epochs that are too short."""
-        assert self.loaders is not None
         self.loaders.start()
-        planned = [self.loaders.batches_in_epoch(epoch) for epoch in range(max(1, trainer.max_epochs or 1))]
-        shortest = min((length for length in planned if length is not None), default=None)
+        selection = self.loaders.selection
+        if selection is None:
+            return
+        shortest = min(selection.batches_in_epoch(epoch) for epoch in range(max(1, trainer.max_epochs or 1)))
         if shortest == 0:
             raise MisconfigurationException(
                 f"{self.name} makes an epoch of too few samples for one batch. Keep more of them, make the batches "
                 "smaller, or use `drop_last=False`."
             )
         interval = trainer.val_check_interval
-        if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.limit_val_batches:
-            return
-        if shortest is not None and shortest < interval:
+        counts_in_epoch = isinstance(interval, int) and trainer.check_val_every_n_epoch is not None
+        if counts_in_epoch and trainer.limit_val_batches and shortest < interval:
             raise MisconfigurationException(
                 f"{self.name} makes epochs of {shortest} batches, but Trainer(val_check_interval={interval}) validates "
                 f"after {interval}. Give a fraction such as 1.0, or `check_val_every_n_epoch=None`."
@@ -124,13 +128,12 @@ class LoaderGrip(Grip):
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:
         """Change the loader for this epoch, and tell Lightning how long it is."""
-        assert self.loaders is not None
         self.loaders.has_all = True
         self.loaders.begin(trainer.current_epoch)
 
     def leave(self, trainer: Trainer) -> None:
         """Leave; the last one gives the loader back as it was."""
-        loaders, self.loaders = self.loaders, None
+        loaders = self.__dict__.pop("loaders", None)
         if loaders is None:
             return
         loaders.grips.remove(self)
@@ -139,17 +142,15 @@ class LoaderGrip(Grip):
             Station.of(trainer.strategy, "process_dataloader").leave(loaders)
 
 
-class Loaders(PlansEpochs):
-    """Stands at ``strategy.process_dataloader`` and keeps the training loader's own sampler and batch size."""
+class Loaders:
+    """Stands at ``strategy.process_dataloader`` and takes the training loader over."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.grips: list[LoaderGrip] = []
-        self.is_open = False
-        self.loaders: list[Any] = []
+        self.loader: Any = None  # of several the last
         self.has_all = True  # Lightning hands over one loader after the other, and then starts an epoch
-        self.batcher: BatchSampler | None = None
-        self.sampler: _Selection | None = None
+        self.selection: Selection | None = None  # of the only loader, if it can be changed
         self.epoch = 0
         self.order: list[Any] | None = None  # of the epoch under way; None before its first batch
         self.skipped = 0
@@ -158,35 +159,28 @@ class Loaders(PlansEpochs):
 
     def take(self, process: Callable[[Any], Any], loader: Any) -> Any:
         """Take a loader over that Lightning begins to use."""
-        loader, grips = process(loader), self._active()
-        if not self.is_open:
-            return loader
+        loader, grips = process(loader), self.active_grips()
         if not self.trainer.training or not grips:
             for grip in grips:
                 grip.see_evaluation_loader(self.trainer, loader)
             return loader
-        if self.has_all:  # the first, or the first of those that Lightning reloads
-            self.give_back()
-        self.has_all = False
-        self.loaders.append(loader)
-        several = len(self.loaders) > 1
-        self._restore_batcher()
-        self.batcher = None if several else find_batcher(loader)
-        if self.batcher is None:
-            strict = [grip.name for grip in grips if not grip.any_loader]
-            if strict:
-                found = "there are several loaders" if several else f"this one is a {type(loader).__name__}"
-                raise MisconfigurationException(
-                    f"{' and '.join(strict)} needs one training loader, a DataLoader over a map-style dataset with "
-                    f"torch's BatchSampler and `in_order=True`, but {found}."
-                )
-        else:
-            self.sampler = _Selection(self, self.batcher.sampler, self.batcher.batch_size)
-            self.batcher.sampler = self.sampler
+        several, self.has_all = not self.has_all, False
+        self.give_back()
+        self.loader = loader
+        batcher = None if several else find_batcher(loader)
+        if batcher is not None:
+            self.selection = Selection(self, batcher)
+        elif strict := [grip.name for grip in grips if not grip.any_loader]:
+            found = "there are several loaders" if several else f"this one is a {type(loader).__name__}"
+            raise MisconfigurationException(
+                f"{' and '.join(strict)} needs one training loader, a DataLoader over a map-style dataset with "
+                f"torch's BatchSampler and `in_order=True`, but {found}."
+            )
         self.begin(self.trainer.current_epoch)
         return loader
 
-    def _active(self) -> list[LoaderGrip]:
+    def active_grips(self) -> list[LoaderGrip]:
+        """Return the grips of the tricks that the Trainer runs."""
         return [grip for grip in self.grips if grip.trick.is_active(self.trainer)]
 
     def start(self) -> None:
@@ -197,11 +191,11 @@ class Loaders(PlansEpochs):
             # The checkpoint stood behind the last batch of an epoch. Lightning has made that epoch's iterator, and
             # would go on with it; and it finds that the epoch was over by comparing it with the next one's length.
             self.begin(epoch)
-            assert loop._data_fetcher is not None
-            if self.sampler is not None:
-                self.sampler.first = None
-            iter(loop._data_fetcher)
-            progress.current.completed = max(progress.current.completed, self.batches_in_epoch(epoch) or 0)
+            if self.selection is not None:
+                assert loop._data_fetcher is not None
+                self.selection.first = None
+                iter(loop._data_fetcher)
+                progress.current.completed = max(progress.current.completed, self.selection.batches_in_epoch(epoch))
         self.early = id(self._iterator())
         if loop.epoch_loop.restarting and progress.is_last_batch and self.hushed is None:
             # Lightning takes any number of steps that is no multiple of this epoch's for the middle of an epoch.
@@ -211,42 +205,15 @@ class Loaders(PlansEpochs):
     def begin(self, epoch: int) -> None:
         """Prepare an epoch."""
         self.epoch, self.order, self.early = epoch, None, id(self._iterator())
-        if callable(set_epoch := getattr(self.sampler and self.sampler.source, "set_epoch", None)):
-            set_epoch(epoch)  # Lightning does so too late for workers that fetch ahead in a resumed epoch
-        for loader in self.loaders:
-            for grip in self._active():
-                grip.change_loader(self.trainer, loader, epoch)
-        if self.batcher is not None and self.sampler is not None:  # only now: a trick may have to see the loader first
-            self.batcher.batch_size = self._sizes(epoch)[1]
-        self._tell_length()
+        for grip in self.active_grips():
+            grip.change_loader(self.trainer, self.loader, epoch)
+        if self.selection is not None:  # only now: a trick may have to see the loader first
+            self.selection.begin(epoch)
+            if self.has_all:  # before its first epoch Lightning asks the loader
+                self._tell_length(self.selection.batches_in_epoch(epoch))
 
-    def _sizes(self, epoch: int) -> tuple[int, int]:
-        """Return the samples of an epoch and its batch size."""
-        assert self.sampler is not None
-        samples, size = len(self.sampler.source), self.sampler.batch_size
-        for grip in self._active():
-            samples, size = grip.samples_in_epoch(epoch, samples), grip.batch_size_in_epoch(epoch, size)
-        return samples, size
-
-    @property
-    def own_batch_size(self) -> int | None:
-        """The loader's batch size without the tricks, or None where they cannot change it."""
-        return None if self.sampler is None else self.sampler.batch_size
-
-    def batches_in_epoch(self, epoch: int) -> int | None:
-        """Return the batches of an epoch, or None where the loader does not say."""
-        if self.batcher is None or self.sampler is None:
-            batches = self.trainer.num_training_batches
-            return None if batches == math.inf else int(batches)
-        samples, size = self._sizes(epoch)
-        batches = samples // size if self.batcher.drop_last else math.ceil(samples / size)
-        return int(_parse_num_batches(RunningStage.TRAINING, batches, self.trainer.limit_train_batches))
-
-    def _tell_length(self) -> None:
+    def _tell_length(self, batches: int) -> None:
         loop, trainer = self.trainer.fit_loop, self.trainer
-        batches = self.batches_in_epoch(self.epoch) if self.batcher is not None else None
-        if batches is None or not self.has_all:  # before its first epoch Lightning asks the loader
-            return
         assert loop._combined_loader is not None
         loop._combined_loader.limits = [batches]
         loop.max_batches = batches
@@ -254,54 +221,81 @@ class Loaders(PlansEpochs):
             trainer.val_check_batch = max(1, int(batches * trainer.val_check_interval))
 
     def _iterator(self) -> Any:
-        """Return Lightning's iterator over the first loader, if there is one."""
+        """Return Lightning's iterator over the only loader, if there is one."""
         iterators = getattr(getattr(self.trainer.fit_loop._combined_loader, "_iterator", None), "iterators", None)
         return iterators[0] if iterators else None
 
     def samples_of_batch(self) -> list[Any]:
         """Return the dataset's indices of the batch that is on its way."""
-        assert self.sampler is not None
-        assert self.batcher is not None
+        selection = self.selection
+        assert selection is not None
         number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        iterator, loader = self._iterator(), self.loaders[0]
+        iterator, loader = self._iterator(), self.loader
         if self.order is None:  # others may iterate over the loader too, before and after, and draw other orders
             goes_on = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
             # A loader that cannot go on in the middle of an epoch begins anew there.
             self.skipped = 0 if goes_on else number
             # Workers have drawn theirs when Lightning made its iterator: long ago, or just before this batch.
-            is_early, first = loader.num_workers > 0 and id(iterator) == self.early, self.sampler.first
-            self.order = first if is_early and first is not None else self.sampler.order
+            is_early = loader.num_workers > 0 and id(iterator) == self.early
+            self.order = selection.first if is_early and selection.first is not None else selection.order
         order, place = self.order, number - self.skipped
         if isinstance(iterator, _MultiProcessingDataLoaderIter) and iterator._persistent_workers:
             # There is one for all: whoever iterates over the loader begins Lightning's iterator anew.
-            order, place = self.sampler.order, iterator._num_yielded - 1
-        begin = place * self.batcher.batch_size
-        return order[begin : begin + self.batcher.batch_size]
-
-    def _restore_batcher(self) -> None:
-        if self.batcher is not None and self.sampler is not None:
-            self.batcher.sampler, self.batcher.batch_size = self.sampler.source, self.sampler.batch_size
-        self.batcher = self.sampler = self.order = None
+            order, place = selection.order, iterator._num_yielded - 1
+        size = selection.batcher.batch_size
+        return order[place * size : (place + 1) * size]
 
     def give_back(self) -> None:
         """Put the loader's own sampler and batch size back."""
-        self._restore_batcher()
-        self.loaders = []
+        if self.selection is not None:
+            self.selection.give_back()
+        self.loader = self.selection = self.order = None
         if self.hushed in warnings.filters:
             warnings.filters.remove(self.hushed)  # type: ignore[attr-defined]
         self.hushed = None
 
 
-class _Selection(Sampler[Any]):
-    """Stands in for a sampler: its order, less what the tricks leave out."""
+class Selection(Sampler[Any]):
+    """Stands in for a loader's sampler: its order, less what the tricks leave out.
 
-    def __init__(self, loaders: Loaders, source: Any, batch_size: int) -> None:
-        self.loaders, self.source, self.batch_size = loaders, source, batch_size
+    Args:
+        loaders: Who took the loader over.
+        batcher: What batches the loader's indices; it is changed until `give_back`.
+    """
+
+    def __init__(self, loaders: Loaders, batcher: BatchSampler) -> None:
+        self.loaders, self.batcher = loaders, batcher
+        self.source: Any = batcher.sampler  # the loader's own
+        self.batch_size = batcher.batch_size  # the loader's own
         self.order = list[Any]()
         self.first: list[Any] | None = None  # since Lightning was given the loader
+        batcher.sampler = self
+
+    def give_back(self) -> None:
+        """Put the loader's own sampler and batch size back."""
+        self.batcher.sampler, self.batcher.batch_size = self.source, self.batch_size
+
+    def begin(self, epoch: int) -> None:
+        """Prepare an epoch."""
+        if callable(set_epoch := getattr(self.source, "set_epoch", None)):
+            set_epoch(epoch)  # Lightning does so too late for workers that fetch ahead in a resumed epoch
+        _, self.batcher.batch_size = self._sizes(epoch)
+
+    def _sizes(self, epoch: int) -> tuple[int, int]:
+        """Return the samples of an epoch and its batch size."""
+        samples, size = len(self.source), self.batch_size
+        for grip in self.loaders.active_grips():
+            samples, size = grip.samples_in_epoch(epoch, samples), grip.batch_size_in_epoch(epoch, size)
+        return samples, size
+
+    def batches_in_epoch(self, epoch: int) -> int:
+        """Return the batches of an epoch."""
+        samples, size = self._sizes(epoch)
+        batches = samples // size if self.batcher.drop_last else math.ceil(samples / size)
+        return int(_parse_num_batches(RunningStage.TRAINING, batches, self.loaders.trainer.limit_train_batches))
 
     def __len__(self) -> int:
-        return self.loaders._sizes(self.loaders.epoch)[0]
+        return self._sizes(self.loaders.epoch)[0]
 
     def __iter__(self) -> Iterator[Any]:
         if len(self) == len(self.source):  # one by one: asked for more than is needed, samplers draw more
@@ -311,7 +305,7 @@ class _Selection(Sampler[Any]):
                 yield index
         else:
             order = [_plain(index) for index in itertools.islice(self.source, len(self.source))]
-            for grip in self.loaders._active():
+            for grip in self.loaders.active_grips():
                 order = grip.select(self.loaders.trainer, self.loaders.epoch, order)
             yield from self._note(order)
 
@@ -323,6 +317,12 @@ class _Selection(Sampler[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch: Lightning calls this before any callback's ``on_train_epoch_start``, a progress bar's too."""
         self.loaders.begin(epoch)
+
+
+def find_selection(trainer: Trainer) -> Selection | None:
+    """Return what stands in for the sampler of the training loader, or None where tricks cannot change its epochs."""
+    loaders = Station.of(trainer.strategy, "process_dataloader").find(Loaders)
+    return None if loaders is None else loaders.selection
 
 
 def _plain(index: Any) -> Any:

@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from types import CellType, FunctionType
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -31,27 +31,33 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_speedups.attach.copies import NoCopyError, copy_module, require_copyable
-from lightning_speedups.attach.packages import class_of, is_a, is_overridden
+from lightning_speedups.attach.copies import NoCopyError, copy_module, flat, require_copyable
+from lightning_speedups.attach.packages import is_a, is_overridden
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.run_length import accumulation, raw_optimizers
 from lightning_speedups.attach.steps import has_stepped
-from lightning_speedups.core.range_test import diverged, smooth, sweep_rate
+from lightning_speedups.core.range_test import Sweep, diverged, smooth, sweep_rate
 
 WAY_OUT = "Give the learning rate as a number."
 
 
+@contextmanager
+def _telling_the_way_out() -> Iterator[None]:
+    try:
+        yield
+    except NoCopyError as error:
+        raise MisconfigurationException(
+            f"The learning-rate range test trains a copy of the whole model on one device, but {error}. {WAY_OUT}"
+        ) from error
+
+
+@_telling_the_way_out()
 def run_range_test(
     trainer: Trainer,
     pl_module: LightningModule,
+    sweep: Sweep,
     loaders: Any = None,
-    *,
     datamodule: LightningDataModule | None = None,
-    min_lr: float = 1e-6,
-    max_lr: float = 10.0,
-    steps: int = 100,
-    beta: float = 0.98,
-    stop_factor: float = 4.0,
 ) -> tuple[list[float], list[float]]:
     """Train a copy of a module with an exponentially rising rate, and note the loss of each step.
 
@@ -67,14 +73,10 @@ def run_range_test(
     Args:
         trainer: The Trainer to imitate, before a fit or in ``on_train_start``.
         pl_module: The module, without a wrapper.
+        sweep: Which rates, and when to stop; steps that GradScaler skips do not count.
         loaders: Training loaders: an iterable or a nested collection of them. None: those of the running fit, or of the
             ``train_dataloader`` hook.
         datamodule: The datamodule of a fit that is still to come; that of a running one is the Trainer's own.
-        min_lr: Rate of the first step, above 0.
-        max_lr: Rate of the last step, above ``min_lr``.
-        steps: Length of the sweep in optimizer steps, 2 or more; steps that GradScaler skips do not count.
-        beta: Weight of the past in the smoothed loss that decides about stopping, in [0, 1).
-        stop_factor: The sweep ends early when the smoothed loss rises above this many times its best, above 1.
 
     Returns:
         The rates, and the raw loss at each of them, averaged over the batches of the step.
@@ -83,44 +85,28 @@ def run_range_test(
         MisconfigurationException: If the optimization is manual, if there is not exactly one optimizer, if the strategy
             splits parameters between devices, or if the module or a loader's sampler cannot be copied.
     """
-    try:
-        require_copyable(trainer, pl_module)
-    except NoCopyError as error:
-        raise _no_copy(error) from error
-    together = trainer.world_size > 1 and torch.distributed.is_initialized()
-    sweep = _Sweep(partial(sweep_rate, steps=steps, min_lr=min_lr, max_lr=max_lr), steps, beta, stop_factor)
+    require_copyable(trainer, pl_module)
+    run = _Run(sweep)
     failure: Exception | None = None
-    if not together or trainer.is_global_zero:
+    if trainer.world_size == 1 or not torch.distributed.is_initialized() or trainer.is_global_zero:
         try:
-            _fit_a_copy(trainer, pl_module, loaders, datamodule, sweep, alone=not together)
+            _fit_a_copy(trainer, pl_module, loaders, datamodule, run)
         except Exception as error:
             failure = error
     told = failure and f"{type(failure).__name__}: {failure}"
-    # told to all, or those that wait for the rates would wait for ever
-    rates, losses, told = trainer.strategy.broadcast((sweep.rates, sweep.losses, told))
+    # told to all, or those that wait for the losses would wait for ever
+    losses, told = trainer.strategy.broadcast((run.losses, told))
     if failure is not None:
         raise failure
     if told is not None:
         raise RuntimeError(f"The learning-rate range test failed in the first process: {told}")
-    return rates, losses
-
-
-def _no_copy(why: Any) -> MisconfigurationException:
-    return MisconfigurationException(
-        f"The learning-rate range test trains a copy of the whole model on one device, but {why}. {WAY_OUT}"
-    )
+    return run.rates[: len(losses)], losses
 
 
 def _fit_a_copy(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    loaders: Any,
-    datamodule: LightningDataModule | None,
-    sweep: _Sweep,
-    alone: bool,
+    trainer: Trainer, pl_module: LightningModule, loaders: Any, datamodule: LightningDataModule | None, run: _Run
 ) -> None:
     running = trainer.state.status == TrainerStatus.RUNNING and trainer.lightning_module is pl_module
-    mode: Any = "max_size_cycle"  # Lightning's own choice for training
     if running:
         datamodule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it without declaring it
         combined = trainer.fit_loop._combined_loader
@@ -131,38 +117,32 @@ def _fit_a_copy(
         undo.enter_context(same_randomness(trainer))
         undo.enter_context(_quiet())
         twin = _copy(trainer, pl_module, [datamodule, loaders])
-        if not alone:
-            _forget_other_processes(twin)
         twin_data = copy.copy(datamodule)
-        owner: Any = twin if twin_data is None else twin_data
         _silence(twin, "configure_callbacks")
         if running:  # what is set up is copied: once is enough
             _silence(twin, "prepare_data", "setup", "configure_model", "configure_sharded_model", "teardown")
             if twin_data is not None:
                 _silence(twin_data, "prepare_data", "setup", "teardown", "on_exception")
-        if loaders is not None:
-            owner.__dict__["train_dataloader"] = lambda: _copy_loaders(loaders, mode, undo)
-        elif is_overridden("train_dataloader", owner):
-            hook = owner.train_dataloader
-            owner.__dict__["train_dataloader"] = lambda: _copy_loaders(hook(), mode, undo)
-        shown = _shows_progress(trainer)
-        sweep.bar = undo.enter_context(Tqdm(total=sweep.steps, desc="LR range test", leave=False, disable=not shown))
+        owner: Any = twin if twin_data is None else twin_data
+        hook = owner.train_dataloader
+        owner.__dict__["train_dataloader"] = lambda: _copy_loaders(hook() if loaders is None else loaders, undo)
+        hidden = not _shows_progress(trainer)
+        run.bar = undo.enter_context(Tqdm(total=len(run.rates), desc="LR range test", leave=False, disable=hidden))
         inner = _imitate(trainer)
-        inner.callbacks = [sweep]  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+        inner.callbacks = [run]  # type: ignore[attr-defined]  # Lightning sets it without declaring it
         inner.fit(twin, datamodule=twin_data)
 
 
-class _Sweep(Callback):
+class _Run(Callback):
     """Sets the rate of each step, notes its loss, and ends the run."""
 
-    def __init__(self, rate: Any, steps: int, beta: float, stop_factor: float) -> None:
-        self.rate, self.steps, self.beta, self.stop_factor = rate, steps, beta, stop_factor
-        self.rates: list[float] = []
-        self.losses: list[float] = []
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.rates = [sweep_rate(step, sweep.steps, sweep.min_lr, sweep.max_lr) for step in range(sweep.steps)]
+        self.losses: list[float] = []  # of the steps that were done
         self.bar: Any = None
-        self._window: list[float] = []
-        self._windows = 0
-        self._stepped = self._batches = False
+        self._window: list[float] = []  # losses of the batches of the step under way
+        self._stepped = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizers = raw_optimizers(trainer)
@@ -177,12 +157,12 @@ class _Sweep(Callback):
         optimizers[0].register_step_post_hook(self._note_step)
         loop = trainer.fit_loop
         # Only now, so that configure_optimizers has seen the length of the user's run. Skipped steps count here.
-        loop.max_epochs, loop.epoch_loop.max_steps = -1, 2 * self.steps
+        loop.max_epochs, loop.epoch_loop.max_steps = -1, 2 * len(self.rates)
         loop.epoch_loop.__dict__["update_lr_schedulers"] = _nothing
 
     def _set_rate(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        rate = self.rates[len(self.losses)]
         for group in optimizer.param_groups:
-            rate = self.rate(len(self.rates))
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)  # a compiled or captured step holds this very tensor
             else:
@@ -191,48 +171,37 @@ class _Sweep(Callback):
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepped = has_stepped(optimizer)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batches = False
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batches = True
         if "loss" in outputs:  # else training_step has skipped the batch
             self._window.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
-        if trainer.global_step == self._windows:
+        if trainer.fit_loop.epoch_loop._should_accumulate():
             return  # more batches belong to this step
-        window, stepped = self._window, self._stepped
-        self._windows, self._window, self._stepped = trainer.global_step, [], False
-        if window and stepped:
-            self._note(trainer, sum(window) / len(window))
-
-    def _note(self, trainer: Trainer, loss: float) -> None:
-        self.rates.append(self.rate(len(self.rates)))
-        self.losses.append(loss)
-        self.bar.update()
-        smoothed = smooth(self.losses, self.beta)
-        if len(self.losses) == self.steps or diverged(smoothed[-1], min(smoothed), self.stop_factor):
-            trainer.should_stop = True
+        if self._window and self._stepped:
+            self.losses.append(sum(self._window) / len(self._window))
+            self.bar.update()
+            smoothed = smooth(self.losses, self.sweep.beta)
+            if len(self.losses) == len(self.rates) or diverged(smoothed[-1], min(smoothed), self.sweep.stop_factor):
+                trainer.should_stop = True
+        self._window, self._stepped = [], False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._batches:  # the loader has run dry, and will stay so
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:  # the loader has run dry, and will stay so
             trainer.should_stop = True
 
 
 def _imitate(trainer: Trainer) -> Trainer:
     """Make a Trainer for one device that treats a module as the user's does."""
-    single_device = class_of(trainer, "strategies.SingleDeviceStrategy")
     return Trainer(
         accelerator=trainer.accelerator,
-        strategy=single_device(trainer.strategy.root_device),
+        strategy=SingleDeviceStrategy(trainer.strategy.root_device),
         devices=1,
         plugins=[copy.deepcopy(trainer.precision_plugin)],
         max_epochs=trainer.max_epochs,
         max_steps=trainer.max_steps,
         limit_train_batches=trainer.limit_train_batches,
         limit_val_batches=0,
-        num_sanity_val_steps=0,
         accumulate_grad_batches=accumulation(trainer, trainer.current_epoch) * trainer.world_size,
         gradient_clip_val=trainer.gradient_clip_val,
         gradient_clip_algorithm=trainer.gradient_clip_algorithm,
@@ -247,15 +216,13 @@ def _imitate(trainer: Trainer) -> Trainer:
 
 def _copy(trainer: Trainer, pl_module: LightningModule, shared: Iterable[Any]) -> LightningModule:
     """Copy a module, parameters and all, that can train by itself."""
-    try:
-        twin = copy_module(trainer, pl_module, shared)
-    except NoCopyError as error:
-        raise _no_copy(error) from error
+    twin = copy_module(trainer, pl_module, shared)
     for place in _functions_on(pl_module, twin):
-        raise _no_copy(
+        raise NoCopyError(
             f"`{place}` is a function that has captured {type(pl_module).__name__} itself, and would go on to use it; "
             "make it a method or a functools.partial"
         )
+    _forget_other_processes(twin)
     return twin
 
 
@@ -264,14 +231,8 @@ def _functions_on(pl_module: LightningModule, twin: LightningModule) -> Iterator
     parts = {id(module) for module in pl_module.modules()}
     for name, module in twin.named_modules():
         for key, value in vars(module).items():
-            if any(parts & _captured(entry) for entry in _entries(value)):
+            if any(parts & _captured(entry) for entry in flat([value])):
                 yield f"{name}.{key}".lstrip(".")
-
-
-def _entries(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):  # where hooks are kept
-        return value.values()
-    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _captured(function: Any) -> set[int]:
@@ -285,12 +246,13 @@ def _forget_other_processes(twin: LightningModule) -> None:
     """Let metrics and normalisation in a copy not wait for processes that do not train it."""
     for module in twin.modules():
         if isinstance(module, Metric):
-            module.distributed_available_fn = _no
+            module.distributed_available_fn = lambda: False
     if any(isinstance(module, nn.SyncBatchNorm) for module in twin.modules()):
         TorchSyncBatchNorm().revert(twin)
 
 
-def _copy_loaders(loaders: Any, mode: Any, undo: ExitStack) -> CombinedLoader:
+def _copy_loaders(loaders: Any, undo: ExitStack) -> CombinedLoader:
+    mode: Any = "max_size_cycle"  # Lightning's own choice for training
     if is_a(loaders, "CombinedLoader"):
         loaders, mode = loaders.iterables, loaders._mode
     combined = CombinedLoader(loaders, mode)
@@ -355,7 +317,3 @@ def _silence(owner: Any, *names: str) -> None:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
-
-
-def _no() -> bool:
-    return False

@@ -6,27 +6,14 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_speedups.attach.loaders import find_selection
 from lightning_speedups.attach.packages import is_a
-from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.run_length import RunLength
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-
-
-class PlansEpochs:
-    """Who stands at the training loader, and makes epochs of other lengths than the loader's own."""
-
-    @property
-    def own_batch_size(self) -> int | None:
-        """The loader's batch size without that, or None where it does not change it."""
-        raise NotImplementedError
-
-    def batches_in_epoch(self, epoch: int) -> int | None:
-        """Return the batches of an epoch, or None where the loader does not say."""
-        raise NotImplementedError
 
 
 def run_length(trainer: Trainer) -> RunLength:
@@ -49,8 +36,8 @@ def run_length(trainer: Trainer) -> RunLength:
 
 def batches_in_epoch(trainer: Trainer, epoch: int) -> int | None:
     """Return the number of training batches in an epoch, or None when the loader does not know."""
-    if planned := Station.of(trainer.strategy, "process_dataloader").find(PlansEpochs):
-        return planned.batches_in_epoch(epoch)
+    if (selection := find_selection(trainer)) is not None:
+        return selection.batches_in_epoch(epoch)
     batches = trainer.num_training_batches
     return None if batches == float("inf") else int(batches)
 
@@ -71,10 +58,10 @@ def loader_batch_size(trainer: Trainer) -> int | None:
 
     Tricks that change it from epoch to epoch do not count.
     """
-    planned, loader = Station.of(trainer.strategy, "process_dataloader").find(PlansEpochs), trainer.train_dataloader
+    loader = trainer.train_dataloader
     # The last one: whole batches as samples, so that the loader itself does not batch.
-    holders = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
-    sizes = [planned and planned.own_batch_size, *(getattr(holder, "batch_size", None) for holder in holders)]
+    samplers = (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
+    sizes = (getattr(holder, "batch_size", None) for holder in (find_selection(trainer), loader, *samplers))
     return next((size for size in sizes if isinstance(size, int)), None)
 
 

@@ -302,9 +302,9 @@ class Driver:
     def read(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let the training step read the values."""
         # In manual optimization training_step steps the schedulers too: there only the step sees the values.
-        if self.shown or not self.trainer.lightning_module.automatic_optimization:
-            return original(*args, **kwargs)
-        return self.show(original, *args, **kwargs)
+        if self.trainer.lightning_module.automatic_optimization:
+            return self.show(original, *args, **kwargs)
+        return original(*args, **kwargs)
 
     def show(self, original: Callable[..., Any], *args: Any, only: Optimizer | None = None, **kwargs: Any) -> Any:
         """Call a method with the values on the groups, of all optimizers or of one."""

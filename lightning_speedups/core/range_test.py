@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -51,10 +51,6 @@ class Sweep:
         check_choice("method", self.method, get_args(Method))
         check_number("beta", self.beta, 0, 1, below=True)
         check_number("stop_factor", self.stop_factor, 1, above=True)
-
-    def run_arguments(self) -> dict[str, Any]:
-        """Return the settings of the run itself, without how its result is read."""
-        return {name: value for name, value in vars(self).items() if name != "method"}
 
     def read(self, rates: Sequence[float], losses: Sequence[float]) -> tuple[list[float], float]:
         """Return the smoothed losses and the suggested rate.

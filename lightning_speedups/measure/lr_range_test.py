@@ -149,12 +149,7 @@ class LRRangeTest:
         require_served(trainer, "LRRangeTest")
         if is_a(train_dataloaders, "LightningDataModule"):
             train_dataloaders, datamodule = None, train_dataloaders
-        rates, losses = run_range_test(
-            trainer,
-            getattr(model, "_orig_mod", model),  # what torch.compile wraps
-            train_dataloaders,
-            datamodule=datamodule,
-            **self.sweep.run_arguments(),
-        )
+        unwrapped = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        rates, losses = run_range_test(trainer, unwrapped, self.sweep, train_dataloaders, datamodule)
         smoothed, suggestion = self.sweep.read(rates, losses)
         return RangeTestResult(tuple(rates), tuple(losses), tuple(smoothed), suggestion, self.sweep.method)

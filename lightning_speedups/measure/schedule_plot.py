@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder
 from lightning_speedups.core.arguments import check_number
@@ -61,14 +62,15 @@ def schedule_values(
     check_number("batch_size", batch_size, 1, whole=True, optional=True)
     check_number("points", points, 2, whole=True)
     tricks = _twins([callbacks] if isinstance(callbacks, Callback) else callbacks)
-    names, groups = _groups(optimizer, tricks)
+    optimizers = _optimizers(optimizer, tricks)
+    names = tuple(type(one).__name__ for one in optimizers)
 
     def steps_in_epochs(epochs: float) -> int | None:
         return None if steps_per_epoch is None else round(epochs * steps_per_epoch)
 
     for trick in tricks:
         try:
-            trick.plan(RunFacts(trainer_length, steps_in_epochs, batch_size, tuple(names)))
+            trick.plan(RunFacts(trainer_length, steps_in_epochs, batch_size, names))
         except MisconfigurationException as error:
             raise ValueError(f"{error} (In a plot, `steps_per_epoch=` and `batch_size=` say more.)") from error
 
@@ -76,7 +78,7 @@ def schedule_values(
     steps = [i * (trainer_length - 1) // max(1, count - 1) for i in range(count)]
     values: dict[str, dict[str, list[float]]] = {}
     for step in steps:
-        for label, key, number in _values_at(step, tricks, names, groups):
+        for label, key, number in _values_at(step, tricks, optimizers):
             values.setdefault(key, {}).setdefault(label, []).append(number)
     if all(set(numbers) == {1.0} for numbers in values.get("scale", {}).values()):
         values.pop("scale", None)
@@ -85,9 +87,8 @@ def schedule_values(
 
 def _twins(callbacks: Sequence[Callback]) -> list[OptimizerTrick]:
     """Copies that have seen no run, in the order in which a Trainer asks them."""
-    tricks = [callback for callback in callbacks if isinstance(callback, OptimizerTrick)]
     twins = []
-    for trick in tricks:
+    for trick in (callback for callback in callbacks if isinstance(callback, OptimizerTrick)):
         twin: Any = copy.deepcopy(trick)
         if getattr(trick, "max_lr", None) == "auto":
             twin.max_lr = getattr(trick, "found_lr", None)
@@ -112,31 +113,28 @@ def _twins(callbacks: Sequence[Callback]) -> list[OptimizerTrick]:
     return sorted(twins, key=lambda twin: twin.order)
 
 
-def _groups(
+def _optimizers(
     optimizer: Optimizer | Sequence[Optimizer] | None, tricks: Sequence[OptimizerTrick]
-) -> tuple[list[str], list[list[dict[str, Any]]]]:
+) -> Sequence[Optimizer]:
     if optimizer is None:
         count = 1 + max((getattr(trick, "optimizer", None) or 0 for trick in tricks), default=0)
-        return ["SGD"] * count, [[{"lr": 1.0, "momentum": 0.9, "weight_decay": 1.0}] for _ in range(count)]
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    return (
-        [type(one).__name__ for one in optimizers],
-        [[{k: v for k, v in group.items() if k != "params"} for group in one.param_groups] for one in optimizers],
-    )
+        return [SGD([torch.zeros(())], lr=1.0, momentum=0.9, weight_decay=1.0) for _ in range(count)]
+    return [optimizer] if isinstance(optimizer, Optimizer) else optimizer
 
 
 def _values_at(
-    step: int, tricks: Sequence[OptimizerTrick], names: Sequence[str], groups: Sequence[Sequence[Mapping[str, Any]]]
+    step: int, tricks: Sequence[OptimizerTrick], optimizers: Sequence[Optimizer]
 ) -> Iterator[tuple[str, str, float]]:
-    for i, (name, parts) in enumerate(zip(names, groups, strict=True)):
-        for g, group in enumerate(parts):
-            label = name + (f" {i}" if len(names) > 1 else "") + (f", group {g}" if len(parts) > 1 else "")
+    for i, optimizer in enumerate(optimizers):
+        for g, group in enumerate(optimizer.param_groups):
+            label = type(optimizer).__name__ + (f" {i}" if len(optimizers) > 1 else "")
+            label += f", group {g}" if len(optimizer.param_groups) > 1 else ""
             values: dict[str, Any] = {}
             unscaled = None
             for trick in tricks:
                 if trick.order > ValueOrder.ABSOLUTE and unscaled is None:
                     unscaled = float(values.get("lr", group["lr"]))
-                values |= trick.group_values(i, g, step, ChainMap(values, dict(group)))
+                values |= trick.group_values(i, g, step, ChainMap(values, group))
             now = {**group, **values}
             if unscaled:
                 yield label, "scale", float(now["lr"]) / unscaled

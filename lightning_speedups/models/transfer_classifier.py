@@ -73,17 +73,13 @@ def _create_network(
             name, options = _without_hub(model, options)
             return timm.create_model(name, pretrained=pretrained, **own, **options), name, dict(options)
     except Exception as error:  # timm, hub and network fail in more ways than can be listed
-        cause, at_fault = error, "its options"
+        at_fault = "its options"
         if ":" in model:
-            at_fault = "its files on the hub, or its options"
+            at_fault += ", or its files on the hub"
         elif pretrained:
-            try:
-                timm.create_model(model, **own, **options)
-                at_fault = "its pretrained weights"
-            except Exception as again:
-                cause = again
-    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
-    raise ValueError(f"timm can't create {model!r} ({reason}). At fault: {at_fault}. {WAYS_OUT}") from cause
+            at_fault += ", or its pretrained weights"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"timm can't create {model!r} ({reason}). At fault: {at_fault}. {WAYS_OUT}") from error
 
 
 def _without_hub(model: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -214,16 +210,14 @@ class TransferClassifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW or SGD; norms and biases without weight decay."""
-        from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+        from timm.optim import create_optimizer_v2, param_groups_weight_decay  # type: ignore[attr-defined]
 
         exempt: set[str] = getattr(self.model, "no_weight_decay", set)()
         groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         groups = [group for group in groups if group["params"]]
-        if self.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(
-            groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0, weight_decay=self.weight_decay
-        )
+        # What timm calls "sgd" has Nesterov's momentum, which cannot be 0.
+        kind = "momentum" if self.optimizer == "sgd" and self.momentum == 0 else self.optimizer
+        return create_optimizer_v2(groups, kind, self.lr, self.weight_decay, self.momentum)
 
     def transforms(self, train: bool = False) -> Callable[[Any], Tensor]:
         """Make the torchvision transform that fits the network's pretrained weights: size, crop, normalisation.

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_speedups.modules.layers import find_timm_network
 from lightning_speedups.modules.weights import (
     WeightReport,
     find_prefixes,
@@ -75,15 +76,13 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         state = find_state(load_file(path) if _is_safetensors(path) else _read_torch(path))
         # Tensors that are mapped from the file would end the program once the file is written again.
         return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
-    except PermissionError:
-        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: {_why_unsafe(path, error)}. Nothing in it has been run. Save its weights again, where "
             "you trust it, with safetensors or as torch.save(model.state_dict(), ...); or allow its classes yourself "
             "with torch.serialization.add_safe_globals."
         ) from error
-    except (ValueError, RuntimeError, EOFError, KeyError, OSError, SafetensorError) as error:
+    except (ValueError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
         reason = "it is no such file" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         reason = reason if path.stat().st_size else "it is empty"
         raise ValueError(
@@ -171,30 +170,22 @@ def load_weights(
 
 def _heads(module: nn.Module, path: str | None) -> list[nn.Module]:
     """Return the classifier: what stands at a path, or else that of timm's network, or what looks like one."""
-    network = _timm_network(module)
-    if path is not None:
-        try:
-            return [module.get_submodule(path)]
-        except AttributeError as error:
-            children = [name for name, _ in module.named_children()]
-            raise ValueError(
-                f"Expected `head` to be the path of a submodule, but {type(module).__name__} has no {path!r}. It has "
-                f"{children}."
-            ) from error
-    if network is None:
-        return last_layer(module)
-    classifier = network.get_classifier()
-    return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
-
-
-def _timm_network(module: nn.Module) -> Any:
-    """Return the first of timm's networks in a module, or None."""
-    return next((part for part in module.modules() if hasattr(part, "get_classifier")), None)
+    if path is None:
+        network, classifiers = find_timm_network(module)
+        return last_layer(module) if network is None else classifiers
+    try:
+        return [module.get_submodule(path)]
+    except AttributeError as error:
+        children = [name for name, _ in module.named_children()]
+        raise ValueError(
+            f"Expected `head` to be the path of a submodule, but {type(module).__name__} has no {path!r}. It has "
+            f"{children}."
+        ) from error
 
 
 def _translated(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
     """Rename and resize what timm knows how to, for the network in a module."""
-    network = _timm_network(module)
+    network, _ = find_timm_network(module)
     if network is None or not getattr(network, "pretrained_cfg", None):
         return state
     from timm.models import adapt_input_conv

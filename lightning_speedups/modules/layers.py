@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -162,6 +163,21 @@ def _layers(held: Mapping[str, nn.Module], grouped: Mapping[str, Iterable[str]])
         if modules:
             layers.append(Layer(unreserved(name), tuple(modules)))
     return layers
+
+
+def find_timm_network(module: nn.Module) -> tuple[Any, list[nn.Module]]:
+    """Return the first of timm's networks in a module, and its classifiers; None and nothing if there is none.
+
+    Example:
+        >>> find_timm_network(nn.Sequential(nn.Linear(2, 2)))
+        (None, [])
+    """
+    parts = (part for part in module.modules() if hasattr(part, "get_classifier") and hasattr(part, "reset_classifier"))
+    network: Any = next(parts, None)
+    if network is None:
+        return None, []
+    classifier = network.get_classifier()
+    return network, list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
 
 
 def unreserved(name: str) -> str:

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Subset,
 from torchmetrics.classification import MulticlassAccuracy
 from two_processes import Regressor, regression, two
 
-from lightning_speedups.attach.range_test import run_range_test
+from lightning_speedups.attach import range_test
+from lightning_speedups.core.range_test import Sweep
 from zoo import (
     CLASSES,
     Batches,
@@ -45,6 +46,10 @@ from zoo import (
 )
 
 SWEEP = {"min_lr": 1e-3, "max_lr": 1.0, "steps": 10, "stop_factor": 1e6}
+
+
+def run_range_test(trainer, module, loaders=None, datamodule=None, **settings):
+    return range_test.run_range_test(trainer, module, Sweep(**settings), loaders, datamodule)
 
 
 class Sweeps(Callback):
@@ -297,9 +302,9 @@ def test_a_fit_with_a_sweep_at_its_start_ends_as_one_without(name):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_persistent_workers_stay_those_of_the_fit():
-    sweeps = Sweeps(steps=5)
+    sweeps = Sweeps()
     assert_same_weights(state(fit("workers")), state(fit("workers", sweeps)))
-    assert len(sweeps.result[0]) == 5
+    assert len(sweeps.result[0]) == 10
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -322,13 +327,14 @@ def test_several_loaders_keep_their_structure_and_their_mode():
             return super().training_step(batch["a"], batch_idx)
 
     data = {"a": loader(32), "b": loader(8, batch_size=4)}
-    run_range_test(trainer(), Two(), data, **SWEEP | {"steps": 4})
-    assert Noted.notes == [4, 4, 4, 4]
+    run_range_test(trainer(), Two(), data, **SWEEP)
+    assert Noted.notes == 10 * [4]
     Noted.notes.clear()
     # Inside a fit, where only the loaders without their mode are at hand.
-    sweeps = Sweeps(steps=4)
+    sweeps = Sweeps()
     trainer(callbacks=[sweeps], max_epochs=1).fit(Two(), CombinedLoader(data, "max_size"))
-    assert Noted.notes == 2 * [4, 4, None, None]
+    one_epoch = [4, 4, None, None]
+    assert Noted.notes == [*one_epoch, *one_epoch, 4, 4, *one_epoch]  # the sweep, then the fit
 
 
 def test_a_plain_iterable_is_iterated_and_a_dry_one_ends_the_sweep():

@@ -109,7 +109,7 @@ class OneCycleMomentum(ScheduleTrick):
         """Find the peak, if that was asked for, and settle the length of the cycle."""
         super().on_train_start(trainer, pl_module)
         if self.max_lr == "auto" and self.saved.found_lr is None:
-            points = run_range_test(trainer, pl_module, trainer.train_dataloader, **self.sweep.run_arguments())
+            points = run_range_test(trainer, pl_module, self.sweep, trainer.train_dataloader)
             _, self.saved.found_lr = self.sweep.read(*points)
             rank_zero_info(f"{self.name}: the range test suggests max_lr={self.saved.found_lr:.3g}.")
 
