@@ -95,6 +95,6 @@ class SizesOverRun(LoaderGrip):
         """
         over = epoch + (self.unit == "sample")
         if self.unit == "batch":
-            assert self.loaders is not None
-            over = sum(self.loaders.batches_in_epoch(earlier) or 0 for earlier in range(epoch + 1)) - 1
+            trainer = self.loaders.trainer
+            over = sum(batches_in_epoch(trainer, earlier) or 0 for earlier in range(epoch + 1)) - 1
         return self.growth.size(over / self.length, full)
