@@ -183,7 +183,8 @@ def resize_images(images: Tensor, size: Size, antialias: bool = True) -> Tensor:
         antialias: Let each new pixel be an average over all of the old ones that it covers, when shrinking.
 
     Returns:
-        The same tensor if it has the size; else a new one of the same type and memory format.
+        The same tensor if it has the size; else a new one of the same type, and of the same memory format where that is
+        ``(N, C, H, W)``'s.
 
     Example:
         >>> resize_images(torch.tensor([[[0, 0, 8, 8]]], dtype=torch.uint8).expand(1, 4, 4), (2, 2)).dtype
@@ -197,11 +198,7 @@ def resize_images(images: Tensor, size: Size, antialias: bool = True) -> Tensor:
     resized = resized.reshape(*images.shape[:-2], *size)
     if images.dtype == torch.uint8:
         resized = resized.round().clamp(0, 255)
-    resized = resized.to(images.dtype)
-    for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if images.ndim == ndim and images.is_contiguous(memory_format=memory_format) and not images.is_contiguous():
-            return resized.contiguous(memory_format=memory_format)
-    return resized.contiguous()
+    return resized.to(images.dtype)
 
 
 def resize_maps(maps: Tensor, size: Size) -> Tensor:
