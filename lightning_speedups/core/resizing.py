@@ -54,14 +54,14 @@ class Growth:
         grown = float(progress >= self.full_from)
         if self.grow_from < progress < self.full_from:
             grown = (progress - self.grow_from) / (self.full_from - self.grow_from)
-        if self.stages is not None:
-            last = (self.stages if isinstance(self.stages, int) else len(self.stages)) - 1
-            level = math.floor(grown * last + 1e-9)  # a stage may not begin a batch late for a rounding error
-            if not isinstance(self.stages, int):
-                size = self.stages[level]
-                return min(1.0, size if size <= 1 else size / shorter)
-            grown = level / last
-        return self.start + (1 - self.start) * grown
+        if self.stages is None:
+            return self.start + (1 - self.start) * grown
+        sizes = self.stages
+        if isinstance(sizes, int):
+            sizes = tuple(self.start + (1 - self.start) * (level / (sizes - 1)) for level in range(sizes))
+        # A stage may not begin a batch late for a rounding error.
+        size = sizes[math.floor(grown * (len(sizes) - 1) + 1e-9)]
+        return min(1.0, size if size <= 1 else size / shorter)
 
     def size(self, progress: float, full: Size) -> Size:
         """Return the size of the images.

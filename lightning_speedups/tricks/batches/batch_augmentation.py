@@ -129,13 +129,11 @@ class BatchAugmentation(SeededBatchTrick):
 
     def _images(self, batch: Any) -> Tensor:
         images = self.tensor_of(batch, self.inputs, "inputs")
-        found = f"but found the shape {tuple(images.shape)}"
-        if images.ndim != 4:
-            way_out = "Name the right place, or stack the images into one tensor."
-            raise self.refusal(f"expected images (N, C, H, W), {found}", way_out, inputs=self.inputs)
-        if self.crop >= min(images.shape[-2:]):
-            what = f"needs images (N, C, H, W) with sides above {self.crop} pixels, {found}"
-            raise self.refusal(what, "Lower `crop`, or put the channels second.", crop=self.crop)
+        if images.ndim != 4 or self.crop >= min(images.shape[-2:]):
+            wanted = f"images (N, C, H, W) with sides above {self.crop} pixels"
+            what = f"expected {wanted}, but found the shape {tuple(images.shape)}"
+            way_out = "Name the right place, stack the images into one tensor, put the channels second or lower `crop`."
+            raise self.refusal(what, way_out, inputs=self.inputs, crop=self.crop)
         return images
 
     def _map(self, batch: Any, place: Place, images: Tensor) -> Tensor:

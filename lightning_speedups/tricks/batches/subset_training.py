@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchOrder, Seed, SeededBatchTrick
@@ -234,18 +234,11 @@ class SubsetTraining(SeededBatchTrick):
             pl_module.log_dict({f"subset_{name}": fact for name, fact in facts.items() if fact is not None})
 
     def make_room(self, samples: int) -> None:
-        """Begin to know the losses of so many samples, unless it does."""
-        known = len(self.saved.losses)
-        if samples == known:
-            return
-        if known:
-            rank_zero_warn(
-                f"{self.name} knows the losses of {known} samples, but the training data has {samples} now. It takes "
-                "them all for new ones."
-            )
-        self.saved.losses = torch.full((samples,), math.nan)
-        self.saved.total, self.saved.count = torch.zeros(samples), torch.zeros(samples)
-        self.run.weights, self.saved.left_out = None, 0
+        """Begin to know the losses of so many samples, unless it does; data of another size are new."""
+        if samples != len(self.saved.losses):
+            self.saved.losses = torch.full((samples,), math.nan)
+            self.saved.total, self.saved.count = torch.zeros(samples), torch.zeros(samples)
+            self.run.weights, self.saved.left_out = None, 0
 
     def close_epoch(self, trainer: Trainer) -> None:
         """Take what all processes have seen in the epoch for what is known."""

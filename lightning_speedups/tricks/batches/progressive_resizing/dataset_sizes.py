@@ -157,12 +157,8 @@ def _flattened(transform: Any) -> list[Any]:
 
 def _final_size(origin: Any, owners: list[Any]) -> Size:
     """Return the size of images behind all that sets it."""
-    if not owners:
-        raise UnknownSizeError(f"nothing in {_kind(origin)} sets the size of its images")
-    if _kind(owners[0]) in CROPS:
-        raise UnknownSizeError(
-            f"{_kind(owners[0])} cuts a part out of the images, and nothing before it resizes them; put a Resize there"
-        )
+    if not owners or _kind(owners[0]) in CROPS:
+        raise UnknownSizeError(f"nothing in {_kind(origin)} sets the size of whole images; put a Resize before crops")
     sides = _sides(owners[-1].size)
     if _kind(owners[-1]) == "Resize" and len(sides) == 1:  # of the shorter side
         raise UnknownSizeError(f"Resize({sides[0]}) leaves each image its own shape; give it height and width")
