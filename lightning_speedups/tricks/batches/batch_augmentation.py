@@ -142,12 +142,9 @@ class BatchAugmentation(SeededBatchTrick):
             large = f"a map (N, H, W) or (N, C, H, W) as large as the images {tuple(images.shape)}"
             what = f"expected {large}, but found the shape {tuple(part.shape)}"
             raise self.refusal(what, "Name the right place.", maps=place)
-        if self.padding == "zeros" and self.crop and not _holds(part.dtype, self.ignore_index):
+        fits = torch.tensor(self.ignore_index).to(part.dtype).item() == self.ignore_index
+        if self.padding == "zeros" and self.crop and not fits:
             what = f"pads maps with a value that {part.dtype} at maps={place!r} cannot hold"
             way_out = 'Give another `ignore_index`, or use `padding="reflect"`.'
             raise self.refusal(what, way_out, ignore_index=self.ignore_index)
         return part
-
-
-def _holds(dtype: torch.dtype, value: int) -> bool:
-    return bool(torch.tensor(value).to(dtype).item() == value)

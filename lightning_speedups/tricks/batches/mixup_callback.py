@@ -224,9 +224,7 @@ class MixupCallback(SeededBatchTrick):
     def _labels(self, batch: Any) -> Tensor:
         part = self.tensor_of(batch, self.labels, "labels")
         if part.dtype == torch.bool:
-            way_out = (
-                "Make them integers (`.long()`), or floating-point targets (`.float()`), which are mixed directly."
-            )
+            way_out = "Make them integers (`.long()`), or floating point (`.float()`), which is mixed directly."
             raise self.refusal("found bool labels", way_out, labels=self.labels)
         if isinstance(part, MixedLabels):
             raise self.refusal("found labels that are mixed already", "Mix a batch once.", labels=self.labels)

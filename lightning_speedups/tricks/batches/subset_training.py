@@ -253,8 +253,7 @@ class SubsetTraining(SeededBatchTrick):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save what all processes have seen."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if trainer.world_size > 1:
-            checkpoint["callbacks"][self.state_key].update(self._of_all_processes(trainer))
+        checkpoint["callbacks"][self.state_key].update(self._of_all_processes(trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the interrupted run stood."""

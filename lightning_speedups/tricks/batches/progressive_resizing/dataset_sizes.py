@@ -6,7 +6,7 @@ They are told by the names of their classes and attributes, so that neither libr
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
@@ -73,10 +73,6 @@ class SizeSettings:
         finally:
             for owner, value in before:
                 owner.size = value
-
-    def restore(self) -> None:
-        """Let the dataset give full images."""
-        self.set_size(self.full)
 
     def shared_with(self, other: Any) -> str | None:
         """Return the class of something that another dataset would see changed, or None.
@@ -183,14 +179,9 @@ def _reachable(thing: Any) -> set[int]:
     waiting = [thing]
     while waiting:
         one = waiting.pop()
-        if id(one) not in seen:
+        if id(one) not in seen and not isinstance(one, (type, ModuleType)):
             seen[id(one)] = one
-            waiting += _held_by(one)
+            # A function also holds all names of its module.
+            held = one.__closure__ or () if isinstance(one, FunctionType) else gc.get_referents(one)
+            waiting += held if len(held) < 1000 else ()
     return set(seen)
-
-
-def _held_by(thing: Any) -> Iterable[Any]:
-    if isinstance(thing, FunctionType):
-        return thing.__closure__ or ()  # it also holds all names of its module
-    is_large = isinstance(thing, (Mapping, list, tuple, set)) and len(thing) > 100
-    return () if is_large or isinstance(thing, (type, ModuleType)) else gc.get_referents(thing)

@@ -98,7 +98,7 @@ class LoaderSizes(LoaderGrip):
     def restore(self) -> None:
         """Let the loader make full images."""
         if self.settings is not None:
-            self.settings.restore()
+            self.settings.set_size(self.settings.full)
         self.settings = None
 
     def leave(self, trainer: Any) -> None:

@@ -106,8 +106,9 @@ class ProgressiveResizing(BatchTrick):
         in_loader: ``"auto"``: let the loader make small images where it can; True: refuse where it cannot; False:
             resize on the device only.
         inputs: Where the images ``(N, ..., H, W)``, floating point or uint8, stand in the batch: an index, key,
-            attribute or path (a tuple of these), or a list of such places.
-        maps: Where maps of labels for each pixel stand, to be resized alike ("nearest-exact").
+            attribute or path (a tuple of these), or a list of such places, all of one size.
+        maps: Where maps of labels for each pixel stand, to be resized alike ("nearest-exact"): one place, or a list of
+            them, of the images' size.
         refresh_batches: How many recent batches give BatchNorm its statistics before a validation; they are kept on the
             device at full size. 0: leave BatchNorm alone. Where the loader makes small images, up to 32 samples of each
             are loaded again.
@@ -162,7 +163,7 @@ class ProgressiveResizing(BatchTrick):
         check_choice("in_loader", in_loader, ("auto", True, False))
         growth = Growth(start, grow_from, full_from, checked_stages(stages), int(multiple))
         self.refresh_batches, self.probe = int(refresh_batches), bool(probe)
-        self.images = ImagePlaces(self, inputs, maps, bool(antialias), int(multiple))
+        self.images = ImagePlaces(self, inputs, maps, bool(antialias))
         self.sizes = SizesOverRun(self, growth, "epoch" if by == "epoch" else "sample" if fill_batch else "batch")
         self.loader = LoaderSizes(self, self.sizes, (*self.images.inputs, *self.images.maps), in_loader is True)
         self.grips = (self.sizes,)

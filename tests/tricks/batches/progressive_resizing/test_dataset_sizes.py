@@ -71,7 +71,7 @@ def test_the_images_have_the_size_that_was_set_and_then_their_own(transform, siz
     assert settings.full == dataset[0].shape[-2:] == (32, 32)
     settings.set_size(size)
     assert dataset[0].shape[-2:] == size
-    settings.restore()
+    settings.set_size(settings.full)
     for owner, value in before:
         assert owner.size == value
         assert type(owner.size) is type(value)
@@ -95,7 +95,7 @@ def test_a_datasets_own_size_is_set(size, new, value):
     assert dataset.size == value
     assert type(dataset.size) is type(size)
     assert dataset[0].shape[-2:] == new
-    settings.restore()
+    settings.set_size(settings.full)
     assert dataset.size == size
 
 

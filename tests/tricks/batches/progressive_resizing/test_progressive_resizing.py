@@ -157,15 +157,15 @@ def test_every_kind_of_image_stays_what_it_is():
 
     batch = {
         "raw": torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8),
-        "views": [torch.randn(4, 3, 16, 16).bfloat16(), torch.randn(4, 3, 12, 12).half()],
+        "views": [torch.randn(4, 3, 16, 16).bfloat16(), torch.randn(4, 3, 16, 16).half()],
         "last": torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last),
         "mask": torch.randint(0, 9, (4, 16, 16)),
-        "coarse": torch.randint(0, 9, (4, 1, 8, 8)),
+        "edges": torch.randint(0, 9, (4, 1, 16, 16)),
     }
     before = torch.utils._pytree.tree_map(torch.clone, batch)
     module = Seer()
     places = ["raw", ("views", 0), ("views", 1), "last"]
-    callback = ProgressiveResizing(inputs=places, maps=["mask", "coarse"], multiple=2)
+    callback = ProgressiveResizing(inputs=places, maps=["mask", "edges"], multiple=2)
     trainer(callbacks=[callback], max_epochs=1).fit(module, Batches(*[batch] * 4))
     small, full = module.batches[0], module.batches[-1]
     assert [small["raw"].dtype, *(view.dtype for view in small["views"])] == [
@@ -173,11 +173,11 @@ def test_every_kind_of_image_stays_what_it_is():
         torch.bfloat16,
         torch.float16,
     ]
-    assert [small["raw"].shape[-1], *(view.shape[-1] for view in small["views"])] == [8, 8, 6]
+    assert [small["raw"].shape[-1], *(view.shape[-1] for view in small["views"])] == [8, 8, 8]
     assert small["last"].is_contiguous(memory_format=torch.channels_last)
     nearest = F.interpolate(batch["mask"][:, None].double(), (8, 8), mode="nearest-exact")[:, 0].long()
     assert torch.equal(small["mask"], nearest)
-    assert small["coarse"].shape == (4, 1, 4, 4)
+    assert small["edges"].shape == (4, 1, 8, 8)
     assert type(small) is dict
     for one, other, kept in zip(*map(torch.utils._pytree.tree_leaves, (batch, full, before)), strict=True):
         assert torch.equal(one, other)
