@@ -294,8 +294,7 @@ class _Selects(LoaderGrip):
         places, weights = draws[trick.method](losses[self.require_numbers(order)], kept, generator)
         trick.run.shortened, trick.kept, trick.saved.left_out = epoch, kept / len(order), len(order) - kept
         if trick.method == "infobatch":
-            trick.run.weights = torch.ones(len(losses))
-            trick.run.weights[order] = weights
+            trick.run.weights = torch.ones(len(losses)).scatter(0, torch.tensor(order), weights)
         return [order[place] for place in places.tolist()]
 
 

@@ -135,13 +135,13 @@ def find_settings(dataset: Any) -> SizeSettings:
 
 def _way(dataset: Any) -> tuple[Any, list[Any]]:
     """Return the way that images go: from which dataset, below all others, and through which transforms."""
-    # Of `transform`, torchvision makes `transforms`, in which a new one would not be found.
-    own = _flattened(getattr(dataset, "transform", None) or getattr(dataset, "transforms", None))
+    own, joint = getattr(dataset, "transform", None), getattr(dataset, "transforms", None)
+    outer = _flattened(joint if own is None else own)  # of `transform`, torchvision makes `transforms` itself
     inner = [part for part in getattr(dataset, "__dict__", {}).values() if isinstance(part, Dataset)]
     if len(inner) > 1:
         raise UnknownSizeError(f"{_kind(dataset)} holds several datasets")
     origin, transforms = _way(inner[0]) if inner else (dataset, [])
-    return origin, [*transforms, *own]
+    return origin, [*transforms, *outer]
 
 
 def _flattened(transform: Any) -> list[Any]:

@@ -183,6 +183,7 @@ class MyOwn:
         (v2.RandomApply([v2.Resize((32, 32))]), "what RandomApply does"),
         (v2.RandomChoice([v2.RandomResizedCrop(32), v2.Resize((32, 32))]), "what RandomChoice does"),
         (v2.Compose([v2.Resize((32, 32)), v2.RandomOrder([v2.ColorJitter()])]), "what RandomOrder does"),
+        (torch.eye(4), "what Tensor does"),
         (v2.RandomHorizontalFlip(), "nothing in Pictures sets"),
         (None, "nothing in Pictures sets"),
     ],
