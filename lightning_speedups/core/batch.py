@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -126,20 +126,10 @@ def count_samples(batch: Any) -> int | None:
         >>> count_samples({"id": "a", "images": [Tensor(8, 3, 4, 4)]})
         8
     """
-    return _count(batch, set())
-
-
-def _count(part: Any, around: set[int]) -> int | None:
-    if isinstance(part, Tensor):
-        return len(part) if part.ndim else 1
-    if id(part) in around:  # an object that holds itself
+    first = next(tensors_in(batch), None)
+    if first is None:
         return None
-    if isinstance(part, (list, tuple)):
-        parts: Iterable[Any] = part
-    else:
-        parts = (part if isinstance(part, Mapping) else getattr(part, "__dict__", {})).values()
-    inside = around | {id(part)}
-    return next((count for inner in parts if (count := _count(inner, inside)) is not None), None)
+    return len(first) if first.ndim else 1
 
 
 def tensors_in(part: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

@@ -54,14 +54,14 @@ class Growth:
         grown = float(progress >= self.full_from)
         if self.grow_from < progress < self.full_from:
             grown = (progress - self.grow_from) / (self.full_from - self.grow_from)
-        if self.stages is not None:
-            last = (self.stages if isinstance(self.stages, int) else len(self.stages)) - 1
-            level = math.floor(grown * last + 1e-9)  # a stage may not begin a batch late for a rounding error
-            if not isinstance(self.stages, int):
-                size = self.stages[level]
-                return min(1.0, size if size <= 1 else size / shorter)
-            grown = level / last
-        return self.start + (1 - self.start) * grown
+        if self.stages is None:
+            return self.start + (1 - self.start) * grown
+        sizes = self.stages
+        if isinstance(sizes, int):
+            sizes = tuple(self.start + (1 - self.start) * (level / (sizes - 1)) for level in range(sizes))
+        # A stage may not begin a batch late for a rounding error.
+        size = sizes[math.floor(grown * (len(sizes) - 1) + 1e-9)]
+        return min(1.0, size if size <= 1 else size / shorter)
 
     def size(self, progress: float, full: Size) -> Size:
         """Return the size of the images.
@@ -183,7 +183,8 @@ def resize_images(images: Tensor, size: Size, antialias: bool = True) -> Tensor:
         antialias: Let each new pixel be an average over all of the old ones that it covers, when shrinking.
 
     Returns:
-        The same tensor if it has the size; else a new one of the same type and memory format.
+        The same tensor if it has the size; else a new one of the same type, and of the same memory format where that is
+        ``(N, C, H, W)``'s.
 
     Example:
         >>> resize_images(torch.tensor([[[0, 0, 8, 8]]], dtype=torch.uint8).expand(1, 4, 4), (2, 2)).dtype
@@ -197,11 +198,7 @@ def resize_images(images: Tensor, size: Size, antialias: bool = True) -> Tensor:
     resized = resized.reshape(*images.shape[:-2], *size)
     if images.dtype == torch.uint8:
         resized = resized.round().clamp(0, 255)
-    resized = resized.to(images.dtype)
-    for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if images.ndim == ndim and images.is_contiguous(memory_format=memory_format) and not images.is_contiguous():
-            return resized.contiguous(memory_format=memory_format)
-    return resized.contiguous()
+    return resized.to(images.dtype)
 
 
 def resize_maps(maps: Tensor, size: Size) -> Tensor:

@@ -129,13 +129,11 @@ class BatchAugmentation(SeededBatchTrick):
 
     def _images(self, batch: Any) -> Tensor:
         images = self.tensor_of(batch, self.inputs, "inputs")
-        found = f"but found the shape {tuple(images.shape)}"
-        if images.ndim != 4:
-            way_out = "Name the right place, or stack the images into one tensor."
-            raise self.refusal(f"expected images (N, C, H, W), {found}", way_out, inputs=self.inputs)
-        if self.crop >= min(images.shape[-2:]):
-            what = f"needs images (N, C, H, W) with sides above {self.crop} pixels, {found}"
-            raise self.refusal(what, "Lower `crop`, or put the channels second.", crop=self.crop)
+        if images.ndim != 4 or self.crop >= min(images.shape[-2:]):
+            wanted = f"images (N, C, H, W) with sides above {self.crop} pixels"
+            what = f"expected {wanted}, but found the shape {tuple(images.shape)}"
+            way_out = "Name the right place, stack the images into one tensor, put the channels second or lower `crop`."
+            raise self.refusal(what, way_out, inputs=self.inputs, crop=self.crop)
         return images
 
     def _map(self, batch: Any, place: Place, images: Tensor) -> Tensor:
@@ -144,12 +142,9 @@ class BatchAugmentation(SeededBatchTrick):
             large = f"a map (N, H, W) or (N, C, H, W) as large as the images {tuple(images.shape)}"
             what = f"expected {large}, but found the shape {tuple(part.shape)}"
             raise self.refusal(what, "Name the right place.", maps=place)
-        if self.padding == "zeros" and self.crop and not _holds(part.dtype, self.ignore_index):
+        fits = torch.tensor(self.ignore_index).to(part.dtype).item() == self.ignore_index
+        if self.padding == "zeros" and self.crop and not fits:
             what = f"pads maps with a value that {part.dtype} at maps={place!r} cannot hold"
             way_out = 'Give another `ignore_index`, or use `padding="reflect"`.'
             raise self.refusal(what, way_out, ignore_index=self.ignore_index)
         return part
-
-
-def _holds(dtype: torch.dtype, value: int) -> bool:
-    return bool(torch.tensor(value).to(dtype).item() == value)

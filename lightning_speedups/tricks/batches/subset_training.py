@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchOrder, Seed, SeededBatchTrick
@@ -60,7 +60,7 @@ class Known(Seed):
 
     Attributes:
         losses: Each sample's loss in the last epoch that has shown it, ``(N,)``; NaN where unknown.
-        total: Sum of the losses that the epoch under way has shown, ``(N,)``.
+        total: Sum of the losses that the epoch under way has shown, ``(N,)``, on their device: no step waits for them.
         count: How many these were, ``(N,)``.
         epoch: The epoch under way.
         left_out: Samples that it leaves out in this process.
@@ -81,14 +81,12 @@ class Epoch:
 
     Attributes:
         full_from: The epoch from which on all have all samples.
-        new: Indices, and their losses where the step computed them.
         indices: Of the batch under way.
         weights: What each sample counts, in the epoch ``shortened``; None for 1.
         shortened: The last epoch that left something out.
     """
 
     full_from: float = math.inf
-    new: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     indices: Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
     weights: Tensor | None = None
     shortened: int = -1
@@ -181,7 +179,7 @@ class SubsetTraining(SeededBatchTrick):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join loader, batch pipeline and training step; settle which epochs are shortened."""
-        goes_on = self.saved if stage == "fit" and trainer.current_epoch > 0 else None
+        known = self.saved
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -190,9 +188,8 @@ class SubsetTraining(SeededBatchTrick):
             what = "is a fraction of the run's epochs, but this Trainer has no `max_epochs`"
             raise self.refusal(what, "Give it one, or use `stop_at=1.0`.", stop_at=self.stop_at)
         self.run.full_from, self.kept = full_again(self.stop_at, epochs), 1.0
-        if goes_on is not None:  # the same Trainer goes on, with what is known
-            self.saved = goes_on
-            self.saved.epoch = trainer.current_epoch
+        if trainer.current_epoch > 0:  # the same Trainer goes on
+            self.saved = replace(known, epoch=trainer.current_epoch)
 
     @property
     def mean_loss(self) -> float | None:
@@ -222,17 +219,10 @@ class SubsetTraining(SeededBatchTrick):
         return self.run.weights[self.run.indices].to(trainer.strategy.root_device, non_blocking=True)
 
     def take_losses(self, trainer: Trainer, losses: Tensor) -> None:
-        """Note the batch's losses; they stay on their device for a while, so that no step waits for them."""
-        self.run.new.append((self.run.indices, losses))
-        if len(self.run.new) == 500:
-            self._gather()
-
-    def _gather(self) -> None:
-        if self.run.new:
-            indices, losses = (torch.cat(parts).cpu() for parts in zip(*self.run.new, strict=True))
-            self.saved.total.index_add_(0, indices, losses)
-            self.saved.count.index_add_(0, indices, torch.ones(len(indices)))
-            self.run.new = []
+        """Note the batch's losses."""
+        indices = self.run.indices.to(losses.device, non_blocking=True)
+        self.saved.total = self.saved.total.to(losses.device).index_add_(0, indices, losses)
+        self.saved.count = self.saved.count.to(losses.device).index_add_(0, indices, torch.ones_like(losses))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exchange what the processes have seen."""
@@ -244,46 +234,26 @@ class SubsetTraining(SeededBatchTrick):
             pl_module.log_dict({f"subset_{name}": fact for name, fact in facts.items() if fact is not None})
 
     def make_room(self, samples: int) -> None:
-        """Begin to know the losses of so many samples, unless it does."""
-        known = len(self.saved.losses)
-        if samples == known:
-            return
-        if known:
-            rank_zero_warn(
-                f"{self.name} knows the losses of {known} samples, but the training data has {samples} now. It takes "
-                "them all for new ones."
-            )
-        self.saved.losses = torch.full((samples,), math.nan)
-        self.saved.total, self.saved.count = torch.zeros(samples), torch.zeros(samples)
-        self.run.new, self.run.weights, self.saved.left_out = [], None, 0
+        """Begin to know the losses of so many samples, unless it does; data of another size are new."""
+        if samples != len(self.saved.losses):
+            self.saved.losses = torch.full((samples,), math.nan)
+            self.saved.total, self.saved.count = torch.zeros(samples), torch.zeros(samples)
+            self.run.weights, self.saved.left_out = None, 0
 
     def close_epoch(self, trainer: Trainer) -> None:
         """Take what all processes have seen in the epoch for what is known."""
-        self.saved.losses = update(self.saved.losses, *self._of_all_processes(trainer))
+        self.saved.losses = update(self.saved.losses, **self._of_all_processes(trainer))
         self.saved.total, self.saved.count = torch.zeros_like(self.saved.losses), torch.zeros_like(self.saved.losses)
         self.saved.samples_saved += int(_sum(trainer, torch.tensor(self.saved.left_out)))
         self.saved.left_out, self.saved.epoch, self.kept = 0, self.saved.epoch + 1, 1.0
 
-    def _of_all_processes(self, trainer: Trainer) -> tuple[Tensor, Tensor]:
-        self._gather()
-        return _sum(trainer, self.saved.total), _sum(trainer, self.saved.count)
-
-    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what was seen: checkpoints may still be made."""
-        self._gather()
-        super().undo(trainer, pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the losses as they stood when the epoch began, which fix its samples, and what it has shown since."""
-        self._gather()
-        return super().state_dict()
+    def _of_all_processes(self, trainer: Trainer) -> dict[str, Tensor]:
+        return {"total": _sum(trainer, self.saved.total), "count": _sum(trainer, self.saved.count)}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save what all processes have seen."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if trainer.world_size > 1:
-            state = checkpoint["callbacks"][self.state_key]
-            state["total"], state["count"] = self._of_all_processes(trainer)
+        checkpoint["callbacks"][self.state_key].update(self._of_all_processes(trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the interrupted run stood."""
@@ -324,8 +294,7 @@ class _Selects(LoaderGrip):
         places, weights = draws[trick.method](losses[self.require_numbers(order)], kept, generator)
         trick.run.shortened, trick.kept, trick.saved.left_out = epoch, kept / len(order), len(order) - kept
         if trick.method == "infobatch":
-            trick.run.weights = torch.ones(len(losses))
-            trick.run.weights[order] = weights
+            trick.run.weights = torch.ones(len(losses)).scatter(0, torch.tensor(order), weights)
         return [order[place] for place in places.tolist()]
 
 

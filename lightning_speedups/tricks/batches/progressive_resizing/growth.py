@@ -51,9 +51,7 @@ class SizesOverRun(LoaderGrip):
         run = run_length(trainer)
         length = run.batches if self.unit == "batch" else run.max_epochs
         if length is None:
-            way_out = (
-                'Give `Trainer(max_epochs=...)`, and where the loader has no length `by="epoch"`, or else `max_steps`.'
-            )
+            way_out = 'Give `max_epochs`, and where the loader has no length `by="epoch"`, or else `max_steps`.'
             raise self.trick.refusal("lets images grow over the run, whose length is unknown here", way_out)
         self.length = max(1, length)
 

@@ -42,10 +42,9 @@ class LoaderSizes(LoaderGrip):
         self.evaluated: list[Any] = []  # datasets
 
     def see_evaluation_loader(self, trainer: Any, loader: Any) -> None:
-        """Keep away from what validation shares."""
+        """Note what validation uses."""
         self.evaluated.append(getattr(loader, "dataset", None))
-        if self.settings is not None and (kind := self.settings.shared_with(self.evaluated)):
-            self._give_up(shared(kind))
+        self._keep_apart()
 
     def change_loader(self, trainer: Any, loader: Any, epoch: int) -> None:
         """Let the loader make the images as small as the epoch allows."""
@@ -54,11 +53,17 @@ class LoaderSizes(LoaderGrip):
             self.asked, self.full = loader, None
             try:
                 self.settings = self._ask(trainer, loader)
-                self.full = self.settings.full
             except UnknownSizeError as error:
                 self._give_up(str(error))
+            self._keep_apart()
         if self.settings is not None:
+            self.full = self.settings.full
             self.settings.set_size(self.sizes.largest_in(epoch, self.settings.full))
+
+    def _keep_apart(self) -> None:
+        """Keep away from what validation shares."""
+        if self.settings is not None and (kind := self.settings.shared_with(self.evaluated)):
+            self._give_up(f"validation uses the same {kind}")
 
     def _give_up(self, reason: str) -> None:
         self.restore()
@@ -73,8 +78,6 @@ class LoaderSizes(LoaderGrip):
         if self.batcher is None:
             raise UnknownSizeError("there is not one training loader, a DataLoader over a map-style dataset")
         settings = settings_of_loader(trainer, loader)
-        if kind := settings.shared_with(self.evaluated):
-            raise UnknownSizeError(shared(kind))
         with same_randomness(trainer):
             for size in (settings.full, self.sizes.growth.size(0.0, settings.full)):
                 try_size(loader, settings, size, self.places)
@@ -95,7 +98,7 @@ class LoaderSizes(LoaderGrip):
     def restore(self) -> None:
         """Let the loader make full images."""
         if self.settings is not None:
-            self.settings.restore()
+            self.settings.set_size(self.settings.full)
         self.settings = None
 
     def leave(self, trainer: Any) -> None:
@@ -122,15 +125,6 @@ def settings_of_loader(trainer: Any, loader: Any) -> SizeSettings:
             if owner is not None and is_overridden(hook, owner):
                 raise UnknownSizeError(f"what `{hook}` does to the images is not known")
     return find_settings(loader.dataset)
-
-
-def shared(kind: str) -> str:
-    """Say that validation would see another size.
-
-    Args:
-        kind: What sets it.
-    """
-    return f"validation uses the same {kind}"
 
 
 def try_size(loader: Any, settings: SizeSettings, size: Size, places: Iterable[Place]) -> None:

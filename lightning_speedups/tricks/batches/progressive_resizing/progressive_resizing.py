@@ -5,6 +5,7 @@ arXiv:1906.06423).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -18,7 +19,7 @@ from lightning_speedups.attach.rehearsal import Statistics, swap_statistics
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import Place
 from lightning_speedups.core.batch_scaling import Rule
-from lightning_speedups.core.resizing import Growth, Size, checked_stages
+from lightning_speedups.core.resizing import Growth, checked_stages
 from lightning_speedups.tricks.batches.progressive_resizing.filled_batches import FilledBatches
 from lightning_speedups.tricks.batches.progressive_resizing.full_size_statistics import give_statistics
 from lightning_speedups.tricks.batches.progressive_resizing.growth import SizesOverRun
@@ -105,8 +106,9 @@ class ProgressiveResizing(BatchTrick):
         in_loader: ``"auto"``: let the loader make small images where it can; True: refuse where it cannot; False:
             resize on the device only.
         inputs: Where the images ``(N, ..., H, W)``, floating point or uint8, stand in the batch: an index, key,
-            attribute or path (a tuple of these), or a list of such places.
-        maps: Where maps of labels for each pixel stand, to be resized alike ("nearest-exact").
+            attribute or path (a tuple of these), or a list of such places, all of one size.
+        maps: Where maps of labels for each pixel stand, to be resized alike ("nearest-exact"): one place, or a list of
+            them, of the images' size.
         refresh_batches: How many recent batches give BatchNorm its statistics before a validation; they are kept on the
             device at full size. 0: leave BatchNorm alone. Where the loader makes small images, up to 32 samples of each
             are loaded again.
@@ -161,7 +163,7 @@ class ProgressiveResizing(BatchTrick):
         check_choice("in_loader", in_loader, ("auto", True, False))
         growth = Growth(start, grow_from, full_from, checked_stages(stages), int(multiple))
         self.refresh_batches, self.probe = int(refresh_batches), bool(probe)
-        self.images = ImagePlaces(self, inputs, maps, bool(antialias), int(multiple))
+        self.images = ImagePlaces(self, inputs, maps, bool(antialias))
         self.sizes = SizesOverRun(self, growth, "epoch" if by == "epoch" else "sample" if fill_batch else "batch")
         self.loader = LoaderSizes(self, self.sizes, (*self.images.inputs, *self.images.maps), in_loader is True)
         self.grips = (self.sizes,)
@@ -183,7 +185,8 @@ class ProgressiveResizing(BatchTrick):
         self.saved.full = list(full)
         if self.probe and not self.run.is_tried:
             self.run.is_tried = True
-            self._try_sizes(trainer, batch, full)
+            with suppress(NoCopyError):
+                try_sizes(trainer, self, full, self.sizes.to_come(trainer, full), partial(self.images.resized, batch))
         size = self.sizes.now(trainer, full)
         if size == full:
             self.run.recent.clear()
@@ -191,12 +194,6 @@ class ProgressiveResizing(BatchTrick):
             recent = [*self.run.recent, self.loader.at_full_size(trainer, batch)]
             self.run.recent = recent[-self.refresh_batches :]
         return self.images.resized(batch, size)
-
-    def _try_sizes(self, trainer: Trainer, batch: Any, full: Size) -> None:
-        try:
-            try_sizes(trainer, self, full, self.sizes.to_come(trainer, full), partial(self.images.resized, batch))
-        except NoCopyError as reason:
-            self.run.said.info(f"{self.name} does not try the model on small images: {reason}.")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give BatchNorm the statistics of full images."""

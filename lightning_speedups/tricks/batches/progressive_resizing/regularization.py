@@ -30,7 +30,6 @@ class Regularization(Grip):
         super().__init__(trick)
         self.sizes, self.least = sizes, least
         self.parts: list[tuple[Any, str, float]] = []  # what has a strength, under which name, and how much
-        self.lent: list[BatchTrick] = []  # those that have the strength of their class
 
     def join(self, trainer: Any) -> None:
         """Stand before all tricks on batches."""
@@ -42,7 +41,6 @@ class Regularization(Grip):
         tricks = [one for one in callbacks_of(trainer) if isinstance(one, BatchTrick)]
         tricks = [one for one in tricks if not isinstance(one, type(self.trick))]
         dropouts = [one for one in trainer.lightning_module.modules() if isinstance(one, _DropoutNd)]
-        self.lent = [one for one in tricks if "strength" not in vars(one)]
         self.parts = [(one, "strength", one.strength) for one in tricks] + [(one, "p", one.p) for one in dropouts]
         if not self.parts:
             self.trick.run.said.warn(
@@ -77,6 +75,7 @@ class Regularization(Grip):
         """Give each its own strength."""
         Station.of(trainer.strategy, "batch_to_device").leave(self)
         self.scale(1.0)
-        for trick in self.lent:
-            vars(trick).pop("strength", None)
-        self.parts, self.lent = [], []
+        for part, name, strength in self.parts:
+            if strength == getattr(type(part), name, None):  # the class's, to which it goes back
+                delattr(part, name)
+        self.parts = []
