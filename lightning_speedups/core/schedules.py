@@ -396,12 +396,9 @@ def pick_shape(shape: str | Shape, options: Mapping[str, Any]) -> Shape:
     """
     if not isinstance(options, Mapping):
         raise ValueError(f"Expected `options` to be a dict of a named shape's arguments, but got {options!r}.")
-    if not callable(shape):
-        picked = _named_shape(shape, options)
-    elif options:
+    if callable(shape) and options:
         raise ValueError(f"Expected no `options` or `end_factor` for your own `shape`, but got {dict(options)}.")
-    else:
-        picked = shape
+    picked = shape if callable(shape) else _named_shape(shape, options)
     for progress in (place / 100 for place in range(101)):
         try:
             check_number("factor", picked(progress), 0)

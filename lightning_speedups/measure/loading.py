@@ -110,8 +110,7 @@ def load_folder(path: Path, *, image_size: int | None = None, samples: int | Non
     """
     with as_compare_error(f"{path} must hold train/CLASS/* and test/CLASS/*: ", FileNotFoundError, NotADirectoryError):
         train, test = ImageFolder(path / "train"), ImageFolder(path / "test")
-    unseen = sorted(set(test.classes) - set(train.classes))
-    if unseen:
+    if unseen := sorted(set(test.classes) - set(train.classes)):
         raise CompareError(f"{path}: test/ has the class {unseen[0]!r}, which train/ lacks")
     if len(train.classes) < 2:
         raise CompareError(f"{path}: train/ has one class only")

@@ -91,9 +91,9 @@ class Comparison:
         return [*self._notes_on_targets(), *self._notes_on_runs()]
 
     def _notes_on_targets(self) -> Iterator[str]:
-        for arm in [arm for arm, baseline in self.baselines.items() if baseline is None]:
+        for arm, baseline in self.baselines.items():
             target = self.target_of(arm)
-            if target is None:
+            if baseline is not None or target is None:
                 continue
             origin = f"the lowest that a run of {arm} ended with" if self.target is None else "as asked for"
             yield f"Target of {arm} and the arms measured against it: {target:.1%}, {origin}."
@@ -110,8 +110,7 @@ class Comparison:
                 f"The machine was busy at the start (load {load:g} on {cores} cores): trust the epochs more than the"
                 " seconds; OMP_WAIT_POLICY=passive in the environment helps."
             )
-        pretraining = [run.pretrain_seconds for run in self.runs if run.pretrain_seconds > 0]
-        if pretraining:
+        if pretraining := [run.pretrain_seconds for run in self.runs if run.pretrain_seconds > 0]:
             yield f"Pretraining took {fmean(pretraining):.1f} s a seed; it stands for downloaded weights, not counted."
         for run in self.runs:
             if not run.complete:
