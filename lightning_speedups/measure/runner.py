@@ -155,7 +155,7 @@ def compare(
 
     Example:
         >>> result = compare(arms=["smoothing"], seeds=1, epochs=1, samples=64, test_samples=50, progress=False)
-        >>> [run.arm for run in result.runs if run.complete]
+        >>> sorted(run.arm for run in result.runs if run.complete)
         ['plain', 'smoothing']
     """
     settings = replace(settings, **options) if settings else Settings(**options)
