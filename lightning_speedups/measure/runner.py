@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -118,9 +119,7 @@ def _folder(out: str | Path | None) -> Path | None:
     folder = Path(out)
     with as_compare_error(f"can't write to the folder {folder}: ", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / "compare.json.part"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
