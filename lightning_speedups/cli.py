@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from importlib import util
 from typing import Any, NoReturn
 
 from lightning_speedups import __version__
@@ -14,8 +13,6 @@ from lightning_speedups.measure.settings import OPTIONS
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
-# What the extra "bench" brings: module name and the name to install
-BENCH = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "torchvision": "torchvision"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,14 +62,12 @@ def _flag(name: str) -> str:
 
 
 def _compare(list_arms: bool, **options: Any) -> int:
-    missing = [name for module, name in BENCH.items() if util.find_spec(module) is None]
-    if missing:
-        return _fail(f"{', '.join(missing)} not installed: pip install 'lightning-speedups[bench]'")
-    # Imported here, because they need what may be missing
-    from rich.console import Console
+    try:
+        from rich.console import Console
 
-    from lightning_speedups.measure import ARMS, CompareError, compare
-
+        from lightning_speedups.measure import ARMS, CompareError, compare
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is not installed: pip install 'lightning-speedups[bench]'")
     if list_arms:
         sys.stdout.writelines(
             f"{arm.name:<10} {arm.description}{' (by name only)' * arm.on_request}\n" for arm in ARMS.values()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning_speedups.core.arguments import check_number
 
 Unit = Literal["steps", "epochs", "fraction"]
+TEXT = re.compile(r"\s*(?:(?P<steps>\d+)\s*steps?|(?P<epochs>[\d.]+)\s*epochs?|(?P<fraction>[\d.]+)\s*%)\s*")
 
 
 @dataclass(frozen=True)
@@ -59,31 +61,21 @@ class Duration:
             >>> Duration.parse("warmup", "2.5 epochs"), Duration.parse("warmup", 0.1) == Duration.parse("warmup", "10%")
             (Duration(amount=2.5, unit='epochs'), True)
         """
-        rule = (
-            f"Expected `{name}` to be a whole number of optimizer steps, a float in [0, 1] as a fraction of the run, or"
-            f" a text like '500 steps', '5 epochs' or '10%', but got {value!r}."
-        )
         if isinstance(value, Duration):
             return value
-        if isinstance(value, str):
-            match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(steps?|epochs?|%)\s*", value)
-            if match is None:
-                raise ValueError(rule)
-            amount, unit = float(match[1]), match[2]
-            if unit == "%":
-                value = amount / 100
-            elif unit.startswith("epoch"):
-                return Duration(amount, "epochs")
-            elif amount.is_integer():
-                value = int(amount)
+        amount, unit = value, "fraction" if isinstance(value, float) else "steps"
         try:
-            if isinstance(value, float):
-                check_number(name, value, 0, 1)
-                return Duration(value, "fraction")
-            check_number(name, value, 0, whole=True)
+            if isinstance(value, str) and (match := TEXT.fullmatch(value)):
+                unit = str(match.lastgroup)
+                amount = int(match[unit]) if unit == "steps" else float(match[unit])
+                amount = amount / 100 if unit == "fraction" else amount
+            check_number(name, amount, 0, 1 if unit == "fraction" else math.inf, whole=unit == "steps")
         except ValueError as error:
-            raise ValueError(rule) from error
-        return Duration(int(value), "steps")
+            raise ValueError(
+                f"Expected `{name}` to be a whole number of optimizer steps, a float in [0, 1] as a fraction of the "
+                f"run, or a text like '500 steps', '5 epochs' or '10%', but got {value!r}."
+            ) from error
+        return Duration(int(amount) if unit == "steps" else amount, cast(Unit, unit))
 
     def in_steps(self, run: RunFacts, total: float | None = None) -> float | None:
         """Return the length in optimizer steps, or None when the run does not say enough.

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from numbers import Real
 from typing import Any, Literal, get_args
 
 from lightning_speedups.core.arguments import check_choice, check_number
@@ -397,19 +396,17 @@ def pick_shape(shape: str | Shape, options: Mapping[str, Any]) -> Shape:
     """
     if not isinstance(options, Mapping):
         raise ValueError(f"Expected `options` to be a dict of a named shape's arguments, but got {options!r}.")
-    if not callable(shape):
-        picked = _named_shape(shape, options)
-    elif options:
+    if callable(shape) and options:
         raise ValueError(f"Expected no `options` or `end_factor` for your own `shape`, but got {dict(options)}.")
-    else:
-        picked = shape
-    for place in range(101):
-        factor, is_good = _tried(picked, place / 100)
-        if not is_good:
+    picked = shape if callable(shape) else _named_shape(shape, options)
+    for progress in (place / 100 for place in range(101)):
+        try:
+            check_number("factor", picked(progress), 0)
+        except (ArithmeticError, TypeError, ValueError, LookupError) as error:
             raise ValueError(
                 f"Expected `shape` {shape!r} with {dict(options)} to give finite factors of 0 or more, but at progress "
-                f"{place / 100} it gave {factor!r}."
-            )
+                f"{progress}: {error}"
+            ) from error
     return picked
 
 
@@ -433,21 +430,7 @@ def _check_option(option: str, value: Any) -> None:
         check_number(name, value, 1, whole=True)
     elif option == "rise":
         check_number(name, value, 0, 1, below=True)
-    elif option == "milestones" and not _are_rising_fractions(value):
+    elif option == "milestones" and (
+        not isinstance(value, Iterable) or list(value) != sorted({one for one in value if 0 <= one <= 1})
+    ):
         raise ValueError(f"Expected `{name}` to be rising fractions of the shape, each in [0, 1], but got {value!r}.")
-
-
-def _are_rising_fractions(values: Any) -> bool:
-    are_fractions = isinstance(values, Iterable) and all(
-        isinstance(one, Real) and 0 <= float(one) <= 1 for one in values
-    )
-    return are_fractions and all(one < other for one, other in pairwise(values))
-
-
-def _tried(shape: Shape, progress: float) -> tuple[Any, bool]:
-    """Return what a shape gives, or how it fails, and whether that is a factor."""
-    try:
-        factor = shape(progress)
-        return factor, math.isfinite(factor) and factor >= 0
-    except (ArithmeticError, TypeError, ValueError, LookupError) as error:
-        return error, False

@@ -140,13 +140,9 @@ def paired_speedup(baseline: Sequence[float], trick: Sequence[float]) -> Spread 
         >>> paired_speedup([4.0, 6.0], [2.0, float("inf")])
         Spread(median=1.0, low=0.0, high=2.0, count=2)
     """
-    if len(baseline) != len(trick):
+    if len(baseline) != len(trick) or not all(seconds > 0 for seconds in (*baseline, *trick)):
         raise ValueError(
-            f"Expected `baseline` and `trick` to have one time a seed each, but got {len(baseline)} and {len(trick)}."
+            f"Expected `baseline` and `trick` to have one time a seed, > 0 seconds, but got {baseline} and {trick}."
         )
-    for name, times in (("baseline", baseline), ("trick", trick)):
-        for seconds in times:
-            if not seconds > 0.0:
-                raise ValueError(f"Expected every time in `{name}` to be > 0 seconds, but got {seconds}.")
     # inf / inf is nan, which spread() leaves out
     return spread(before / after for before, after in zip(baseline, trick, strict=True))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.batch import Place, check_place, get_part
+from lightning_speedups.core.batch import Place, check_place, check_places, get_part
 from lightning_speedups.core.mixing import NO_BOX, Mixture
 from lightning_speedups.tensors.labels import MixedLabels
 
@@ -33,7 +33,7 @@ def plot_batch(
     *,
     count: int = 8,
     columns: int = 8,
-    inputs: Place | None = None,
+    inputs: Place | list[Place] | None = None,
     labels: Place | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
@@ -52,7 +52,7 @@ def plot_batch(
         trick: A ``MixupCallback``. None: draw the batch as it is.
         count: How many images at most, the first ones of the batch, 1 or more.
         columns: How many stand side by side, 1 or more.
-        inputs: Where the images stand in the batch. None: where the trick has its (first) inputs, or 0.
+        inputs: Where the images stand in the batch; of several the first. None: where the trick has its inputs, or 0.
         labels: Where the labels stand. None: where the trick has them, or 1 if there are any.
         mean: What a normalisation subtracted, for each channel or all, to be undone. Without ``mean`` and ``std``
             floating-point images are drawn from the batch's smallest to its largest value, unless all are in [0, 1].
@@ -80,17 +80,14 @@ def plot_batch(
     check_number("seed", seed, whole=True)
     if trick is not None and not hasattr(trick, "mix"):
         raise ValueError(f"Expected `trick` to be a trick with a method `mix`, as MixupCallback, but got {trick!r}.")
-    if inputs is None:
-        first = getattr(trick, "inputs", 0)
-        inputs = first[0] if isinstance(first, list) else first
-    check_place("inputs", inputs)
+    first, *_ = check_places("inputs", getattr(trick, "inputs", 0) if inputs is None else inputs)
     place = getattr(trick, "labels", 1) if labels is None else labels
     check_place("labels", place)
 
     versions: list[tuple[Any, Mixture]] = [(batch, Mixture("none"))]
     if trick is not None:
         versions.append(trick.mix(batch, torch.Generator().manual_seed(seed)))
-    pictures = _pictures([_part(one, inputs, "inputs")[:count] for one, _ in versions], mean, std)
+    pictures = _pictures([_part(one, first, "inputs")[:count] for one, _ in versions], mean, std)
     try:
         named: list[Tensor | None] = [_part(one, place, "labels") for one, _ in versions]
     except ValueError:

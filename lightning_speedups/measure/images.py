@@ -90,12 +90,7 @@ def quarter_turns(data: ImageData, seed: int) -> ImageData:
     def turn(images: Tensor) -> tuple[Tensor, Tensor]:
         turns = torch.randint(4, (len(images),), generator=generator)
         turned = [torch.rot90(image, turn, (1, 2)) for image, turn in zip(images, turns.tolist(), strict=True)]
-        return torch.stack([_stretched(image, images.shape[2:]) for image in turned]), turns
+        shape = images.shape[2:]
+        return torch.cat([F.interpolate(image[None].float(), shape, mode="bilinear").byte() for image in turned]), turns
 
     return ImageData(f"{data.name}, quarter turns", *turn(data.x_train), *turn(data.x_test), num_classes=4)
-
-
-def _stretched(image: Tensor, shape: torch.Size) -> Tensor:
-    if image.shape[1:] == shape:
-        return image
-    return F.interpolate(image[None].float(), shape, mode="bilinear")[0].byte()

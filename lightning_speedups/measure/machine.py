@@ -18,13 +18,6 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
 def machine_facts() -> dict[str, Any]:
     """CPU, cores, memory, GPUs, threads and load of this machine.
 
@@ -32,11 +25,12 @@ def machine_facts() -> dict[str, Any]:
         JSON-ready facts; ``load`` is the 1-minute load average, which should be near 0 when a measurement starts.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}) else None
     return {
         "system": platform.platform(),
         "cpu": _cpu_model(),
         "cores": usable,
-        "memory_gib": _memory_gib(),
+        "memory_gib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, 1) if pages else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

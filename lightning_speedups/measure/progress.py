@@ -1,4 +1,4 @@
-"""Progress bars of a comparison: all runs, and the epochs of the current one with its accuracy."""
+"""The progress bar of a comparison, with the current run and its accuracy."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from rich.progress import Progress, TimeElapsedColumn
 from lightning_speedups.measure.stopwatch import Point, Stopwatch
 
 
-class Bars(Progress):
-    """Two bars on stderr; a context manager.
+class Bar(Progress):
+    """One bar on stderr; a context manager.
 
     Args:
-        epochs: Epochs of the whole comparison.
-        batches_per_epoch: Training batches of an epoch.
+        batches: Training batches of the whole comparison.
         batch_size: Samples of a batch.
         shown: Whether to show anything at all.
     """
 
-    def __init__(self, epochs: int, batches_per_epoch: int, batch_size: int, *, shown: bool) -> None:
+    def __init__(self, batches: int, batch_size: int, *, shown: bool) -> None:
         super().__init__(
             *Progress.get_default_columns(),
             TimeElapsedColumn(),
@@ -27,31 +26,21 @@ class Bars(Progress):
             transient=True,
             disable=not shown,
         )
-        self._batches_per_epoch, self._batch_size = batches_per_epoch, batch_size
-        self._all = self.add_task("all runs", total=epochs * batches_per_epoch)
-        self._run = self.add_task("preparing", total=None)
-        self._before = 0
+        self._batch_size = batch_size
+        self._runs = self.add_task("preparing", total=batches)
 
-    def watch(self, label: str, epochs: int) -> Stopwatch:
-        """A stopwatch for the next run that also moves the bars.
+    def watch(self, label: str) -> Stopwatch:
+        """A stopwatch for the next run that also moves the bar.
 
         Args:
             label: Name of the run.
-            epochs: Epochs of the run.
 
         Returns:
             The stopwatch.
         """
-        batches = epochs * self._batches_per_epoch
-        before, self._before = self._before, self._before + batches
-        self.update(self._all, completed=before)
-        self.reset(self._run, description=label, total=batches)
-
-        def on_batch(done: int) -> None:
-            self.update(self._run, completed=done)
-            self.update(self._all, completed=before + done)
 
         def on_point(point: Point) -> None:
-            self.update(self._run, description=f"{label}: {point.accuracy:.1%}")
+            self.update(self._runs, description=f"{label}: {point.accuracy:.1%}")
 
-        return Stopwatch(self._batch_size, on_batch, on_point)
+        self.update(self._runs, description=label)
+        return Stopwatch(self._batch_size, lambda: self.advance(self._runs), on_point)

@@ -78,18 +78,16 @@ def _range(values: Spread | None, digits: int, unit: str = "", *, never: str) ->
     return f"{middle} ({values.low:.{digits}f}–{high})"
 
 
-def _draw_arm(axes: Axes, runs: Sequence[Run], *, baseline: bool, colour: str) -> tuple[float, Line2D]:
+def _draw_arm(axes: Axes, runs: Sequence[Run], *, is_baseline: bool) -> tuple[float, Line2D]:
     """Mean accuracy over median seconds as a line, from the worst to the best run a band; gives the line's end, too."""
-    arm, epochs = runs[0].arm, min(len(run.points) for run in runs)
-    seconds = np.median([[point.seconds for point in run.points[:epochs]] for run in runs], 0)
-    accuracy = 100 * np.array([[point.accuracy for point in run.points[:epochs]] for run in runs])
-    mean = accuracy.mean(0)
-    label, style = f"{arm}  {mean[-1]:.1f} %", "--" if baseline and arm != "plain" else "-"
-    if not runs[0].complete:
-        label, style = f"{label} (interrupted)", ":"
-    axes.fill_between(seconds, accuracy.min(0), accuracy.max(0), color=colour, alpha=0.10, linewidth=0)
-    width = 2.6 if baseline else 1.8
-    line, *_ = axes.plot(seconds, mean, style, color=colour, linewidth=width, label=label, marker="o", markersize=3)
+    seconds = np.median([[point.seconds for point in run.points] for run in runs], 0)
+    accuracy = 100 * np.array([[point.accuracy for point in run.points] for run in runs])
+    arm, mean = runs[0].arm, accuracy.mean(0)
+    # baselines in black, so that the colours mean tricks
+    style, colour, width = ("-" if arm == "plain" else "--", "black", 2.6) if is_baseline else ("-", None, 1.8)
+    (line,) = axes.plot(seconds, mean, style, color=colour, linewidth=width, marker="o", markersize=3)
+    line.set_label(f"{arm}  {mean[-1]:.1f} %")
+    axes.fill_between(seconds, accuracy.min(0), accuracy.max(0), color=line.get_color(), alpha=0.10, linewidth=0)
     return float(mean[-1]), line
 
 
@@ -101,7 +99,7 @@ def figure(
     Args:
         settings: What was compared: ``model``, ``data`` and the number of ``seeds``.
         baselines: The arms in their order, each with the name of its baseline (``None`` for a baseline).
-        runs: What was measured. An arm without a complete run is drawn from its partial one, dotted.
+        runs: The complete runs.
         target: Accuracy to mark, a fraction.
 
     Returns:
@@ -109,22 +107,14 @@ def figure(
     """
     result = Figure(figsize=(9, 5.5), layout="constrained")
     axes = result.add_subplot()
-    # baselines in greys, so that the colours mean tricks
-    greys = iter(("black", "dimgray", "darkgray"))
-    colours = iter([f"C{i}" for i in range(10) if i != 7] * 2)  # C7 is a grey
     lines = []
     for arm, baseline in baselines.items():
-        colour = next(greys if baseline is None else colours)
-        begun = [run for run in runs if run.arm == arm and run.points]
-        shown = [run for run in begun if run.complete] or begun[:1]
-        if shown:
-            lines.append(_draw_arm(axes, shown, baseline=baseline is None, colour=colour))
+        if of_arm := [run for run in runs if run.arm == arm]:
+            lines.append(_draw_arm(axes, of_arm, is_baseline=baseline is None))
     if target is not None:
-        axes.axhline(100 * target, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
-        axes.annotate(
-            f"target {100 * target:.1f} %", (1, 100 * target), xycoords=("axes fraction", "data"),
-            xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=8,
-        )  # fmt: skip
+        level = 100 * target
+        line = axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
+        axes.text(0.99, level, f"target {level:.1f} %", transform=line.get_transform(), ha="right", va="bottom", size=8)
     axes.set(
         xlabel="training seconds, without evaluation",
         ylabel="test accuracy, %",

@@ -47,7 +47,7 @@ class Comparison:
 
     def complete(self, arm: str) -> list[Run]:
         """The complete runs of one arm."""
-        return [run for run in self.runs if run.arm == arm and run.complete and run.points]
+        return [run for run in self.runs if run.arm == arm and run.complete]
 
     def target_of(self, arm: str) -> float | None:
         """The accuracy that counts as "there": asked for, or the lowest that a run of the arm's baseline ended with."""
@@ -91,18 +91,14 @@ class Comparison:
         return [*self._notes_on_targets(), *self._notes_on_runs()]
 
     def _notes_on_targets(self) -> Iterator[str]:
-        for arm in [arm for arm, baseline in self.baselines.items() if baseline is None]:
+        for arm, baseline in self.baselines.items():
             target = self.target_of(arm)
-            if target is None:
+            if baseline is not None or target is None:
                 continue
-            of, origin = f"{arm} and the arms measured against it", f"the lowest that a run of {arm} ended with"
-            if self.target is not None:
-                of, origin = "all arms", "as asked for"
-            yield f"Target of {of}: {target:.1%}, {origin}."
+            origin = f"the lowest that a run of {arm} ended with" if self.target is None else "as asked for"
+            yield f"Target of {arm} and the arms measured against it: {target:.1%}, {origin}."
             if target <= 1.2 * self.chance:
                 yield f"That is no better than chance ({self.chance:.1%}): the times to it say nothing; train longer."
-            if self.target is not None:
-                break
 
     def _notes_on_runs(self) -> Iterator[str]:
         if any(row.seconds is not None and row.seconds.high == math.inf for row in self.summaries()):
@@ -114,8 +110,7 @@ class Comparison:
                 f"The machine was busy at the start (load {load:g} on {cores} cores): trust the epochs more than the"
                 " seconds; OMP_WAIT_POLICY=passive in the environment helps."
             )
-        pretraining = [run.pretrain_seconds for run in self.runs if run.pretrain_seconds > 0]
-        if pretraining:
+        if pretraining := [run.pretrain_seconds for run in self.runs if run.pretrain_seconds > 0]:
             yield f"Pretraining took {fmean(pretraining):.1f} s a seed; it stands for downloaded weights, not counted."
         for run in self.runs:
             if not run.complete:
@@ -128,7 +123,7 @@ class Comparison:
     def figure(self) -> Figure:
         """A matplotlib figure: accuracy against training seconds, one line an arm."""
         target = next((self.target_of(arm) for arm in self.baselines), None)
-        return figure(self.settings, self.baselines, self.runs, target)
+        return figure(self.settings, self.baselines, [run for run in self.runs if run.complete], target)
 
     def to_json(self) -> str:
         """Every point, the numbers of the table, the settings, the machine and the versions, as JSON."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from lightning_speedups.measure.images import ImageData, quarter_turns
 from lightning_speedups.measure.loading import load_data
 from lightning_speedups.measure.machine import machine_facts, versions
 from lightning_speedups.measure.networks import build_network, load_backbone
-from lightning_speedups.measure.progress import Bars
+from lightning_speedups.measure.progress import Bar
 from lightning_speedups.measure.results import Comparison
 from lightning_speedups.measure.runs import Run
 from lightning_speedups.measure.settings import DEFAULT_MODEL, Settings
@@ -44,12 +45,7 @@ def interleaved(arms: Sequence[Arm], seeds: Sequence[int]) -> list[tuple[int, Ar
     Returns:
         (seed, arm) of each run.
     """
-    order = []
-    for seed in seeds:
-        shuffled = list(arms)
-        random.Random(seed).shuffle(shuffled)
-        order += [(seed, arm) for arm in shuffled]
-    return order
+    return [(seed, arm) for seed in seeds for arm in random.Random(seed).sample(arms, len(arms))]
 
 
 class _Workbench:
@@ -74,14 +70,14 @@ class _Workbench:
         trainer = {"accelerator": settings.accelerator, **recipe.trainer}
         train(module, data, batch_size=settings.batch_size, callbacks=recipe.callbacks, trainer=trainer, **run)
 
-    def pretrained(self, seed: int, bars: Bars) -> tuple[nn.Module, float]:
+    def pretrained(self, seed: int, bar: Bar) -> tuple[nn.Module, float]:
         """What a seed's pretrained arms start from, and the seconds that took: weights, or once a run on turns."""
         if self.settings.weights is not None:
             return self._first, 0.0
         if seed not in self._pretrained:
             task, epochs = quarter_turns(self.data, seed), self.settings.run_pretrain_epochs
             network = self._network(seed, task)
-            watch = bars.watch(f"seed {seed}, pretraining", epochs)
+            watch = bar.watch(f"seed {seed}, pretraining")
             self._train(network, task, Ingredients(), epochs=epochs, seed=seed, watch=watch)
             self._pretrained = {seed: (network.cpu(), watch.points[-1].seconds)}
         return self._pretrained[seed]
@@ -123,9 +119,7 @@ def _folder(out: str | Path | None) -> Path | None:
     folder = Path(out)
     with as_compare_error(f"can't write to the folder {folder}: ", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / "compare.json.part"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
@@ -160,7 +154,7 @@ def compare(
 
     Example:
         >>> result = compare(arms=["smoothing"], seeds=1, epochs=1, samples=64, test_samples=50, progress=False)
-        >>> [run.arm for run in result.runs if run.complete]
+        >>> sorted(run.arm for run in result.runs if run.complete)
         ['plain', 'smoothing']
     """
     settings = replace(settings, **options) if settings else Settings(**options)
@@ -173,6 +167,7 @@ def compare(
     seeds, epochs = settings.run_seeds, settings.run_epochs
     pretrains = settings.weights is None and any(arm.pretrained for arm in chosen)
     epochs_a_seed = sum(arm.epochs(epochs) for arm in chosen) + pretrains * settings.run_pretrain_epochs
+    batches = len(seeds) * epochs_a_seed * bench.batches_per_epoch
     with quiet(), contextlib.ExitStack() as put_back:
         if settings.threads is not None:
             put_back.callback(torch.set_num_threads, torch.get_num_threads())
@@ -185,12 +180,12 @@ def compare(
             chance=images.chance,
             target=settings.target,
         )
-        with Bars(len(seeds) * epochs_a_seed, bench.batches_per_epoch, settings.batch_size, shown=progress) as bars:
+        with Bar(batches, settings.batch_size, shown=progress) as bar:
             bench.warm_up(chosen)
             try:
                 for seed, arm in interleaved(chosen, seeds):
-                    source, seconds = bench.pretrained(seed, bars) if arm.pretrained else (None, 0.0)
-                    watch = bars.watch(f"seed {seed}, {arm.name}", arm.epochs(epochs))
+                    source, seconds = bench.pretrained(seed, bar) if arm.pretrained else (None, 0.0)
+                    watch = bar.watch(f"seed {seed}, {arm.name}")
                     run = Run(arm.name, seed, watch.points, pretrain_seconds=seconds)
                     result.runs.append(run)
                     bench.run(seed, arm, arm.epochs(epochs), watch, source)

@@ -94,10 +94,6 @@ class Settings:
     quick: bool = _option(False, "one seed, fewer samples and epochs: under a minute on two cores", kind=bool)
 
     def __post_init__(self) -> None:
-        if isinstance(self.target, int | float) and 1 < self.target <= 100:
-            raise CompareError(
-                f"Expected `target` to be a fraction, but got {self.target:g} (write {self.target / 100:g})."
-            )
         with as_compare_error("", ValueError):
             for name, option in OPTIONS.items():
                 option.check(name, getattr(self, name))

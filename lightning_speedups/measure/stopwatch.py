@@ -43,7 +43,7 @@ class Stopwatch(Callback):
 
     Args:
         samples_per_batch: Samples in each training batch.
-        on_batch: Called now and then with the number of batches trained so far.
+        on_batch: Called after every training batch.
         on_point: Called with every new point, while the clock stands still.
         clock: Seconds from an arbitrary start.
     """
@@ -51,7 +51,7 @@ class Stopwatch(Callback):
     def __init__(
         self,
         samples_per_batch: int,
-        on_batch: Callable[[int], object] = lambda batches: None,
+        on_batch: Callable[[], object] = lambda: None,
         on_point: Callable[[Point], object] = lambda point: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -59,8 +59,8 @@ class Stopwatch(Callback):
         self._samples_per_batch = samples_per_batch
         self._on_batch, self._on_point, self._clock = on_batch, on_point, clock
         self._seconds, self._started = 0.0, math.nan
-        self._batches, self._epoch_batches = 0, 0
-        self._loss: Tensor | float = 0.0
+        self._batches = 0
+        self._losses: list[Tensor] = []
 
     def _now(self, trainer: Trainer) -> float:
         """The clock's seconds, once the device has done all that it was given."""
@@ -77,10 +77,8 @@ class Stopwatch(Callback):
     ) -> None:
         """Count the batch; its loss stays on the device."""
         self._batches += 1
-        self._epoch_batches = batch_idx + 1
-        self._loss = (self._loss if batch_idx else 0.0) + outputs["loss"].detach()
-        if self._batches % 16 == 0:
-            self._on_batch(self._batches)
+        self._losses.append(outputs["loss"].detach())
+        self._on_batch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
@@ -95,9 +93,9 @@ class Stopwatch(Callback):
             samples=self._batches * self._samples_per_batch,
             accuracy=round(float(metrics["test_accuracy"]), 6),  # 0.9 in float32 is below 0.9
             test_loss=float(metrics["test_loss"]),
-            train_loss=float(self._loss) / self._epoch_batches,
+            train_loss=float(torch.stack(self._losses).mean()),
         )
+        self._losses.clear()
         self.points.append(point)
-        self._on_batch(self._batches)
         self._on_point(point)
         self._started = self._now(trainer)

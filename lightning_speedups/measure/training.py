@@ -145,9 +145,7 @@ def train(
     """
     watch = watch or Stopwatch(batch_size)
     arguments: dict[str, Any] = {
-        "accelerator": "auto",
         "devices": 1,
-        "precision": "32-true",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,

@@ -19,7 +19,6 @@ from lightning_speedups.core.durations import Duration, RunFacts
         ("500 steps", 500, "steps"),
         ("1 step", 1, "steps"),
         ("1step", 1, "steps"),
-        ("500. steps", 500, "steps"),
         (" 3  steps ", 3, "steps"),
         (0.0, 0.0, "fraction"),
         (0.25, 0.25, "fraction"),
@@ -41,7 +40,7 @@ def test_what_a_user_writes_is_read(value, amount, unit):
 
 @pytest.mark.parametrize(
     "value",
-    [-1, -0.1, 1.1, True, None, "", "5", "5 seconds", "-5 steps", "0.5 steps", "101%", "five epochs", "5 Steps", "1e3 steps", ". epochs",
+    [-1, -0.1, 1.1, True, None, "", "5", "5 seconds", "-5 steps", "0.5 steps", "500. steps", "1.2.3 epochs", "101%", "five epochs", "5 Steps", "1e3 steps", ". epochs",
      "5 steps 3", float("nan"), float("inf"), [5], 5j, "nan%"],
 )  # fmt: skip
 def test_anything_else_is_refused_with_the_arguments_name_and_the_rule(value):

@@ -143,7 +143,7 @@ def test_only_so_many_and_at_the_places_of_the_trick():
     figure = plot_batch(batch, callback, count=5, columns=4)
     assert len(figure.axes) == 10
     assert shown(figure)[0].shape == (8, 8)
-    assert len(plot_batch(batch, inputs=("views", 0), labels="y", count=100).axes) == 12
+    assert len(plot_batch(batch, inputs=[("views", 0), 3], labels="y", count=100).axes) == 12
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_only_so_many_and_at_the_places_of_the_trick():
         ([torch.rand(2, 3, 4, 4)], {"count": 0}, "`count`"),
         ([torch.rand(2, 3, 4, 4)], {"columns": 0}, "`columns`"),
         ([torch.rand(2, 3, 4, 4)], {"seed": 0.5}, "`seed`"),
-        ([torch.rand(2, 3, 4, 4)], {"inputs": [0]}, "`inputs` to be an index"),
+        ([torch.rand(2, 3, 4, 4)], {"inputs": [0.5]}, "`inputs` to be an index"),
         ([torch.rand(2, 3, 4, 4)], {"trick": object()}, "`trick` to be a trick with a method `mix`"),
     ],
 )

@@ -46,7 +46,7 @@ def test_damage_anywhere_in_the_file_is_one_clear_error(tmp_path):
 
 
 def test_a_path_that_is_too_long_is_one_clear_error():
-    with pytest.raises(CompareError, match="can't look at aaa"):
+    with pytest.raises(CompareError, match=r"can't read aaa.* File name too long"):
         load_data("a" * 5000)
 
 
@@ -64,12 +64,15 @@ def test_grey_npz_without_a_channel_axis(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"y_test": None}, "lacks y_test"),
-        ({"x_train": None, "y_train": None}, "lacks x_train, y_train"),
-        ({"x_train": np.zeros((12, 6, 5, 3))}, "x_train must be uint8, got float64"),
-        ({"x_test": np.zeros((6, 6, 5, 4), np.uint8)}, r"x_test must be \(N, H, W\)"),
-        ({"x_test": np.zeros((6, 30), np.uint8)}, r"x_test must be \(N, H, W\)"),
-        ({"x_test": np.zeros((0, 6, 5, 3), np.uint8), "y_test": np.zeros(0, int)}, r"x_test must be \(N, H, W\)"),
+        ({"y_test": None}, "can't read .*y_test is not a file"),
+        ({"x_train": None, "y_train": None}, "can't read .*x_train is not a file"),
+        ({"x_train": np.zeros((12, 6, 5, 3))}, "x_train must be uint8 .*, got float64"),
+        ({"x_test": np.zeros((6, 6, 5, 4), np.uint8)}, r"x_test must be uint8 of shape \(N, H, W\)"),
+        ({"x_test": np.zeros((6, 30), np.uint8)}, r"x_test must be uint8 of shape \(N, H, W\)"),
+        (
+            {"x_test": np.zeros((0, 6, 5, 3), np.uint8), "y_test": np.zeros(0, int)},
+            r"x_test must be uint8 of shape \(N, H, W\)",
+        ),
         ({"y_train": np.zeros(12)}, "y_train must be integers"),
         ({"y_train": np.zeros((12, 1), int)}, "y_train must be integers"),
         ({"y_train": np.arange(11)}, "12 images but y_train has 11 labels"),
@@ -109,7 +112,7 @@ def test_damaged_and_foreign_files(tmp_path):
 
 
 def test_a_path_that_is_not_there(tmp_path):
-    with pytest.raises(CompareError, match="no such file or folder"):
+    with pytest.raises(CompareError, match=r"can't read .* No such file"):
         load_data(tmp_path / "nowhere.npz")
 
 

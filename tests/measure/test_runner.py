@@ -229,7 +229,7 @@ def test_results_so_far_are_on_disk_when_a_run_dies(monkeypatch, tmp_path):
                 raise RuntimeError("out of luck")
 
     monkeypatch.setitem(ARMS, "dies", Arm("dies", "", lambda at: Ingredients([Dies()])))
-    monkeypatch.setattr("lightning_speedups.measure.runner.random.Random.shuffle", lambda *_: None)
+    monkeypatch.setattr("lightning_speedups.measure.runner.random.Random.sample", lambda self, arms, k: list(arms))
     with pytest.raises(RuntimeError, match="out of luck"):
         tiny(["dies"], seeds=1, out=tmp_path)
     assert (tmp_path / "compare.json").exists()
@@ -251,10 +251,10 @@ def test_an_arm_that_can_not_run_is_found_before_anything_trains(monkeypatch, tm
     [
         ({"batch_size": 81}, "`batch_size` 81 is more than the 80 training images"),
         ({"image_size": 32}, "`image_size` is for folders"),
-        ({"model": "resnet81"}, "unknown model"),
+        ({"model": "resnet81"}, "`model` to be the name of a timm network"),
         ({"weights": "w.pt"}, "`weights` .* neither is among the arms"),
         ({"seeds": 0}, "`seeds`"),
-        ({"data": "/nowhere"}, "no such file or folder: /nowhere"),
+        ({"data": "/nowhere"}, "can't read /nowhere .* No such file"),
         ({"out": "/dev/null/results"}, "can't write to the folder /dev/null/results"),
     ],
 )

@@ -27,7 +27,7 @@ from lightning_speedups.measure.settings import OPTIONS, Settings
         ({"lr": "0.1"}, "`lr`"),
         ({"target": "0.9"}, "`target`"),
         ({"target": 0.0}, r"`target` to be a number in \(0, 1\]"),
-        ({"target": 90.0}, r"`target` to be a fraction, but got 90 \(write 0.9\)"),
+        ({"target": 90.0}, r"`target` to be a number in \(0, 1\], but got 90.0"),
         ({"target": float("nan")}, "`target`"),
         ({"weights": "pretrained"}, "`weights` pretrained needs a timm `model`; convnet takes the path"),
         ({"weights": "w.pt", "pretrain_epochs": 2}, "`weights` and `pretrain_epochs` are two sources"),

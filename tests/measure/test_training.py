@@ -94,9 +94,10 @@ def test_train_loss_is_the_mean_over_the_epoch(data):
 
 def test_callers_of_the_stopwatch_hear_of_batches_and_points(data):
     batches, points = [], []
-    fit(module(data), data, batch_size=2, epochs=1, watch=Stopwatch(2, batches.append, points.append))
-    assert batches == [16, 25]
-    assert [point.epoch for point in points] == [1]
+    watch = Stopwatch(2, lambda: batches.append(len(points)), points.append)
+    fit(module(data), data, batch_size=2, epochs=2, watch=watch)
+    assert batches == 25 * [0] + 25 * [1]
+    assert [point.epoch for point in points] == [1, 2]
 
 
 def test_loaders_give_normalised_whole_batches_in_an_order_of_the_seed(data):
