@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import pickle
@@ -148,13 +147,11 @@ class FeatureStore:
 
 
 def _open(folder: Path, kinds: Mapping[str, Kind], samples: int, size: int) -> Tensor:
-    """Return the bytes of a file, which is made if need be, and say beside it what is in it."""
-    content = {key: [list(shape), str(dtype).removeprefix("torch.")] for key, (shape, dtype) in kinds.items()}
-    file = folder / f"{fingerprint([sorted(content.items()), samples, size])[:16]}.bin"
+    """Return the bytes of a file, which is made if need be."""
+    file = folder / f"{fingerprint([list(kinds.items()), samples])[:16]}.bin"
     folder.mkdir(parents=True, exist_ok=True)
     if not file.exists() or file.stat().st_size < size:  # of one that was cut off, the end says what is there: nothing
         _reserve(file, size)
-        file.with_suffix(".json").write_text(json.dumps({"samples": samples, "features": content}, indent=1))
     return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
 
 
