@@ -162,10 +162,8 @@ def _reserve(file: Path, size: int) -> None:
         raise OSError(f"the disk of {file.parent} has {free:,} bytes left")
     with file.open("ab") as opened:
         try:
-            if hasattr(os, "posix_fallocate"):
+            if hasattr(os, "posix_fallocate"):  # elsewhere it is as long as that when torch has opened it
                 os.posix_fallocate(opened.fileno(), 0, size)
-            else:
-                os.truncate(opened.fileno(), size)
         except OSError:
             file.unlink()
             raise

@@ -92,10 +92,8 @@ class Unloaded(Tensor):
             values: Of the same shape; on its device, and in its memory format, if possible.
         """
         self.origin.loaded.add(_memory(self._meta))
-        if values.stride() != self.stride() or values.device != self.device:
-            values = torch.empty_like(self._meta, dtype=values.dtype, device=self.device).copy_(values)
-        self.loaded = values
-        return values
+        self.loaded = torch.empty_like(self._meta, dtype=values.dtype, device=self.device).copy_(values)
+        return self.loaded
 
     def known(self) -> Tensor | None:
         """Return its values, if it was given any or they can be had."""
