@@ -180,5 +180,4 @@ def evenly_spaced(count: int, length: int) -> list[int]:
         >>> evenly_spaced(3, 9), evenly_spaced(3, 2)
         ([0, 4, 8], [0, 1])
     """
-    count = min(count, length)
-    return [round(i * (length - 1) / max(1, count - 1)) for i in range(count)]
+    return torch.linspace(0, length - 1, min(count, length), dtype=torch.float64).round().long().tolist()

@@ -91,10 +91,8 @@ class BinaryLabelSmoothing(Smoothing):
         Returns:
             float32 (float64 for float64 scores): a scalar, or shaped like ``input`` with ``reduction="none"``.
         """
-        if input.dtype in (torch.float16, torch.bfloat16):
-            input = input.float()
-        _check_shape(input, target)
-        _check_range(target)
+        input = input.to(torch.promote_types(input.dtype, torch.float32))
+        _check_target(input, target)
         if isinstance(target, MixedLabels):
             target = F.one_hot(target.long(), 2)[..., 1]
         target = smooth_binary(target.to(input.dtype), self.epsilon(input))
@@ -108,18 +106,13 @@ class BinaryLabelSmoothing(Smoothing):
         return f"smoothing={self.smoothing}, reduction={self.reduction!r}"
 
 
-def _check_shape(input: Tensor, target: Tensor) -> None:
+def _check_target(input: Tensor, target: Tensor) -> None:
+    """Refuse another shape; look at the values where that is free, on a CPU and in no graph."""
     if target.shape != input.shape:
         raise ValueError(
             f"Expected `target` of the shape of the scores, {tuple(input.shape)}, but got {tuple(target.shape)}. Class "
             "labels become yes or no for each class by `F.one_hot(target, C).float()`."
         )
-
-
-def _check_range(target: Tensor) -> None:
-    """Look at the values: free on a CPU; elsewhere it would wait for the device, and in a graph it cannot be."""
-    if target.is_complex():
-        raise ValueError(f"Expected `target` of real numbers in [0, 1], but got {target.dtype}.")
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
     rounding = torch.finfo(target.dtype).eps if target.is_floating_point() else 0.0
