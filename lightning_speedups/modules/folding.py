@@ -21,6 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from lightning_speedups.modules.frozen_part import is_compiled
+
 Pair = tuple[nn.Module, nn.Module]
 """A convolution, and the batch norm that alone takes its output."""
 
@@ -134,11 +136,14 @@ class _Convolves:
         tensors = _sources(conv, norm)
         if tensors is None or norm.training or torch.compiler.is_compiling() or _hooked(conv) or _hooked(norm):
             return False
-        versions = _versions(tensors)
-        if versions is not None and self.made_from != (norm.eps, versions):
+        if any(t is not None and t.requires_grad for t in tensors):
+            return False
+        # What changes whenever one of them does.
+        versions = [t if t is None else (t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+        if self.made_from != (norm.eps, versions):
             self._fold(tensors)
             self.made_from = (norm.eps, versions)
-        return versions is not None
+        return True
 
     def _fold(self, tensors: list[Any]) -> None:
         dtype = tensors[0].dtype
@@ -187,29 +192,13 @@ def _sources(conv: nn.Module, norm: nn.Module) -> list[Any] | None:
     return None if any(found[i] is None for i in (0, 2, 3, 6)) else found
 
 
-def _versions(tensors: list[Any]) -> list[Any] | None:
-    """Return what changes whenever a tensor does; None if one trains, or cannot be followed (vmap, inference)."""
-    if any(t is not None and t.requires_grad for t in tensors):
-        return None
-    try:
-        return [None if t is None else (t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
-    except RuntimeError:
-        return None
-
-
 def _hooked(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
-def _sealed(module: nn.Module) -> bool:
-    """Return whether the module runs code that stand-ins do not reach."""
-    compiled = isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
-    return compiled or isinstance(module, torch.jit.ScriptModule)
-
-
 def _closed(module: nn.Module) -> bool:
     """Return whether a tracer must not enter the module: it does more than its class says."""
-    return _sealed(module) or _hooked(module) or "forward" in module.__dict__
+    return is_compiled(module) or _hooked(module) or "forward" in module.__dict__
 
 
 def _home(module: nn.Module, method: str) -> str:
@@ -229,7 +218,7 @@ def _foldable(conv: Any, norm: Any) -> bool:
 def _search(root: nn.Module, shared: list[object]) -> tuple[set[Pair], set[nn.Module]]:
     """Return the pairs in a module, and the modules in it that cannot be traced."""
     pairs: set[Pair] = set()
-    if _sealed(root):
+    if is_compiled(root):
         return pairs, {root}
     opaque = {module for module in root.modules() if module is not root and _closed(module)}
     # As a whole first; then with those children as black boxes that cannot be traced themselves.

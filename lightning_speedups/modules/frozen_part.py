@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from lightning_speedups.core.batch import tensors_in
 
@@ -135,7 +134,7 @@ def checksum(tensors: Iterable[Tensor]) -> bytes:
     return b"".join(torch.stack(found).cpu().numpy().tobytes() for found in sums.values())
 
 
-def before(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], Any]) -> AbstractContextManager[None]:
+def before(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], Any]) -> ExitStack:
     """Call a function before each of some modules is called, while the context lasts.
 
     Args:
@@ -146,13 +145,13 @@ def before(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any]
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         return see(name, module, (args, kwargs))
 
-    return _removed(
-        module.register_forward_pre_hook(partial(hook, name), prepend=True, with_kwargs=True)
-        for name, module in modules.items()
-    )
+    hooks = ExitStack()
+    for name, module in modules.items():
+        hooks.enter_context(module.register_forward_pre_hook(partial(hook, name), prepend=True, with_kwargs=True))
+    return hooks
 
 
-def after(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], None]) -> AbstractContextManager[None]:
+def after(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], None]) -> ExitStack:
     """Call a function after each of some modules was called, while the context lasts.
 
     Args:
@@ -163,15 +162,7 @@ def after(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any],
     def hook(name: str, module: nn.Module, args: Any, made: Any) -> None:
         see(name, module, made)
 
-    return _removed(module.register_forward_hook(partial(hook, name)) for name, module in modules.items())
-
-
-@contextmanager
-def _removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Take hooks away when the context ends."""
-    handles = list(hooks)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = ExitStack()
+    for name, module in modules.items():
+        hooks.enter_context(module.register_forward_hook(partial(hook, name)))
+    return hooks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import pickle
@@ -148,13 +147,11 @@ class FeatureStore:
 
 
 def _open(folder: Path, kinds: Mapping[str, Kind], samples: int, size: int) -> Tensor:
-    """Return the bytes of a file, which is made if need be, and say beside it what is in it."""
-    content = {key: [list(shape), str(dtype).removeprefix("torch.")] for key, (shape, dtype) in kinds.items()}
-    file = folder / f"{fingerprint([sorted(content.items()), samples, size])[:16]}.bin"
+    """Return the bytes of a file, which is made if need be."""
+    file = folder / f"{fingerprint([list(kinds.items()), samples])[:16]}.bin"
     folder.mkdir(parents=True, exist_ok=True)
     if not file.exists() or file.stat().st_size < size:  # of one that was cut off, the end says what is there: nothing
         _reserve(file, size)
-        file.with_suffix(".json").write_text(json.dumps({"samples": samples, "features": content}, indent=1))
     return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
 
 
@@ -165,10 +162,8 @@ def _reserve(file: Path, size: int) -> None:
         raise OSError(f"the disk of {file.parent} has {free:,} bytes left")
     with file.open("ab") as opened:
         try:
-            if hasattr(os, "posix_fallocate"):
+            if hasattr(os, "posix_fallocate"):  # elsewhere it is as long as that when torch has opened it
                 os.posix_fallocate(opened.fileno(), 0, size)
-            else:
-                os.truncate(opened.fileno(), size)
         except OSError:
             file.unlink()
             raise
@@ -185,5 +180,4 @@ def evenly_spaced(count: int, length: int) -> list[int]:
         >>> evenly_spaced(3, 9), evenly_spaced(3, 2)
         ([0, 4, 8], [0, 1])
     """
-    count = min(count, length)
-    return [round(i * (length - 1) / max(1, count - 1)) for i in range(count)]
+    return torch.linspace(0, length - 1, min(count, length), dtype=torch.float64).round().long().tolist()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 from lightning_speedups.tensors.labels import MixedLabels, label_weights, soft_targets
@@ -85,7 +84,9 @@ class SampleLosses(TorchFunctionMode):
             kwargs = {**kwargs, "weight": weight}
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        call = _bind(func, args, kwargs)
+        call = dict(_LOSSES[func].bind(*args, **kwargs).arguments)
+        if call.get("size_average") is not None or call.get("reduce") is not None:
+            raise ValueError(f"Expected `reduction` for `{func.__name__}`, but got old `size_average` or `reduce`.")
         reduction = call.pop("reduction", "mean")
         if self.weights is None:
             result = func(*args, **kwargs)
@@ -106,15 +107,6 @@ class SampleLosses(TorchFunctionMode):
         own = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
         self.losses = own if self.losses is None else self.losses + own
         return True
-
-
-def _bind(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name a call's arguments, its reduction in today's spelling."""
-    call = dict(_LOSSES[func].bind(*args, **kwargs).arguments)
-    size_average, reduce = call.pop("size_average", None), call.pop("reduce", None)
-    if size_average is not None or reduce is not None:
-        call["reduction"] = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    return call
 
 
 def _weight_of_l1_loss() -> Tensor | None:

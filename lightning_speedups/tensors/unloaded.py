@@ -16,10 +16,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 _aten = torch.ops.aten
-_FROM_SHAPE = {  # their values depend on the shape alone
-    getattr(_aten, name).default
-    for name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
-}
 
 
 class Origin:
@@ -96,10 +92,8 @@ class Unloaded(Tensor):
             values: Of the same shape; on its device, and in its memory format, if possible.
         """
         self.origin.loaded.add(_memory(self._meta))
-        if values.stride() != self.stride() or values.device != self.device:
-            values = torch.empty_like(self._meta, dtype=values.dtype, device=self.device).copy_(values)
-        self.loaded = values
-        return values
+        self.loaded = torch.empty_like(self._meta, dtype=values.dtype, device=self.device).copy_(values)
+        return self.loaded
 
     def known(self) -> Tensor | None:
         """Return its values, if it was given any or they can be had."""
@@ -140,8 +134,6 @@ class Unloaded(Tensor):
         given = _given(func, args, kwargs)
         _check(func, given, tensors, origin)
         _check_writes(func, given, origin)
-        if func in _FROM_SHAPE:
-            return _call(func, args, {**kwargs, "device": device}, Tensor, _meta_of)
         on_meta = {**kwargs, "device": torch.device("meta")} if kwargs.get("device") is not None else kwargs
         try:
             made = _call(func, args, on_meta, Tensor, _meta_of)
@@ -200,8 +192,6 @@ def _check(func: Any, given: Mapping[str, Any], tensors: Iterable[Tensor], origi
     """Refuse what cannot be done without values."""
     if any(tensor.requires_grad for tensor in tensors):  # also if they can be had: the graph has kept these
         raise origin.error(f"`{func}` mixes them with what trains")
-    if torch.Tag.data_dependent_output in func.tags:
-        raise _MissingError(f"`{func}` needs them")
     is_off = any(given.get(name) == 0 for name in ("p", "dropout_p", "train", "training"))
     is_random = torch.Tag.nondeterministic_seeded in func.tags and func is not _aten._fused_sdp_choice.default
     if is_random and not is_off:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,7 +55,7 @@ class Facts(Callback):
     def on_train_end(self, trainer, pl_module):
         facts = {"images": pl_module.backbone[0].seen}
         if self.cache is not None:
-            facts |= {"hits": self.cache.hits, "temporary": str(self.cache.run.temporary)}
+            facts |= {"hits": self.cache.hits}
         torch.save(facts, f"{self.folder}-{trainer.global_rank}.pt")
 
 
@@ -79,18 +76,14 @@ def assert_equal(plain, cached):
 
 def test_ranks_share_what_each_computes_and_train_as_without_it():
     plain_facts, plain = run("plain")
-    before = set(Path(tempfile.gettempdir()).glob("feature-cache-*"))
-    facts, cached = run("cached", FeatureCache())
+    facts, cached = run("cached", FeatureCache("features"))
     assert_equal(plain, cached)
     assert [rank["images"] for rank in plain_facts] == [5 * 24, 5 * 24]
     # Its own share of the first epoch, and in the second and the fourth a batch that checks what is kept, most of which
     # the other one may know.
     assert [rank["images"] for rank in facts] == [24 + 2 * 4] * 2
     assert [rank["hits"] for rank in facts] == [4 * 6 - 2] * 2
-    assert facts[0]["temporary"] == facts[1]["temporary"]
-    assert set(Path(tempfile.gettempdir()).glob("feature-cache-*")) == before
 
-    facts, again = run("first", FeatureCache("features"))
     facts, again = run("second", FeatureCache("features"))
     assert_equal(plain, again)
     assert [rank["images"] for rank in facts] == [3 * 4] * 2  # in the first epoch too
@@ -101,18 +94,13 @@ def test_a_thaw_in_the_middle():
         return [FreezeBackboneFinetune("backbone", unfreeze_at_epoch=3)]
 
     _, plain = run("plain", None, others(), frozen=False, epochs=5)
-    facts, cached = run("cached", FeatureCache(), others(), frozen=False, epochs=5)
+    facts, cached = run("cached", FeatureCache("features"), others(), frozen=False, epochs=5)
     assert_equal(plain, cached)
     assert [rank["images"] for rank in facts] == [24 + 4 + 2 * 24] * 2
     assert farthest(plain[0][2], plain[0][4]) > 1e-3
 
 
-def test_it_leaves_no_folder_behind_when_it_refuses():
-    class Noisy(Shuffled):
-        def on_after_batch_transfer(self, batch, dataloader_idx):
-            return [batch[0] + torch.rand(1), batch[1]]
-
-    before = set(Path(tempfile.gettempdir()).glob("feature-cache-*"))
-    with pytest.raises((MisconfigurationException, torch.multiprocessing.ProcessRaisedException), match="FeatureCache"):
-        trainer(devices=2, strategy=forked(), callbacks=[FeatureCache()]).fit(Noisy())
-    assert set(Path(tempfile.gettempdir()).glob("feature-cache-*")) == before
+def test_features_in_memory_are_refused():
+    told = r"FeatureCache\(folder=None\) keeps features in memory, which the run's 2 processes do not share. Give a"
+    with pytest.raises((MisconfigurationException, torch.multiprocessing.ProcessRaisedException), match=told):
+        trainer(devices=2, strategy=forked(), callbacks=[FeatureCache()]).fit(Shuffled())

@@ -15,7 +15,7 @@ Reduction = Literal["none", "mean", "sum"]
 
 
 def as_smoothing(smoothing: float | Sequence[float] | Tensor) -> float | Tensor:
-    """Check ε and return it: a number as it is, one for each class as a new floating-point tensor ``(C,)``.
+    """Check ε and return it: a number as it is, one for each class as a new tensor ``(C,)`` of torch's default type.
 
     Args:
         smoothing: ε in [0, 1), or one for each class.
@@ -30,18 +30,13 @@ def as_smoothing(smoothing: float | Sequence[float] | Tensor) -> float | Tensor:
     if isinstance(smoothing, Real):
         check_number("smoothing", smoothing, 0, 1, below=True)
         return smoothing  # type: ignore[return-value]  # whatever kind of number it is
-    rule = "Expected `smoothing` to be a number in [0, 1), or such numbers for all classes, (C,),"
-    try:
-        values = torch.as_tensor(smoothing)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{rule} but got {smoothing!r}.") from error
-    if values.ndim != 1 or not len(values) or values.is_complex() or values.dtype == torch.bool:
-        raise ValueError(f"{rule} but got {smoothing!r}.")
-    values = values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True)
-    for number, value in enumerate(values.tolist()):
-        if not 0 <= value < 1:
-            raise ValueError(f"{rule} but got {value:g} for class {number}.")
-    return values
+    numbers = smoothing.tolist() if hasattr(smoothing, "tolist") else smoothing
+    if not isinstance(numbers, (list, tuple)) or not numbers:
+        rule = "a number in [0, 1), or such numbers for all classes, (C,)"
+        raise ValueError(f"Expected `smoothing` to be {rule}, but got {smoothing!r}.")
+    for place, number in enumerate(numbers):
+        check_number(f"smoothing[{place}]", number, 0, 1, below=True)
+    return torch.tensor(numbers, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
 
 
 class Smoothing(nn.Module):

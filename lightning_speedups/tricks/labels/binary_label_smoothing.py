@@ -91,10 +91,8 @@ class BinaryLabelSmoothing(Smoothing):
         Returns:
             float32 (float64 for float64 scores): a scalar, or shaped like ``input`` with ``reduction="none"``.
         """
-        if input.dtype in (torch.float16, torch.bfloat16):
-            input = input.float()
-        _check_shape(input, target)
-        _check_range(target)
+        input = input.to(torch.promote_types(input.dtype, torch.float32))
+        _check_target(input, target)
         if isinstance(target, MixedLabels):
             target = F.one_hot(target.long(), 2)[..., 1]
         target = smooth_binary(target.to(input.dtype), self.epsilon(input))
@@ -108,27 +106,15 @@ class BinaryLabelSmoothing(Smoothing):
         return f"smoothing={self.smoothing}, reduction={self.reduction!r}"
 
 
-def _check_shape(input: Tensor, target: Tensor) -> None:
-    if target.shape == input.shape:
-        return
-    way_out = ""
-    if target.shape == (*input.shape[:1], *input.shape[2:]) and not target.is_floating_point():
-        way_out = " Class labels become yes or no for each class by `F.one_hot(target, C).float()`."
-    raise ValueError(
-        f"Expected `target` of the shape of the scores, {tuple(input.shape)}, but got {tuple(target.shape)}.{way_out}"
-    )
-
-
-def _check_range(target: Tensor) -> None:
-    """Look at the values: free on a CPU; elsewhere it would wait for the device, and in a graph it cannot be."""
-    if target.is_complex():
-        raise ValueError(f"Expected `target` of real numbers in [0, 1], but got {target.dtype}.")
+def _check_target(input: Tensor, target: Tensor) -> None:
+    """Refuse another shape; look at the values where that is free, on a CPU and in no graph."""
+    if target.shape != input.shape:
+        raise ValueError(
+            f"Expected `target` of the shape of the scores, {tuple(input.shape)}, but got {tuple(target.shape)}. Class "
+            "labels become yes or no for each class by `F.one_hot(target, C).float()`."
+        )
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    try:
-        low, high = (float(value) for value in target.detach().aminmax())
-    except RuntimeError:  # nor inside torch.func.vmap, or of an empty batch
-        return
     rounding = torch.finfo(target.dtype).eps if target.is_floating_point() else 0.0
-    if not (low >= -rounding and high <= 1 + rounding):
-        raise ValueError(f"Expected `target` in [0, 1], but got values from {low:g} to {high:g}.")
+    if not ((target >= -rounding) & (target <= 1 + rounding)).all():
+        raise ValueError(f"Expected `target` in [0, 1], but got values from {target.min():g} to {target.max():g}.")

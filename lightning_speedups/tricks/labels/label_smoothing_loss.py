@@ -99,8 +99,7 @@ class LabelSmoothingLoss(Smoothing):
         if input.ndim == 1:
             loss: Tensor = self(input.unsqueeze(0), target.unsqueeze(0))
             return loss.squeeze(0)
-        if input.dtype in (torch.float16, torch.bfloat16):
-            input = input.float()
+        input = input.to(torch.promote_types(input.dtype, torch.float32))
         soft = target.is_floating_point()
         target = target.to(input.dtype) if soft else target.long()
         expected = input.shape if soft else (input.shape[0], *input.shape[2:])

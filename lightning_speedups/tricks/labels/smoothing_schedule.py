@@ -122,13 +122,11 @@ class SmoothingSchedule(Trick):
         others = [one for one in callbacks_of(trainer) if isinstance(one, SmoothingSchedule) and one is not self]
         if others:
             raise self.refusal("multiplies the ε of every loss, and there are two such callbacks", "Remove one.")
-        found = [module for module in pl_module.modules() if isinstance(module, Smoothing)]
-        losses = [loss for loss in found if loss.highest > 0]
+        losses = [module for module in pl_module.modules() if isinstance(module, Smoothing) and module.highest > 0]
         if not losses:
-            there_are = "only ones with `smoothing=0`" if found else "none"
-            where = f"among the submodules of {type(pl_module).__name__} there are {there_are}"
             raise self.refusal(
-                f"drives losses with label smoothing of this package, but {where}",
+                "drives losses of this package with a `smoothing` above 0, but among the submodules of "
+                f"{type(pl_module).__name__} there are none",
                 "Assign one in its `__init__`, as `self.criterion = LabelSmoothingLoss(0.1)`, and let `training_step` "
                 "use it.",
             )

@@ -293,7 +293,10 @@ def test_a_module_without_such_a_loss_is_refused(criterion):
 
 @pytest.mark.parametrize("smoothing", [0, 0.0, [0.0] * CLASSES])
 def test_losses_without_smoothing_are_refused(smoothing):
-    refused("there are only ones with `smoothing=0`", Classifier(LabelSmoothingLoss(smoothing)))
+    refused(
+        "a `smoothing` above 0, but among the submodules of Classifier there are none",
+        Classifier(LabelSmoothingLoss(smoothing)),
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.5, [0.1, 0.2, 0.5, 0.0]])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from lightning_speedups.attach.copies import may_split_model
 from lightning_speedups.attach.loaders import LoaderGrip
 from lightning_speedups.attach.randomness import random_states
 from lightning_speedups.attach.rehearsal import rehearsal
+from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, replace_part
@@ -60,7 +58,6 @@ class Caching:
         epoch: In which it has looked at modules and data; -1: in none.
         cuts: What it has seen of the modules.
         data: And of the data.
-        temporary: Folder that the processes of the run share.
         store: The features; None before the first step has shown what they are.
         fingerprint: Of all that they depend on.
         step: The batch under way.
@@ -71,17 +68,10 @@ class Caching:
     epoch: int = -1
     cuts: Cuts = field(default_factory=lambda: Cuts(nn.Module()))
     data: str = ""
-    temporary: Path | None = None
     store: FeatureStore | None = None
     fingerprint: str = ""
     step: Recording | Replay | None = None
     hooks: ExitStack = field(default_factory=ExitStack)
-
-    def drop(self) -> None:
-        """Free the features, as far as they are of no use to another run."""
-        if self.temporary is not None and self.store is not None:
-            shutil.rmtree(self.temporary / self.fingerprint, ignore_errors=True)
-        self.store = None
 
 
 class FeatureCache(BatchTrick):
@@ -110,8 +100,8 @@ class FeatureCache(BatchTrick):
 
     Args:
         folder: Where to keep the features in files, for this run and others; each combination of weights and data has
-            a subfolder of its own, which can be deleted at any time. None: in memory; in several processes, a temporary
-            folder that they share. Delete it when you replace single samples of the data, and after a power failure.
+            a subfolder of its own, which can be deleted at any time. Delete it when you replace single samples of the
+            data, and after a power failure. None: in memory, for a run in one process.
         max_gib: Largest size of the features, in GiB, above 0. A run that needs more trains without the cache.
         inputs: Where the inputs stand in the batch: index, key or attribute, or a tuple of these, a path.
 
@@ -121,8 +111,9 @@ class FeatureCache(BatchTrick):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At fit start, beside a trick that changes inputs, with compiled modules, under
-            strategies that split the model, or with a loader whose samples are not known; in the first step, if
+        MisconfigurationException: At fit start, beside a trick that changes inputs, with compiled modules, with LBFGS,
+            in several processes without a ``folder``, under strategies that split the model, or with a loader whose
+            samples are not known; in the first step, if
             something random or a normalisation by the batch goes into the features, or if they are not all that
             ``training_step`` needs; later, if features turn out to change from epoch to epoch.
 
@@ -168,9 +159,12 @@ class FeatureCache(BatchTrick):
                 f"needs the whole model in each process, but {type(trainer.strategy).__name__} may split it",
                 "Use `strategy='ddp'` (or a single device).",
             )
+        if trainer.world_size > 1 and self.folder is None:
+            what = f"keeps features in memory, which the run's {trainer.world_size} processes do not share"
+            raise self.refusal(what, "Give a `folder`.", folder=None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse compiled modules."""
+        """Refuse compiled modules, and an optimizer that runs a step several times."""
         super().on_fit_start(trainer, pl_module)
         self.hits = self.misses = 0
         for name, part in pl_module.named_modules():
@@ -179,15 +173,9 @@ class FeatureCache(BatchTrick):
                     f"hands tensors without values to the modules, but `{name}` ({type(part).__name__}) is compiled",
                     f"Leave out `torch.compile` or {self.name}.",
                 )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let several processes share a folder."""
-        super().on_train_start(trainer, pl_module)
-        if trainer.world_size > 1 and self.folder is None:
-            made = tempfile.mkdtemp(prefix="feature-cache-") if trainer.is_global_zero else ""
-            self.run.temporary = Path(trainer.strategy.broadcast(made))
-            # By whichever process still can; those that Lightning has forked hear of no exception.
-            Finalize(None, shutil.rmtree, (self.run.temporary, True), exitpriority=0)
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in raw_optimizers(trainer)):
+            what = "knows features by their place in a step, but LBFGS runs `training_step` several times in each"
+            raise self.refusal(what, f"Use another optimizer, or leave out {self.name}.")
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Replace the inputs if the features of all samples are known."""
@@ -250,12 +238,6 @@ class FeatureCache(BatchTrick):
         if self.run.step is not None:
             self.run.hooks.enter_context(self.run.step.listening())
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Be ready for a step that is done again, as some optimizers ask for (LBFGS)."""
-        super().on_before_backward(trainer, pl_module, loss)
-        if self.run.step is not None and pl_module.automatic_optimization:
-            self.run.step.again()
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -290,13 +272,13 @@ class FeatureCache(BatchTrick):
         found = run.cuts.fingerprint(str(trainer.precision), run.data)
         if run.store is not None and (found, kinds) == (run.fingerprint, run.store.kinds):
             return
-        run.drop()
+        run.store = None
         need = bytes_needed(kinds, samples)
-        root = run.temporary if self.folder is None else Path(self.folder)
         try:
             if need > self.max_gib * 2**30:
                 raise OSError(f"max_gib={self.max_gib:g}")
-            run.store, run.fingerprint = FeatureStore(kinds, samples, root and root / found), found
+            folder = None if self.folder is None else Path(self.folder, found)
+            run.store, run.fingerprint = FeatureStore(kinds, samples, folder), found
         except (OSError, RuntimeError) as error:  # torch's own, of a file that it cannot open
             rank_zero_warn(
                 f"FeatureCache: the features of {samples:,} samples, {shapes(kinds)}, need {need / 2**30:.3g} GiB, "
@@ -325,12 +307,9 @@ class FeatureCache(BatchTrick):
     def _turn_off(self, reason: str) -> None:
         say = rank_zero_warn if self.hits + self.misses <= 1 else rank_zero_info
         say(f"FeatureCache finds nothing to do: {reason}.")
-        self.run.drop()
-        self.run.phase = Phase.OFF
+        self.run.store, self.run.phase = None, Phase.OFF
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put everything back, and free the features."""
         self.run.hooks.close()
-        if self.run.temporary is not None:
-            shutil.rmtree(self.run.temporary, ignore_errors=True)
         super().undo(trainer, pl_module)

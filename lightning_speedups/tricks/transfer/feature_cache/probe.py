@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -33,29 +32,9 @@ def probe(trainer: Any, loader: DataLoader[Any], refuse: Refuse) -> str:
         drew = random_states(trainer) != before
     if drew or one != other:
         found = "are different when they are loaded twice" if one != other else "draw random numbers when loaded"
-        names = random_transforms(dataset)
+        transform = getattr(dataset, "transform", None) or "its transforms"
         raise refuse(
-            f"samples of the {type(dataset).__name__} {found}{': it has ' + ', '.join(names) if names else ''}",
-            "Leave out random augmentation, in the dataset, in `collate_fn` and in the transfer hooks",
+            f"samples of the {type(dataset).__name__} {found}",
+            f"Leave out random augmentation, in the dataset ({transform}), in `collate_fn` and in the transfer hooks",
         )
     return fingerprint([one, len(dataset)])
-
-
-def random_transforms(dataset: Any) -> list[str]:
-    """Return the class names of a dataset's transforms that sound random.
-
-    Args:
-        dataset: With attributes such as torchvision's datasets have, or ``Subset``.
-
-    Example:
-        >>> from torch.utils.data import Subset
-        >>> class RandomCrop: ...
-        >>> class Photos: transform = [str, RandomCrop()]
-        >>> random_transforms(Subset(Photos(), []))
-        ['RandomCrop']
-    """
-    found, words = list[str](), r"\w*(?:Random|Jitter|Augment|AugMix|Erasing)\w*"
-    while dataset is not None:
-        found += re.findall(words, f"{getattr(dataset, 'transform', '')} {getattr(dataset, 'transforms', '')}")
-        dataset = getattr(dataset, "dataset", None)
-    return list(dict.fromkeys(found))

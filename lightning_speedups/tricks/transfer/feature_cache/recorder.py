@@ -44,16 +44,11 @@ class Recording:
         self._touched = set[str]()  # names of the modules that were given nothing that trains
         self._calls, self._drawn = Counter[str](), dict[str, Any]()
 
-    def again(self) -> None:
-        """Begin the step, or begin it anew; whoever has drawn random numbers until now may."""
-        self._calls.clear()
-        self._drawn = self._states()
-
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Listen in the modules while the context lasts."""
         inside, outside = self.cuts.inside, self.cuts.outside
-        self.again()
+        self._drawn = self._states()
         with ExitStack() as hooks:
             hooks.enter_context(before(inside, self._note))
             if self._watches:

@@ -46,10 +46,6 @@ class Replay:
         with self.cuts.shortcuts.taken(), before(self.cuts.inside, self._fill):
             yield
 
-    def again(self) -> None:
-        """Be ready for the same step once more."""
-        self._calls.clear()
-
     def _fill(self, name: str, module: nn.Module, given: Any) -> Any:
         found, spec = places(self._calls, name, given)
         return tree_unflatten([self._loaded(name, key, leaf) for key, leaf in found.items()], spec)
