@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_speedups.attach.run_length import facts
 from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
@@ -59,14 +58,14 @@ class Way(Steps):
         samples: Training samples so far; None if they cannot be counted.
         seconds: Seconds since training began, up to the clock's last look.
         last: For each optimizer: since which step it decays, and for how many.
-        rates: Indices of optimizer and group, and where its rate stood then.
+        begins: Where the rate of each group stood then, by the indices of optimizer and group.
     """
 
     reached: dict[str, Any] | None = None
     samples: int | None = 0
     seconds: float = 0.0
     last: list[list[int]] = field(default_factory=list)
-    rates: list[list[float]] = field(default_factory=list)
+    begins: dict[tuple[int, int], float] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,12 +75,10 @@ class Watch:
     Attributes:
         clock: When the time was taken last; NaN before training.
         validates: Whether a validation is still to come that may log the metric.
-        ended_an_epoch: Whether an epoch has ended.
     """
 
     clock: float = math.nan
     validates: bool = False
-    ended_an_epoch: bool = False
 
 
 class StopAtTarget(OptimizerTrick):
@@ -95,8 +92,8 @@ class StopAtTarget(OptimizerTrick):
     set.
 
     Args:
-        monitor: Name of a logged metric, looked at after each validation and each training epoch. One that the module
-            logs in its ``on_train_epoch_end`` is seen when the next epoch starts; the run then does one batch of it.
+        monitor: Name of a logged metric, looked at after each validation and each training epoch. What the module logs
+            in its ``on_train_epoch_end`` comes too late for that.
         target: The value to reach.
         mode: ``"max"``: at least the target; ``"min"``: at most.
         finish: ``"now"``: end at once; ``"anneal"``: after a last decay of the learning rate.
@@ -163,12 +160,6 @@ class StopAtTarget(OptimizerTrick):
         if self.finish == "anneal":
             self.steps_of_parts(run, 1, anneal=self.anneal)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what was logged after this callback's turn at the last epoch's end."""
-        super().on_train_epoch_start(trainer, pl_module)
-        if missing := self._look_late(trainer, pl_module):
-            raise missing
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the samples."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -181,16 +172,9 @@ class StopAtTarget(OptimizerTrick):
         since, steps = self.saved.last[optimizer] if self.saved.last else (0, 0)
         if not steps:  # also of a Trainer that must go on, as for its `min_epochs`
             return {}
-        begin = self._settle_begin(optimizer, group, float(values["lr"]))
+        # Of a group that appears meanwhile: at its own first step.
+        begin = self.saved.begins.setdefault((optimizer, group), float(values["lr"]))
         return {"lr": anneal_between(begin, 0.0, min(1.0, (step - since) / steps), "linear")}
-
-    def _settle_begin(self, optimizer: int, group: int, rate: float) -> float:
-        """Settle where a group's decay begins: at its rate in the first step, or in its own first one."""
-        begin = next((begin for *place, begin in self.saved.rates if place == [optimizer, group]), None)
-        if begin is None:
-            begin = rate
-            self.saved.rates.append([optimizer, group, begin])
-        return begin
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -204,24 +188,19 @@ class StopAtTarget(OptimizerTrick):
         """Look at the metric."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._look(trainer, pl_module, trainer.current_epoch + 1)
-            self._stop_if_done(trainer)
+            self._look(trainer, pl_module)
             self.run.validates = False  # what validation logs is there from now on
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric."""
+        """Look at the metric; refuse one that is not there."""
         super().on_train_epoch_end(trainer, pl_module)
-        self._look(trainer, pl_module, trainer.current_epoch + 1)
-        self._stop_if_done(trainer)
-        self.run.ended_an_epoch = True
+        self._look(trainer, pl_module)
+        if not (self.saved.reached or self.run.validates or self.monitor in trainer.callback_metrics):
+            what = f"finds that no such metric was logged in the first epoch, only {sorted(trainer.callback_metrics)}"
+            way_out = f"Log it with `self.log({self.monitor!r}, ...)` before the epoch's end, or name one of these."
+            raise self.refusal(what, way_out, monitor=self.monitor)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look once more, at what the last epoch's end logged."""
-        super().on_train_end(trainer, pl_module)
-        if missing := self._look_late(trainer, pl_module):
-            rank_zero_warn(str(missing))
-
-    def _look(self, trainer: Trainer, pl_module: LightningModule, epochs: int) -> None:
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_time()
         value = float(trainer.callback_metrics.get(self.monitor, math.nan))
         # One rank's word is enough: a metric that is not synchronised differs between them, or is known to one alone.
@@ -229,21 +208,11 @@ class StopAtTarget(OptimizerTrick):
             is_reached(value, self.target, self.mode), all=False
         ):
             steps = max(self.steps_done, default=trainer.global_step)
-            self._note(trainer, Reached(value, epochs, steps, self.saved.samples, self.saved.seconds))
+            self._note(trainer, Reached(value, trainer.current_epoch + 1, steps, self.saved.samples, self.saved.seconds))
             run = facts(trainer, pl_module)
             left = math.inf if run.steps is None else run.steps - trainer.global_step
             self.saved.last = [[done, self._decay(done, run, left)] for done in self.steps_done]
-
-    def _look_late(self, trainer: Trainer, pl_module: LightningModule) -> MisconfigurationException | None:
-        """Look at what the last epoch's end logged after this callback's turn; return what to say of no such metric."""
-        if not self.run.ended_an_epoch:
-            return None
-        self._look(trainer, pl_module, trainer.current_epoch)
-        if self.saved.reached is not None or self.monitor in trainer.callback_metrics or self.run.validates:
-            return None
-        what = f"finds that no such metric was logged in the first epoch, only {sorted(trainer.callback_metrics)}"
-        way_out = f"Log it with `self.log({self.monitor!r}, ...)`, or name one of these."
-        return self.refusal(what, way_out, monitor=self.monitor)
+        self._stop_if_done(trainer)
 
     def _note(self, trainer: Trainer, reached: Reached) -> None:
         self.saved.reached = asdict(reached)
