@@ -207,8 +207,8 @@ class StopAtTarget(OptimizerTrick):
         if self.saved.reached is None and trainer.strategy.reduce_boolean_decision(
             is_reached(value, self.target, self.mode), all=False
         ):
-            steps = max(self.steps_done, default=trainer.global_step)
-            self._note(trainer, Reached(value, trainer.current_epoch + 1, steps, self.saved.samples, self.saved.seconds))
+            epochs, steps = trainer.current_epoch + 1, max(self.steps_done, default=trainer.global_step)
+            self._note(trainer, Reached(value, epochs, steps, self.saved.samples, self.saved.seconds))
             run = facts(trainer, pl_module)
             left = math.inf if run.steps is None else run.steps - trainer.global_step
             self.saved.last = [[done, self._decay(done, run, left)] for done in self.steps_done]

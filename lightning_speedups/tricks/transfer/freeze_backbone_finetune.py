@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any, TypedDict, Unpack
 
 from lightning.pytorch import LightningModule, Trainer
@@ -28,16 +27,6 @@ class PlateauArguments(TypedDict, total=False):
     mode: Mode
     patience: int
     min_delta: float
-
-
-class LoggedBy(Enum):
-    """Where the metric comes from that decides when the next layer thaws."""
-
-    UNKNOWN = auto()
-    """A validation is still to come that may log it."""
-    VALIDATION = auto()
-    TRAINING = auto()
-    """A validation has passed without it, or there is none."""
 
 
 @dataclass
@@ -67,15 +56,11 @@ class Stages(Freezing):
         stages: Which layers train when.
         rate_of: Rate of each layer over the head's.
         warmup_steps: Length of the ramp of what was thawed.
-        logged_by: Where the metric comes from.
-        value_before: The metric before the validation under way.
     """
 
     stages: list[Stage] = field(default_factory=list)
     rate_of: dict[str, float] = field(default_factory=dict)
     warmup_steps: float = 0.0
-    logged_by: LoggedBy = LoggedBy.UNKNOWN
-    value_before: Any = None
 
 
 class FreezeBackboneFinetune(FreezingTrick):
@@ -113,8 +98,8 @@ class FreezeBackboneFinetune(FreezingTrick):
             "layer2"]}``; a path means all layers under it, ``"all"`` all. What is never named stays frozen.
         refreeze: Which of them stop again, in the same form; their optimizer state is forgotten.
         gradual: Thaw one layer after the other, from the last one down: True: by epochs;
-            [Plateau][lightning_speedups.core.plateau.Plateau]``("val_loss")``: when that logged metric has not
-            improved, not before ``unfreeze_at_epoch``.
+            [Plateau][lightning_speedups.core.plateau.Plateau]``("val_loss")``: when that metric of validation (in a run
+            without one, of training) has not improved, not before ``unfreeze_at_epoch``.
         every_n_epochs: With ``gradual=True``: epochs from one to the next, 1 or more.
         fold: Compute a frozen convolution and its frozen BatchNorm as one.
         **plateau: ``monitor``, ``mode``, ``patience`` and ``min_delta``, with ``gradual=True`` the same as
@@ -123,8 +108,8 @@ class FreezeBackboneFinetune(FreezingTrick):
     Raises:
         ValueError: If an argument is out of range, or two of them contradict each other.
         MisconfigurationException: At fit start, if there is no such backbone or layer, the optimizer lacks its
-            parameters, nothing would be left to train, or the strategy cannot follow; after the first epoch, if there
-            is no such metric.
+            parameters, nothing would be left to train, or the strategy cannot follow; after the first validation (or
+            training epoch), if it logged no such metric.
 
     Source:
         Howard & Gugger, fastai, arXiv:2002.04688; Howard & Ruder, ULMFiT, arXiv:1801.06146; ``lr_decay``: Bao et al.,
@@ -216,7 +201,6 @@ class FreezeBackboneFinetune(FreezingTrick):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze as the epoch wants it, also in a resumed run."""
         super().on_train_start(trainer, pl_module)
-        self.run.logged_by = LoggedBy.UNKNOWN if trainer.enable_validation else LoggedBy.TRAINING
         # To thaw as many layers one by one as there is time for is what some want.
         change = self.run.stages[-1 if not self.gradual else min(1, len(self.run.stages) - 1)].epoch
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= change:
@@ -231,34 +215,17 @@ class FreezeBackboneFinetune(FreezingTrick):
         super().on_train_epoch_start(trainer, pl_module)
         self._move(trainer, pl_module, self.saved.due)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what the metric was before."""
-        super().on_validation_start(trainer, pl_module)
-        if self.plateau:
-            self.run.value_before = trainer.callback_metrics.get(self.plateau.monitor)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric, if validation has logged it."""
+        """Look at the metric."""
         super().on_validation_end(trainer, pl_module)
-        if self.plateau is None or trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        if trainer.callback_metrics.get(self.plateau.monitor) is not self.run.value_before:
-            self.run.logged_by = LoggedBy.VALIDATION
-            self._look(trainer, self.plateau)
-        elif self.run.logged_by is LoggedBy.UNKNOWN:
-            self.run.logged_by = LoggedBy.TRAINING
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._look(trainer, "validation")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric, if validation does not log it."""
+        """Look at the metric in a run without validation."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self.plateau is None or self.run.logged_by is LoggedBy.VALIDATION:
-            return
-        name = self.plateau.monitor
-        if name in trainer.callback_metrics:
-            self._look(trainer, self.plateau)
-        elif self.run.logged_by is LoggedBy.TRAINING:
-            what = f"finds that no such metric was logged, only {sorted(trainer.callback_metrics)}"
-            raise self.refusal(what, f"Log it with `self.log({name!r}, ...)`, or name one of these.", monitor=name)
+        if not trainer.enable_validation:
+            self._look(trainer, "training")
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Pace the layers, and the head while it trains alone."""
@@ -290,12 +257,17 @@ class FreezeBackboneFinetune(FreezingTrick):
                 f"{' with ' + ', '.join(names) if names else ''}; {self.frozen_parameters:,} parameters are frozen."
             )
 
-    def _look(self, trainer: Trainer, plateau: Plateau) -> None:
-        saved = self.saved
-        if saved.due + 1 >= len(self.run.stages) or saved.due > saved.stage:
+    def _look(self, trainer: Trainer, logged_by: str) -> None:
+        """See whether the next layer is due."""
+        saved, plateau = self.saved, self.plateau
+        if plateau is None or saved.due + 1 >= len(self.run.stages) or saved.due > saved.stage:
             return
+        name = plateau.monitor
+        if name not in trainer.callback_metrics:
+            what = f"finds that no such metric was logged in {logged_by}, only {sorted(trainer.callback_metrics)}"
+            raise self.refusal(what, f"Log it there with `self.log({name!r}, ...)`, or name another.", monitor=name)
         # Ranks that decide for themselves would part.
-        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[plateau.monitor])))
+        value = float(trainer.strategy.broadcast(float(trainer.callback_metrics[name])))
         saved.best, saved.waited, is_due = plateau.seen(value, saved.best, saved.waited)
         if is_due and trainer.current_epoch + 1 >= (self.unfreeze_at_epoch or 0):
             saved.due, saved.waited = saved.due + 1, 0

@@ -291,20 +291,28 @@ def test_where_validation_has_its_own_rhythm_each_one_counts():
     assert module.training_layers == [set(), set(), set(), set(), {"6"}, {"6"}]
 
 
-def test_a_training_metric_counts_once_an_epoch_whatever_validation_does():
-    for options in ({"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}):
-        module = Told([3] * 4)
-        callback = FreezeBackboneFinetune(gradual=True, monitor="train_loss", min_delta=100.0)
-        trainer(callbacks=[callback], max_epochs=4, **options).fit(module, loader(16), loader(8))
-        assert module.training_layers[::2] == [set(), set(), {"6"}, {"3", "6"}], options
+def test_a_training_metric_counts_once_an_epoch_in_a_run_without_validation():
+    module = Told([3] * 4)
+    callback = FreezeBackboneFinetune(gradual=True, monitor="train_loss", min_delta=100.0)
+    trainer(callbacks=[callback], max_epochs=4, limit_val_batches=0).fit(module, loader(16), loader(8))
+    assert module.training_layers[::2] == [set(), set(), {"6"}, {"3", "6"}]
 
 
-def test_a_metric_that_nobody_logs_is_named_after_the_first_epoch():
-    callback = FreezeBackboneFinetune(gradual=True, monitor="scroe")
+@pytest.mark.parametrize(
+    ("monitor", "options", "told"),
+    [
+        ("scroe", {}, r"in validation, only \['score'\]. Log it there with `self.log\('scroe', ...\)`"),
+        ("scroe", {"limit_val_batches": 0}, r"in training, only \['train_loss'\]"),
+        ("train_loss", {}, r"in validation, only \['score'\]"),
+        ("train_loss", {"val_check_interval": 0.5}, r"in validation, only \['score'\]"),
+    ],
+)
+def test_a_metric_that_is_not_logged_where_it_looks_is_refused_after_the_first_look(monitor, options, told):
+    callback = FreezeBackboneFinetune(gradual=True, monitor=monitor)
     module = Told([1, 1, 1])
-    with pytest.raises(MisconfigurationException, match=r"monitor='scroe'.*only \['score', 'train_loss'\]"):
-        trainer(callbacks=[callback]).fit(module, loader(8), loader(8))
-    assert len(module.training_layers) == 1
+    with pytest.raises(MisconfigurationException, match=f"monitor='{monitor}'.* finds that no such metric .* {told}"):
+        trainer(callbacks=[callback], **options).fit(module, loader(16), loader(8))
+    assert len(module.training_layers) == (1 if "val_check_interval" in options else 2)
 
 
 # ---- resume
