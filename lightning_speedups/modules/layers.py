@@ -70,8 +70,8 @@ def owners(root: nn.Module, without: Collection[nn.Module] = ()) -> dict[str, nn
 def layers_by_child(root: nn.Module, without: Collection[nn.Module] = ()) -> list[Layer]:
     """Take each child of a module for a layer, in the order in which they were registered.
 
-    A child that holds everything, and a list that holds almost everything, are looked into. Norms go with what stands
-    before them; what the module holds itself, with its first child.
+    A child that holds more than four fifths of it is looked into. Norms go with what stands before them; what
+    the module holds itself, with its first child.
 
     Args:
         root: A module that calls its children one after the other.
@@ -90,13 +90,10 @@ def layers_by_child(root: nn.Module, without: Collection[nn.Module] = ()) -> lis
 
 def _children(root: nn.Module, held: Mapping[str, nn.Module], path: str = "") -> Iterator[str]:
     """Return the paths of the children that hold anything, and instead of one that holds almost all, its children's."""
-    within = {name for name in held if name.startswith(path and f"{path}.")}
     for name, child in root.get_submodule(path).named_children():
         inner = f"{path}.{name}".lstrip(".")
-        its_own = {name for name in within if name.startswith(f"{inner}.")}
-        most = _size(held, its_own) > 0.8 * _size(held, held)
-        goes_in_order = isinstance(child, (nn.Sequential, nn.ModuleList)) and most
-        if any(True for _ in child.children()) and its_own and (its_own == within or goes_in_order):
+        its_own = [name for name in held if name.startswith(f"{inner}.")]
+        if _size(held, its_own) > 0.8 * _size(held, held) and any(True for _ in child.children()):
             yield from _children(root, held, inner)
         elif its_own:
             yield inner
@@ -155,13 +152,12 @@ def _name_of(groups: Sequence[Sequence[str]], i: int, held: Mapping[str, nn.Modu
 
 
 def _layers(held: Mapping[str, nn.Module], grouped: Mapping[str, Iterable[str]]) -> list[Layer]:
-    layers, taken = [], set[nn.Module]()
+    layer_of: dict[nn.Module, str] = {}
     for name, tensors in grouped.items():
-        modules = [module for module in dict.fromkeys(held[tensor] for tensor in tensors) if module not in taken]
-        taken.update(modules)
-        if modules:
-            layers.append(Layer(unreserved(name), tuple(modules)))
-    return layers
+        for tensor in tensors:
+            layer_of.setdefault(held[tensor], unreserved(name))
+    names = dict.fromkeys(layer_of.values())
+    return [Layer(name, tuple(module for module, of in layer_of.items() if of == name)) for name in names]
 
 
 def unreserved(name: str) -> str:

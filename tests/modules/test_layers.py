@@ -141,6 +141,12 @@ class OnlyItself(nn.Module):
         self.weight, self.act = nn.Parameter(torch.zeros(1)), nn.ReLU()
 
 
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(conv() for _ in range(9))
+
+
 def conv():
     return nn.Conv2d(2, 2, 1)
 
@@ -163,6 +169,10 @@ BY_CHILD = {
     "head": (nn.ModuleDict({"stem": conv(), "head": conv()}), {"stem": ["stem"], "backbone.head": ["head"]}),
     "linear": (nn.Linear(2, 2), {"stem": [""]}),
     "itself": (OnlyItself(), {"stem": [""]}),
+    "almost all in one": (
+        nn.ModuleDict({"stem": conv(), "all": Encoder(), "neck": conv()}),
+        {"stem": ["stem"], **{f"all.blocks.{i}": [f"all.blocks.{i}"] for i in range(9)}, "neck": ["neck"]},
+    ),
     "one child": (nn.Sequential(nn.ReLU(), conv()), {"1": ["1"]}),
     "nothing": (nn.Sequential(nn.ReLU()), {}),
 }

@@ -176,12 +176,9 @@ class LRCurve(ScheduleTrick):
         whole = self.length if self.needs_length else 1.0
         warmup, cooldown = self.steps_of_parts(run, whole, warmup=self.warmup, cooldown=self.cooldown)
         if warmup + cooldown > whole * (1 + 1e-9):  # fractions that add up to 1 may pass it by a rounding error
-            if not self.resumed:
-                parts = f"a warm-up of {warmup:g} and a cooldown of {cooldown:g} optimizer steps"
-                what = f"finds that {parts} do not fit in a run of {whole:g}"
-                raise self.refusal(what, "Give shorter ones, or fractions of the run.")
-            # A resumed run that is too short for both: they share it.
-            warmup, cooldown = (part * whole / (warmup + cooldown) for part in (warmup, cooldown))
+            parts = f"a warm-up of {warmup:g} and a cooldown of {cooldown:g} optimizer steps"
+            what = f"finds that {parts} do not fit in a run of {whole:g}"
+            raise self.refusal(what, "Give shorter ones, or fractions of the run.")
         self.run.pieces = with_ends(self.shape, whole, warmup, self.warmup_factor, cooldown, self.cooldown_factor)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
