@@ -137,6 +137,6 @@ class CyclicMomentum(ScheduleTrick):
         height, cycle = triangle(position, *self.run.sizes)
         height *= amplitude(self.mode, cycle, position, self.gamma)
         base, high = rate_of(self.base_lr, group), rate_of(self.max_lr, group)
-        rate = (base + (high - base) * height) * self.settle_ratio(optimizer, group, values)
+        rate = (base + (high - base) * height) * self.ratio(optimizer, group, values)
         momentum = self.max_momentum - (self.max_momentum - self.base_momentum) * height
         return {"lr": rate, **(entry(values, "momentum", momentum) if self.cycle_momentum else {})}

@@ -84,11 +84,6 @@ class FreezingTrick(OptimizerTrick):
         return self.run.layers
 
     @property
-    def layer_of_group(self) -> dict[tuple[int, int], Layer]:
-        """Those that have a parameter group in the run under way, by the indices of optimizer and group."""
-        return self.run.layer_of_group
-
-    @property
     def frozen_parameters(self) -> int:
         """How many numbers are frozen now."""
         return sum(parameter.numel() for frozen in self.run.frozen.values() for parameter in frozen.parameters)

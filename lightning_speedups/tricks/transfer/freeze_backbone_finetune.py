@@ -229,7 +229,7 @@ class FreezeBackboneFinetune(FreezingTrick):
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Pace the layers, and the head while it trains alone."""
-        layer = self.layer_of_group.get((optimizer, group))
+        layer = self.run.layer_of_group.get((optimizer, group))
         if layer is None:
             alone = bool(self.run.stages) and not self.run.stages[self.saved.stage].training
             return {"lr": values["lr"] * self.head_lr_ratio} if alone else {}
