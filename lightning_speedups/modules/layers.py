@@ -196,21 +196,16 @@ def pick_layers(names: str | Iterable[str], layers: Sequence[Layer]) -> set[str]
     return picked
 
 
-def rates_by_depth(
-    layers: int, *, decay: float | None = None, ends: tuple[float, float] = (0.1, 0.1)
-) -> tuple[float, ...]:
+def rates_by_depth(layers: int, ratio: float = 0.1, decay: float | None = None) -> tuple[float, ...]:
     """Return the learning rate of each layer of a backbone over the head's, from the input on.
 
     Args:
         layers: How many layers the backbone has.
-        decay: Ratio of each layer's rate to the next one's; the last layer's to the head's.
-        ends: Without it: ratios of the first and of the last layer, with geometric steps between.
+        ratio: That of all layers.
+        decay: Instead: ratio of each layer's rate to the next one's; the last layer's to the head's.
 
     Example:
-        >>> rates_by_depth(3, decay=0.5), rates_by_depth(3, ends=(0.01, 1.0))
-        ((0.125, 0.25, 0.5), (0.01, 0.1, 1.0))
+        >>> rates_by_depth(3, 0.2), rates_by_depth(3, decay=0.5)
+        ((0.2, 0.2, 0.2), (0.125, 0.25, 0.5))
     """
-    if decay is not None:
-        return tuple(decay ** (layers - i) for i in range(layers))
-    first, last = ends
-    return tuple(last * (first / last) ** ((layers - 1 - i) / max(1, layers - 1)) for i in range(layers))
+    return (ratio,) * layers if decay is None else tuple(decay ** (layers - i) for i in range(layers))

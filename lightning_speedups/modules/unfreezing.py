@@ -81,12 +81,9 @@ def stages(layers: Sequence[Layer], thaw: Mapping[int, Names], freeze: Mapping[i
     training = frozenset[str]()
     found = {0: training}
     for epoch in sorted({*thaw, *freeze}):
-        joining = pick_layers(thaw.get(epoch, ()), layers)
-        if HEAD in joining and epoch > 0:
-            raise ValueError(f"the head trains from the start, but the schedule thaws it in epoch {epoch}")
-        leaving = pick_layers(freeze.get(epoch, ()), layers)
-        if HEAD in leaving:
-            raise ValueError(f"the head always trains, but in epoch {epoch} it is to be frozen")
+        joining, leaving = (pick_layers(change.get(epoch, ()), layers) for change in (thaw, freeze))
+        if HEAD in leaving or (HEAD in joining and epoch > 0):
+            raise ValueError(f"the head always trains, but in epoch {epoch} it is to be thawed or frozen")
         if idle := [layer.name for layer in layers if layer.name in leaving - training | leaving & joining]:
             raise ValueError(f"what is to be frozen again in epoch {epoch} must train before it, but {idle} does not")
         before, training = training, (training | joining - {HEAD}) - leaving

@@ -304,14 +304,15 @@ def test_only_the_heads_own_name_is_reserved():
     assert [unreserved(name) for name in ("head", "header", "head.norm")] == ["backbone.head", "header", "head.norm"]
 
 
-@given(st.integers(2, 30), st.floats(1e-4, 10), st.floats(1e-4, 10))
-def test_rates_between_two_ends_are_numpys_geometric_steps(layers, first, last):
-    np.testing.assert_allclose(rates_by_depth(layers, ends=(first, last)), np.geomspace(first, last, layers), rtol=1e-9)
+@given(st.integers(2, 30), st.floats(0.1, 1))
+def test_decayed_rates_are_numpys_geometric_steps(layers, decay):
+    expected = np.geomspace(decay**layers, decay, layers)
+    np.testing.assert_allclose(rates_by_depth(layers, decay=decay), expected, rtol=1e-9)
 
 
-def test_a_single_layer_has_the_last_ones_rate_and_none_has_none():
-    assert rates_by_depth(1, ends=(0.01, 0.5)) == (0.5,)
-    assert rates_by_depth(0, ends=(0.01, 0.5)) == rates_by_depth(0, decay=0.5) == ()
+def test_all_layers_have_one_rate_and_no_layer_has_none():
+    assert rates_by_depth(1, 0.5) == rates_by_depth(1, decay=0.5) == (0.5,)
+    assert rates_by_depth(0, 0.5) == rates_by_depth(0, decay=0.5) == ()
     assert rates_by_depth(3) == (0.1, 0.1, 0.1)
 
 

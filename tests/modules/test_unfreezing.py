@@ -100,7 +100,7 @@ def test_all_of_a_gradual_schedule():
 @pytest.mark.parametrize(
     ("thaw", "freeze", "told"),
     [
-        ({1: "head"}, {}, "the head trains from the start, but the schedule thaws it in epoch 1"),
+        ({1: "head"}, {}, "the head always trains, but in epoch 1 it is to be thawed or frozen"),
         ({0: "neck"}, {0: "neck"}, r"epoch 0 must train before it, but \['neck'\] does not"),
         ({0: "neck"}, {1: "blocks"}, r"epoch 1 must train before it, but \['blocks.0', 'blocks.1'\] does not"),
         ({0: "neck", 2: "neck"}, {2: "neck"}, r"epoch 2 must train before it, but \['neck'\] does not"),

@@ -86,8 +86,8 @@ class FreezeBackboneFinetune(FreezingTrick):
             layer each), or None for a timm model: everything but its classifier.
         unfreeze_at_epoch: First epoch, counted from 0, in which the backbone trains; 0 freezes nothing, None keeps it
             frozen. With ``gradual`` the first epoch of the last layer; with ``schedule`` it says nothing.
-        backbone_lr_ratio: Backbone's learning rate over the head's, above 0; it multiplies whatever schedules give. A
-            pair: of the first and of the last layer, geometric between. None: 0.1, unless ``lr_decay`` is given.
+        backbone_lr_ratio: Backbone's learning rate over the head's, above 0; it multiplies whatever schedules give.
+            None: 0.1, unless ``lr_decay`` is given.
         train_norm: Let the backbone's norms go on training while it is frozen. Costs most of the saving, as the
             backward pass must reach them.
         lr_decay: In (0, 1]: rate of each layer over the next one's, and of the last one over the head's.
@@ -130,7 +130,7 @@ class FreezeBackboneFinetune(FreezingTrick):
         self,
         backbone: Backbone = "backbone",
         unfreeze_at_epoch: int | None = 1,
-        backbone_lr_ratio: float | tuple[float, float] | None = None,
+        backbone_lr_ratio: float | None = None,
         train_norm: bool = False,
         *,
         lr_decay: float | None = None,
@@ -145,7 +145,11 @@ class FreezeBackboneFinetune(FreezingTrick):
     ) -> None:
         super().__init__(backbone, train_norm, fold)
         check_number("unfreeze_at_epoch", unfreeze_at_epoch, 0, whole=True, optional=True)
-        self.rates = _checked_rates(backbone_lr_ratio, lr_decay)
+        check_number("backbone_lr_ratio", backbone_lr_ratio, 0, above=True, optional=True)
+        check_number("lr_decay", lr_decay, 0, 1, above=True, optional=True)
+        if backbone_lr_ratio is not None and lr_decay is not None:
+            given = f"{backbone_lr_ratio!r} and {lr_decay!r}"
+            raise ValueError(f"Expected one of `backbone_lr_ratio` and `lr_decay`, but got {given}.")
         check_number("head_lr_ratio", head_lr_ratio, 0, above=True)
         check_schedule("schedule", schedule)
         check_schedule("refreeze", refreeze)
@@ -155,6 +159,7 @@ class FreezeBackboneFinetune(FreezingTrick):
             raise ValueError("Expected one of `schedule` and `gradual=True`, but got both: each says when layers thaw.")
         if gradual and unfreeze_at_epoch is None:
             raise ValueError("Expected `unfreeze_at_epoch` to be an epoch with `gradual=True`, but got None.")
+        self.backbone_lr_ratio, self.lr_decay = backbone_lr_ratio or 0.1, lr_decay
         self.unfreeze_at_epoch, self.head_lr_ratio = unfreeze_at_epoch, head_lr_ratio
         self.unfreeze_warmup = Duration.parse("unfreeze_warmup", unfreeze_warmup)
         self.schedule, self.refreeze, self.gradual, self.every_n_epochs = schedule, refreeze, gradual, every_n_epochs
@@ -162,9 +167,9 @@ class FreezeBackboneFinetune(FreezingTrick):
     def settle_courses(self, pl_module: LightningModule) -> None:
         """Settle the layers' rates, and the stages."""
         super().settle_courses(pl_module)
-        layers, (decay, ends) = self.layers, self.rates
-        names = [layer.name for layer in layers]
-        self.run.rate_of = dict(zip(names, rates_by_depth(len(layers), decay=decay, ends=ends), strict=True))
+        layers, names = self.layers, [layer.name for layer in self.layers]
+        rates = rates_by_depth(len(layers), self.backbone_lr_ratio, self.lr_decay)
+        self.run.rate_of = dict(zip(names, rates, strict=True))
         thaw: Mapping[int, Names] = {} if self.unfreeze_at_epoch is None else {self.unfreeze_at_epoch: "all"}
         if self.schedule is not None:
             thaw = self.schedule
@@ -271,22 +276,6 @@ class FreezeBackboneFinetune(FreezingTrick):
         saved.best, saved.waited, is_due = plateau.seen(value, saved.best, saved.waited)
         if is_due and trainer.current_epoch + 1 >= (self.unfreeze_at_epoch or 0):
             saved.due, saved.waited = saved.due + 1, 0
-
-
-def _checked_rates(
-    ratio: float | tuple[float, float] | None, decay: float | None
-) -> tuple[float | None, tuple[float, float]]:
-    """Return ``lr_decay`` and the ratios of the first and the last layer."""
-    check_number("lr_decay", decay, 0, 1, above=True, optional=True)
-    if ratio is not None and decay is not None:
-        raise ValueError(f"Expected one of `backbone_lr_ratio` and `lr_decay`, but got {ratio!r} and {decay!r}.")
-    ratio = 0.1 if ratio is None else ratio
-    ends = tuple(ratio) if isinstance(ratio, (list, tuple)) else (ratio, ratio)
-    if len(ends) != 2:
-        raise ValueError(f"Expected `backbone_lr_ratio` to be a number or a pair of numbers, but got {ratio!r}.")
-    for end in ends:
-        check_number("backbone_lr_ratio", end, 0, above=True)
-    return decay, (ends[0], ends[1])
 
 
 def _checked_plateau(gradual: bool | Plateau, given: dict[str, Any], refreeze: object) -> Plateau | None:

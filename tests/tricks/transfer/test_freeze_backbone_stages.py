@@ -128,7 +128,6 @@ def rates(module):
     [
         ({}, [0.1, 0.1, 0.1]),
         ({"backbone_lr_ratio": 0.25}, [0.25] * 3),
-        ({"backbone_lr_ratio": (0.01, 1.0)}, np.geomspace(0.01, 1.0, 3)),
         ({"lr_decay": 0.65}, [0.65**3, 0.65**2, 0.65]),
     ],
     ids=str,
@@ -538,8 +537,8 @@ def test_timms_own_layers_by_name(name, schedule, counts):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"backbone_lr_ratio": (0.1, 0.0)}, "Expected `backbone_lr_ratio` to be .*, but got 0.0"),
-        ({"backbone_lr_ratio": (0.1, 0.2, 0.3)}, "a pair of numbers, but got"),
+        ({"backbone_lr_ratio": 0.0}, "Expected `backbone_lr_ratio` to be .*, but got 0.0"),
+        ({"backbone_lr_ratio": (0.1, 0.2)}, r"Expected `backbone_lr_ratio` to be a number .*, but got \(0.1, 0.2\)"),
         ({"backbone_lr_ratio": 0.5, "lr_decay": 0.5}, "one of `backbone_lr_ratio` and `lr_decay`"),
         ({"lr_decay": 0.0}, "Expected `lr_decay`"),
         ({"lr_decay": 1.5}, "Expected `lr_decay`"),
@@ -580,7 +579,7 @@ def test_wrong_arguments_are_refused_at_construction(options, told):
     [
         ({"schedule": {1: "layer4"}}, r"no layer 'layer4'. Its layers are \['0', '3', '6'\]"),
         ({"refreeze": {2: "7"}}, "no layer '7'"),
-        ({"schedule": {2: "head"}}, "the head trains from the start"),
+        ({"schedule": {2: "head"}}, "the head always trains, but in epoch 2"),
         ({"refreeze": {0: "6"}}, r"must train before it, but \['6'\] does not"),
         ({"refreeze": {2: "head"}}, "the head always trains, but in epoch 2"),
     ],
