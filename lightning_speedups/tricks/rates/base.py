@@ -87,10 +87,10 @@ class Leaders:
     """What else belongs to a run of a schedule.
 
     Attributes:
-        leading: Rate of each optimizer's first group before the schedule.
+        leading: Rate of each optimizer's first group before the schedule; empty before training.
     """
 
-    leading: dict[int, float] = field(default_factory=dict)
+    leading: list[float] = field(default_factory=list)
 
 
 class ScheduleTrick(OptimizerTrick):
@@ -155,14 +155,10 @@ class ScheduleTrick(OptimizerTrick):
         """Return where the curve stands at a step of an optimizer, in the curve's own steps."""
         return Course(*self.saved.courses[optimizer]).position(step)
 
-    def settle_ratio(self, optimizer: int, group: int, values: Mapping[str, Any]) -> float:
-        """Settle and return the learning rate of a group that came later over the first group's; 1 for the others."""
-        rate = float(values["lr"])
-        if group == 0:
-            self.run.leading[optimizer] = rate
-        if group < self.saved.groups[optimizer] or not self.run.leading[optimizer]:
-            return 1.0
-        return rate / self.run.leading[optimizer]
+    def ratio(self, optimizer: int, group: int, values: Mapping[str, Any]) -> float:
+        """Return the learning rate of a group that came later over the first group's; 1 for the others."""
+        leading = self.run.leading[optimizer] if self.run.leading else 0.0
+        return float(values["lr"]) / leading if leading and group >= self.saved.groups[optimizer] else 1.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse another owner of the same values, and optimizers that lack them."""
@@ -219,9 +215,10 @@ class ScheduleTrick(OptimizerTrick):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the groups that are there from the start, and settle the curve."""
-        groups = [len(optimizer.param_groups) for optimizer in raw_optimizers(trainer)]
+        groups = [optimizer.param_groups for optimizer in raw_optimizers(trainer)]
         if len(self.saved.groups) != len(groups):
-            self.saved.groups = groups
+            self.saved.groups = [len(of_one) for of_one in groups]
+        self.run.leading = [float(of_one[0]["lr"]) for of_one in groups]
         super().on_train_start(trainer, pl_module)
 
     def plan(self, run: RunFacts) -> None:
@@ -230,7 +227,6 @@ class ScheduleTrick(OptimizerTrick):
         if not self.needs_length:
             return
         total = self.steps_of_run(run, self.total_steps, self.ways_out)
-        self.saved.groups = self.saved.groups or [1] * len(run.optimizers)
         end, courses = total - self.ends_before, [Course(*course) for course in self.saved.courses]
         if len(courses) != len(run.optimizers):
             courses = [Course(end, end)] * len(run.optimizers)

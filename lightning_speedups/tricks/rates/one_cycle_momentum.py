@@ -117,7 +117,7 @@ class OneCycleMomentum(ScheduleTrick):
         """Set rate and momentum."""
         if not self.drives(optimizer):
             return {}
-        ratio = self.settle_ratio(optimizer, group, values)
+        ratio = self.ratio(optimizer, group, values)
         rates = self.saved.found_lr if self.max_lr == "auto" else self.max_lr
         assert rates is not None
         lr, momentum = curve(self.cycle, self.position(optimizer, step), self.length, rate_of(rates, group) * ratio)

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_speedups.attach.run_length import facts
 from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
@@ -76,12 +75,10 @@ class Watch:
     Attributes:
         clock: When the time was taken last; NaN before training.
         validates: Whether a validation is still to come that may log the metric.
-        ended_an_epoch: Whether an epoch has ended.
     """
 
     clock: float = math.nan
     validates: bool = False
-    ended_an_epoch: bool = False
 
 
 class StopAtTarget(OptimizerTrick):
@@ -95,8 +92,8 @@ class StopAtTarget(OptimizerTrick):
     set.
 
     Args:
-        monitor: Name of a logged metric, looked at after each validation and each training epoch. One that the module
-            logs in its ``on_train_epoch_end`` is seen when the next epoch starts; the run then does one batch of it.
+        monitor: Name of a logged metric, looked at after each validation and each training epoch. What the module logs
+            in its ``on_train_epoch_end`` comes too late for that.
         target: The value to reach.
         mode: ``"max"``: at least the target; ``"min"``: at most.
         finish: ``"now"``: end at once; ``"anneal"``: after a last decay of the learning rate.
@@ -163,12 +160,6 @@ class StopAtTarget(OptimizerTrick):
         if self.finish == "anneal":
             self.steps_of_parts(run, 1, anneal=self.anneal)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what was logged after this callback's turn at the last epoch's end."""
-        super().on_train_epoch_start(trainer, pl_module)
-        if missing := self._look_late(trainer, pl_module):
-            raise missing
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the samples."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -203,46 +194,31 @@ class StopAtTarget(OptimizerTrick):
         """Look at the metric."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._look(trainer, pl_module, trainer.current_epoch + 1)
-            self._stop_if_done(trainer)
+            self._look(trainer, pl_module)
             self.run.validates = False  # what validation logs is there from now on
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric."""
+        """Look at the metric; refuse one that is not there."""
         super().on_train_epoch_end(trainer, pl_module)
-        self._look(trainer, pl_module, trainer.current_epoch + 1)
-        self._stop_if_done(trainer)
-        self.run.ended_an_epoch = True
+        self._look(trainer, pl_module)
+        if not (self.saved.reached or self.run.validates or self.monitor in trainer.callback_metrics):
+            what = f"finds that no such metric was logged in the first epoch, only {sorted(trainer.callback_metrics)}"
+            way_out = f"Log it with `self.log({self.monitor!r}, ...)` before the epoch's end, or name one of these."
+            raise self.refusal(what, way_out, monitor=self.monitor)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look once more, at what the last epoch's end logged."""
-        super().on_train_end(trainer, pl_module)
-        if missing := self._look_late(trainer, pl_module):
-            rank_zero_warn(str(missing))
-
-    def _look(self, trainer: Trainer, pl_module: LightningModule, epochs: int) -> None:
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_time()
         value = float(trainer.callback_metrics.get(self.monitor, math.nan))
         # One rank's word is enough: a metric that is not synchronised differs between them, or is known to one alone.
         if self.saved.reached is None and trainer.strategy.reduce_boolean_decision(
             is_reached(value, self.target, self.mode), all=False
         ):
-            steps = max(self.steps_done, default=trainer.global_step)
+            epochs, steps = trainer.current_epoch + 1, max(self.steps_done, default=trainer.global_step)
             self._note(trainer, Reached(value, epochs, steps, self.saved.samples, self.saved.seconds))
             run = facts(trainer, pl_module)
             left = math.inf if run.steps is None else run.steps - trainer.global_step
             self.saved.last = [[done, self._decay(done, run, left)] for done in self.steps_done]
-
-    def _look_late(self, trainer: Trainer, pl_module: LightningModule) -> MisconfigurationException | None:
-        """Look at what the last epoch's end logged after this callback's turn; return what to say of no such metric."""
-        if not self.run.ended_an_epoch:
-            return None
-        self._look(trainer, pl_module, trainer.current_epoch)
-        if self.saved.reached is not None or self.monitor in trainer.callback_metrics or self.run.validates:
-            return None
-        what = f"finds that no such metric was logged in the first epoch, only {sorted(trainer.callback_metrics)}"
-        way_out = f"Log it with `self.log({self.monitor!r}, ...)`, or name one of these."
-        return self.refusal(what, way_out, monitor=self.monitor)
+        self._stop_if_done(trainer)
 
     def _note(self, trainer: Trainer, reached: Reached) -> None:
         self.saved.reached = asdict(reached)

@@ -16,7 +16,15 @@ from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
 from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs
 from lightning_speedups.modules.freezing import Frozen
-from lightning_speedups.modules.layers import Layer, is_norm, layers_by_child, layers_by_number, owners, unreserved
+from lightning_speedups.modules.layers import (
+    Layer,
+    find_timm_network,
+    is_norm,
+    layers_by_child,
+    layers_by_number,
+    owners,
+    unreserved,
+)
 
 Backbone = str | Callable[[LightningModule], nn.Module | Iterable[nn.Module]] | None
 
@@ -284,13 +292,10 @@ def _picked(module: nn.Module, backbone: str | Callable[[Any], Any]) -> list[nn.
 
 def _timm_model(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the timm model in a module, and its classifier or classifiers."""
-    found = (m for m in module.modules() if hasattr(m, "get_classifier") and hasattr(m, "reset_classifier"))
-    model: Any = next(found, None)
+    model, heads = find_timm_network(module)
     if model is None:
         what = f"looks for a timm model in {type(module).__name__}, but found none"
         raise NoBackboneError(what, "Give an attribute path.")
-    classifier = model.get_classifier()
-    heads = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
     if not any(True for head in heads for _ in head.parameters()):
         what = f"looks for a head, but the classifier of {type(model).__name__} has no parameters"
         raise NoBackboneError(what, "Create it with `num_classes`, or name the backbone by its attribute path.")

@@ -57,12 +57,10 @@ class FreezeTimes(Freezing):
     Attributes:
         times: When each is frozen, as a fraction of the run.
         freeze_at: The same in optimizer steps.
-        optimizer_of: Index of the optimizer that has it.
     """
 
     times: dict[str, float] = field(default_factory=dict)
     freeze_at: dict[str, int] = field(default_factory=dict)
-    optimizer_of: dict[str, int] = field(default_factory=dict)
 
 
 class FreezeProgressively(FreezingTrick):
@@ -156,7 +154,6 @@ class FreezeProgressively(FreezingTrick):
         times = freeze_times(len(names), self.start, self.until, self.power)
         self.run.times = dict(zip(names, times, strict=True))
         self.run.freeze_at = {name: max(1, round(time * steps)) for name, time in self.run.times.items()}
-        self.run.optimizer_of = {layer.name: optimizer for (optimizer, _), layer in self.layer_of_group.items()}
         if min(self.run.freeze_at.values(), default=0) >= steps:
             rank_zero_warn(
                 f"{self.name}(start={self.start:g}) freezes no layer before the end of this run of {steps} optimizer "
@@ -166,22 +163,20 @@ class FreezeProgressively(FreezingTrick):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Freeze what it is time for; the steps done are the same on all ranks."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        due = [name for name, at in self.run.freeze_at.items() if self._steps_of(name) >= at]
+        done = dict.fromkeys(self.run.freeze_at, self.steps_done[0])  # also of a layer that the user froze
+        done |= {layer.name: self.steps_done[i] for (i, _), layer in self.run.layer_of_group.items()}
+        due = [name for name, at in self.run.freeze_at.items() if done[name] >= at]
         if self.freeze_only(trainer, pl_module, due):
             rank_zero_info(
-                f"{self.name}: after {self._steps_of(due[-1])} optimizer steps {len(due)} of {len(self.layers)} layers "
+                f"{self.name}: after {done[due[-1]]} optimizer steps {len(due)} of {len(self.layers)} layers "
                 f"are frozen, up to {due[-1]!r}: {self.frozen_parameters:,} parameters."
             )
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Bring a layer's rate down to where it is frozen."""
-        layer = self.layer_of_group.get((optimizer, group))
+        layer = self.run.layer_of_group.get((optimizer, group))
         if layer is None:
             return {}
         freeze_at = self.run.freeze_at[layer.name]
         factor = annealed(step, freeze_at) if self.anneal else float(step < freeze_at)
         return {"lr": values["lr"] * (factor / self.run.times[layer.name] if self.scale_lr else factor)}
-
-    def _steps_of(self, name: str) -> int:
-        """Return the steps done by the layer's optimizer; one that the user froze has none."""
-        return self.steps_done[self.run.optimizer_of.get(name, 0)]

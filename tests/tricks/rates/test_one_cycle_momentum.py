@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_speedups import LRRangeTest, OneCycleMomentum
 from lightning_speedups.core.schedules import OneCycle
+from lightning_speedups.measure.schedule_plot import schedule_values
 from zoo import (
     Classifier,
     Joins,
@@ -86,6 +87,14 @@ def test_each_group_can_have_its_own_peak():
     trainer(callbacks=[OneCycleMomentum([0.1, 0.4])]).fit(module, loader())
     np.testing.assert_allclose(read(module, group=0), oracle(12, max_lr=0.1), rtol=1e-9)
     np.testing.assert_allclose(read(module, group=1), oracle(12, max_lr=0.4), rtol=1e-9)
+
+
+def test_groups_that_are_there_from_the_start_are_drawn_as_they_will_be():
+    _, planned = schedule_values(OneCycleMomentum(0.4), 12, optimizer=TwoGroups().configure_optimizers())
+    expected = [lr for lr, _ in oracle(12)]
+    for numbers in planned["lr"].values():
+        np.testing.assert_allclose(numbers, expected, rtol=1e-9)
+    assert len(planned["lr"]) == 2
 
 
 class NoMomentum(Classifier):
