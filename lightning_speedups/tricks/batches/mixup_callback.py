@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -114,11 +113,9 @@ class MixupCallback(SeededBatchTrick):
         check_choice("targets", targets, ("labels", "soft"))
         check_number("num_classes", num_classes, 1, whole=True, optional=True)
         self._places = check_places("inputs", inputs, labels=labels)
-        self.draw = partial(
-            draw_mixture, alpha=alpha, cutmix_alpha=cutmix_alpha, switch_prob=switch_prob, per_element=per_element
-        )
-        self.prob, self.cutmix_alpha, self.targets, self.num_classes = prob, cutmix_alpha, targets, num_classes
-        self.stop_after, self.labels, self.logs = stop_after, labels, bool(log)
+        self.alpha, self.cutmix_alpha, self.prob, self.switch_prob = alpha, cutmix_alpha, prob, switch_prob
+        self.per_element, self.targets, self.num_classes = per_element, targets, num_classes
+        self.stop_after, self.inputs, self.labels, self.logs = stop_after, inputs, labels, bool(log)
         self.last: Mixture | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -167,7 +164,16 @@ class MixupCallback(SeededBatchTrick):
         inputs = [self._input(batch, place, labels) for place in self._places]
         mixture, first = Mixture("none"), inputs[0]
         if generator is not None:
-            mixture = self.draw(first.shape, generator, prob=self.prob * self.strength, device=first.device)
+            mixture = draw_mixture(
+                first.shape,
+                generator,
+                alpha=self.alpha,
+                cutmix_alpha=self.cutmix_alpha,
+                prob=self.prob * self.strength,
+                switch_prob=self.switch_prob,
+                per_element=self.per_element,
+                device=first.device,
+            )
         targets = mix_targets(labels, mixture)
         if self.targets == "soft" and not labels.is_floating_point():
             if self.num_classes is None:

@@ -30,13 +30,15 @@ def as_smoothing(smoothing: float | Sequence[float] | Tensor) -> float | Tensor:
     if isinstance(smoothing, Real):
         check_number("smoothing", smoothing, 0, 1, below=True)
         return smoothing  # type: ignore[return-value]  # whatever kind of number it is
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
     numbers = smoothing.tolist() if hasattr(smoothing, "tolist") else smoothing
     if not isinstance(numbers, (list, tuple)) or not numbers:
         rule = "a number in [0, 1), or such numbers for all classes, (C,)"
         raise ValueError(f"Expected `smoothing` to be {rule}, but got {smoothing!r}.")
     for place, number in enumerate(numbers):
         check_number(f"smoothing[{place}]", number, 0, 1, below=True)
-    return torch.tensor(numbers, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+        check_number(f"smoothing[{place}]", torch.tensor(number, dtype=dtype).item(), 0, 1, below=True)  # as it is kept
+    return torch.tensor(numbers, dtype=dtype)
 
 
 class Smoothing(nn.Module):

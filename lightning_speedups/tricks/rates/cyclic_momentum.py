@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.schedules import triangle
@@ -70,8 +72,7 @@ class CyclicMomentum(ScheduleTrick):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At fit start, if a length is needed and unknown, if there is another owner of the
-            learning rate, if a cycle is shorter than 2 steps, if rates do not fit the parameter groups, or if the
-            optimizer has no momentum to cycle.
+            learning rate, if rates do not fit the parameter groups, or if the optimizer has no momentum to cycle.
 
     Source:
         Smith, arXiv:1506.01186.
@@ -124,10 +125,16 @@ class CyclicMomentum(ScheduleTrick):
         super().plan(run)
         whole = self.length if self.needs_length else None
         up, down = self.steps_of_parts(run, whole, step_size_up=self.up, step_size_down=self.down)
-        if not up or not down or up + down < 2:
-            what = f"finds that a cycle of {up:g} optimizer steps up and {down:g} down is too short to leave `base_lr`"
-            raise self.refusal(what, "Give a longer `step_size_up` and `step_size_down`.")
+        if not up or not down:
+            sizes = f"{self.up.amount:g} {self.up.unit} up and {self.down.amount:g} {self.down.unit} down"
+            what = f"finds that step sizes of {sizes} are less than one optimizer step"
+            raise self.refusal(what, "Give a longer `step_size_up`.")
         self.run.sizes = (up, down)
+        if up + down < 2:
+            rank_zero_warn(
+                f"{self.name}: a cycle of {up + down:g} optimizer steps is too short to leave `base_lr`. Give a "
+                "longer `step_size_up`."
+            )
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Set rate and momentum."""

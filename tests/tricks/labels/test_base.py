@@ -62,6 +62,7 @@ def test_it_is_a_copy_of_what_was_given():
         ([0.1 + 0j], r"`smoothing\[0\]`"),
         ([0.1, 1.0], r"`smoothing\[1\]` to be a number in \[0, 1\), but got 1.0"),
         ([-0.5, 0.1], r"`smoothing\[0\]` .* but got -0.5"),
+        ([1 - 1e-12], r"`smoothing\[0\]` .* but got 1.0"),  # as float32
         ([0.1, 0.2, float("nan")], r"`smoothing\[2\]` .* but got nan"),
     ],
 )
