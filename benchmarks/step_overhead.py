@@ -45,7 +45,7 @@ from lightning_speedups import (
     WarmupLRScaler,
 )
 from lightning_speedups.attach.run_length import raw_optimizers
-from lightning_speedups.attach.steps import OptimizerTrick
+from lightning_speedups.attach.steps import Driver, OptimizerTrick
 from lightning_speedups.measure.machine import machine_facts, versions
 
 ARMS = {
@@ -126,12 +126,12 @@ class Direct(Callback):
         if batch_idx != 1:
             return
         (optimizer,) = raw_optimizers(trainer)
-        driver = trainer.strategy.optimizer_step.driver
-        (trick,) = driver.tricks
+        driver = Driver.of(trainer)
+        (trick,) = driver.members
         before = list(trick.steps_done)
 
         def step():
-            driver.step(inner, optimizer)
+            driver.step(inner, optimizer, nothing)
             for hook in (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()):
                 hook(optimizer, (), {})
 

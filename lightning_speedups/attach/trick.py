@@ -70,7 +70,7 @@ class Trick(Callback):
 
     def is_active(self, trainer: Trainer) -> bool:
         """Tell whether the Trainer runs this trick: Lightning's tuners take the callbacks away for their trial runs."""
-        return self in callbacks_of(trainer)
+        return self in trainer.callbacks  # type: ignore[attr-defined]  # set undeclared; asked at every step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a run; refuse a Trainer of the other package."""

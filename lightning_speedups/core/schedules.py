@@ -13,13 +13,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
-from typing import Any, Literal, get_args
+from itertools import accumulate
+from typing import Any, Literal, TypeVar, get_args
 
 from lightning_speedups.core.arguments import check_choice, check_number
 
 Anneal = Literal["cos", "linear"]
 Shape = Callable[[float], float]
+Point = tuple[float, float]
+"""A learning rate, and the momentum that goes with it."""
+Value = TypeVar("Value")
 
 
 def ramp(step: int, steps: int, start: float, end: float) -> float:
@@ -209,7 +212,7 @@ def cosine_restarts(progress: float, end: float = 0.0, cycles: int = 4, growth: 
     return cosine((progress - bounds[cycle]) / (bounds[cycle + 1] - bounds[cycle]), end)
 
 
-def join(position: float, pieces: Sequence[tuple[float, Shape]]) -> float:
+def join(position: float, pieces: Sequence[tuple[float, Callable[[float], Value]]]) -> Value:
     """Lay shapes end to end; each sees its own progress, and past the last one the curve stays at its end.
 
     Args:
@@ -317,17 +320,19 @@ class OneCycle:
         start, peak = (first, self.max_momentum), (max_lr, self.base_momentum)
         end = (first / self.final_div_factor, self.max_momentum)
         rise = self.pct_start * total_steps - 1
+        pieces = [(rise, partial(self._between, start, peak)), (last - rise, partial(self._between, peak, end))]
         if self.three_phase:
-            lengths, corners = [rise, rise, last - 2 * rise], [start, peak, start, end]
-        else:
-            lengths, corners = [rise, last - rise], [start, peak, end]
-        rates, momenta = zip(*corners, strict=True)
-        return self._along(min(step, last), lengths, rates), self._along(min(step, last), lengths, momenta)
+            back = (rise, partial(self._between, peak, start))
+            pieces = [pieces[0], back, (last - 2 * rise, partial(self._between, start, end))]
+        return join(min(step, last), pieces)
 
-    def _along(self, step: float, lengths: Sequence[float], values: Sequence[float]) -> float:
-        """Go from each value to the next in one of the lengths."""
-        anneals = [partial(anneal_between, start, end, shape=self.anneal) for start, end in pairwise(values)]
-        return join(step, list(zip(lengths, anneals, strict=True)))
+    def _between(self, one: Point, other: Point, progress: float) -> Point:
+        """Go from one rate and momentum to another."""
+        (rate, momentum), (next_rate, next_momentum) = one, other
+        return (
+            anneal_between(rate, next_rate, progress, self.anneal),
+            anneal_between(momentum, next_momentum, progress, self.anneal),
+        )
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,11 @@ class Schedule(Steps):
     """What a checkpoint holds of a schedule.
 
     Attributes:
-        courses: How each optimizer's steps go along the curve: the values of its `Course`.
+        courses: How each optimizer's steps go along the curve.
         groups: How many groups each optimizer had when the schedule began.
     """
 
-    courses: list[list[Any]] = field(default_factory=list)
+    courses: list[Course] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
 
 
@@ -140,7 +140,7 @@ class ScheduleTrick(OptimizerTrick):
     @property
     def length(self) -> float:
         """Length of the curve, in its own steps: that of the run when it began."""
-        return Course(*self.saved.courses[0]).length + self.ends_before
+        return self.saved.courses[0].length + self.ends_before
 
     @property
     def state_key(self) -> str:
@@ -153,7 +153,7 @@ class ScheduleTrick(OptimizerTrick):
 
     def position(self, optimizer: int, step: int) -> float:
         """Return where the curve stands at a step of an optimizer, in the curve's own steps."""
-        return Course(*self.saved.courses[optimizer]).position(step)
+        return self.saved.courses[optimizer].position(step)
 
     def ratio(self, optimizer: int, group: int, values: Mapping[str, Any]) -> float:
         """Return the learning rate of a group that came later over the first group's; 1 for the others."""
@@ -227,7 +227,7 @@ class ScheduleTrick(OptimizerTrick):
         if not self.needs_length:
             return
         total = self.steps_of_run(run, self.total_steps, self.ways_out)
-        end, courses = total - self.ends_before, [Course(*course) for course in self.saved.courses]
+        end, courses = total - self.ends_before, self.saved.courses
         if len(courses) != len(run.optimizers):
             courses = [Course(end, end)] * len(run.optimizers)
         elif (before := courses[0].total) != end:
@@ -241,4 +241,13 @@ class ScheduleTrick(OptimizerTrick):
                 f"{self.name}: the checkpoint's run had {before + self.ends_before} optimizer steps, this one has "
                 f"{total}; {how}."
             )
-        self.saved.courses = [list(astuple(course)) for course in courses]
+        self.saved.courses = courses
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what checkpoints hold, of the courses their fields."""
+        return {**super().state_dict(), "courses": [list(astuple(course)) for course in self.saved.courses]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on along the checkpoint's courses."""
+        super().load_state_dict(state_dict)
+        self.saved.courses = [Course(*course) for course in state_dict["courses"]]

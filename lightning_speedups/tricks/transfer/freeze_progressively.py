@@ -57,10 +57,12 @@ class FreezeTimes(Freezing):
     Attributes:
         times: When each is frozen, as a fraction of the run.
         freeze_at: The same in optimizer steps.
+        optimizer_of: Index of the optimizer that has it; 0 of one that the user froze.
     """
 
     times: dict[str, float] = field(default_factory=dict)
     freeze_at: dict[str, int] = field(default_factory=dict)
+    optimizer_of: dict[str, int] = field(default_factory=dict)
 
 
 class FreezeProgressively(FreezingTrick):
@@ -154,6 +156,8 @@ class FreezeProgressively(FreezingTrick):
         times = freeze_times(len(names), self.start, self.until, self.power)
         self.run.times = dict(zip(names, times, strict=True))
         self.run.freeze_at = {name: max(1, round(time * steps)) for name, time in self.run.times.items()}
+        found = {layer.name: i for (i, _), layer in self.run.layer_of_group.items()}
+        self.run.optimizer_of = dict.fromkeys(self.run.freeze_at, 0) | found
         if min(self.run.freeze_at.values(), default=0) >= steps:
             rank_zero_warn(
                 f"{self.name}(start={self.start:g}) freezes no layer before the end of this run of {steps} optimizer "
@@ -163,13 +167,12 @@ class FreezeProgressively(FreezingTrick):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Freeze what it is time for; the steps done are the same on all ranks."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        done = dict.fromkeys(self.run.freeze_at, self.steps_done[0])  # also of a layer that the user froze
-        done |= {layer.name: self.steps_done[i] for (i, _), layer in self.run.layer_of_group.items()}
-        due = [name for name, at in self.run.freeze_at.items() if done[name] >= at]
+        done, optimizer_of = self.steps_done, self.run.optimizer_of
+        due = [name for name, at in self.run.freeze_at.items() if done[optimizer_of[name]] >= at]
         if self.freeze_only(trainer, pl_module, due):
             rank_zero_info(
-                f"{self.name}: after {done[due[-1]]} optimizer steps {len(due)} of {len(self.layers)} layers "
-                f"are frozen, up to {due[-1]!r}: {self.frozen_parameters:,} parameters."
+                f"{self.name}: after {done[optimizer_of[due[-1]]]} optimizer steps {len(due)} of {len(self.layers)} "
+                f"layers are frozen, up to {due[-1]!r}: {self.frozen_parameters:,} parameters."
             )
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
