@@ -456,7 +456,9 @@ class KeepsItsBatches(Classifier):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-@pytest.mark.parametrize(("strategy", "processes"), [("ddp_fork", 1), ("ddp_fork", 2), ("ddp_spawn", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "processes"), [("ddp_fork", 1), ("ddp_fork", 2), pytest.param("ddp_spawn", 2, marks=pytest.mark.slow)]
+)
 def test_processes_of_their_own_change_their_batches(strategy, processes, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tricks = [Linear(0.0, 99.0), MixupCallback(seed=0), WarmupLRScaler(scale=2.0, warmup_steps=1)]

@@ -191,6 +191,7 @@ def test_arguments_out_of_range_are_refused(arguments, told):
         LRRangeTest(**arguments)
 
 
+@pytest.mark.slow
 def test_it_needs_none_of_the_extras():
     code = """
 import sys

@@ -162,6 +162,7 @@ def test_a_comparison_from_end_to_end(tmp_path):
     assert result.table().row_count == 2
 
 
+@pytest.mark.slow
 def test_every_arm_trains():
     result = tiny(list(ARMS), seeds=1, samples=128, epochs=4)
     assert {run.arm for run in result.runs if run.complete} == set(ARMS)
@@ -171,6 +172,7 @@ def test_every_arm_trains():
 
 @pytest.mark.filterwarnings("ignore:CyclicMomentum. a cycle of 1.5 optimizer steps is too short")
 @pytest.mark.filterwarnings("ignore:FreezeBackboneFinetune thaws or freezes layers in epoch 1, but the run ends before")
+@pytest.mark.slow
 def test_every_arm_trains_a_timm_model():
     result = tiny(list(ARMS), seeds=1, samples=96, epochs=1, model="mobilenetv3_small_050")
     assert {run.arm for run in result.runs if run.complete} == set(ARMS)
