@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +85,8 @@ def build_network(name: str, data: ImageData, *, width: int | None = None, weigh
         return network
     from timm.models import get_pretrained_cfg
 
-    with as_compare_error("", ValueError, OSError, RuntimeError):
+    is_near = difflib.get_close_matches(name, [DEFAULT_MODEL], cutoff=0.9)
+    with as_compare_error(f"did you mean {DEFAULT_MODEL!r}? " * bool(is_near), ValueError, OSError, RuntimeError):
         described = get_pretrained_cfg(name)
         sized = {"img_size": (height, wide)} if described is not None and described.fixed_input_size else {}
         model: nn.Module = TransferClassifier(

@@ -40,6 +40,8 @@ def test_a_transformer_is_made_for_the_images():
 def test_unknown_model_gets_near_matches(data):
     with pytest.raises(CompareError, match=r"`model` .* but got 'resnet81'.*resnet18"):
         build_network("resnet81", data)
+    with pytest.raises(CompareError, match=r"did you mean 'convnet'.*'convnett'"):
+        build_network("convnett", data)
 
 
 def test_a_model_that_can_not_take_the_images_says_so(data):
