@@ -137,7 +137,11 @@ class Unloaded(Tensor):
         on_meta = {**kwargs, "device": torch.device("meta")} if kwargs.get("device") is not None else kwargs
         try:
             made = _call(func, args, on_meta, Tensor, _meta_of)
-        except RuntimeError as error:  # of which NotImplementedError is one
+        except NotImplementedError as error:  # an operation of which torch does not know what comes out
+            if {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags):
+                raise _MissingError(f"`{func}` needs them ({error})") from error
+            made = _call(func, args, kwargs, Unloaded, _zeros)
+        except RuntimeError as error:
             raise _MissingError(f"`{func}` needs them ({error})") from error
         if any(one._meta.shape != one.shape for one in missing):
             raise origin.error(f"`{func}` changes their shape in place")
@@ -215,6 +219,10 @@ def _check_writes(func: Any, given: Mapping[str, Any], origin: Origin) -> None:
 
 def _missing(values: Iterable[Any]) -> list[Unloaded]:
     return [value for value in values if isinstance(value, Unloaded) and value.loaded is None]
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).zero_()
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def test_what_is_to_be_shared_is():
     assert copies.twin.backbone is not module.backbone
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # of torch 2.11's compiler
 def test_a_compiled_module_is_copied_uncompiled():
     module = Classifier()
     compiled = torch.compile(module.head)
