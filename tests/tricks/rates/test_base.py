@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Adagrad, AdamW
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_speedups.tricks.rates.base import ScheduleTrick, entry, get_value
+from lightning_speedups.attach.steps import get_value
+from lightning_speedups.tricks.rates.base import ScheduleTrick, entry
 from zoo import (
     STOPS,
     Classifier,
