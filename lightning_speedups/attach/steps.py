@@ -225,6 +225,11 @@ class OptimizerTrick(Trick):
         super().on_train_epoch_start(trainer, pl_module)
         Driver.of(trainer).watch()
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if no step was seen."""
+        super().on_train_epoch_end(trainer, pl_module)
+        Driver.of(trainer).look_back()
+
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the values off and leave the driver."""
         super().undo(trainer, pl_module)
@@ -293,6 +298,7 @@ class Driver:
         self.watched: list[Optimizer] = []
         self.at_steps: list[Station] = []  # of those
         self.shown: list[Shown] = []
+        self.worked = False  # whether any has stepped in this epoch
         self.warned = False
 
     @staticmethod
@@ -331,6 +337,7 @@ class Driver:
         """Stand where the optimizers themselves step, which no step can miss: neither one that does not come through
         Lightning, nor that of a wrapper or of an optimizer that somebody has put in place of another.
         """
+        self.worked = False
         optimizers = raw_optimizers(self.trainer)
         if self.watched == optimizers:
             return
@@ -342,12 +349,25 @@ class Driver:
         for i, station in enumerate(self.at_steps):
             station.join(self, partial(self.work, i))
 
+    def look_back(self) -> None:
+        """Say so if an epoch has passed and no step was seen, as of optimizers with other methods than `step`."""
+        if not self.worked and not self.warned and self.watched and self.trainer.fit_loop.epoch_loop.batch_idx >= 0:
+            self.warned = True
+            rank_zero_warn(
+                f"{self.names} saw no step of an optimizer in a whole epoch, and so stood still. Steps are seen, and "
+                "counted, in the method `step` of the optimizers from `configure_optimizers`. Step there."
+            )
+
+    @property
+    def names(self) -> str:
+        """The members' names in messages."""
+        return ", ".join(type(member).__name__ for member in self.members)
+
     def take_over(self, optimizers: list[Optimizer]) -> None:
         """Let the members go on with optimizers that somebody has put in place of the run's own."""
         if len(optimizers) != len(self.watched):
-            names = ", ".join(type(member).__name__ for member in self.members)
             raise MisconfigurationException(
-                f"{names}: the Trainer's {len(self.watched)} optimizers became {len(optimizers)} in mid-run, and "
+                f"{self.names}: the Trainer's {len(self.watched)} optimizers became {len(optimizers)} in mid-run, and "
                 "nobody can say which goes on for which. Put as many in their place, or make them all in "
                 "`configure_optimizers`."
             )
@@ -377,6 +397,7 @@ class Driver:
         self, original: Callable[..., Any], optimizer: Optimizer, closure: Closure, *args: Any, **kwargs: Any
     ) -> Any:
         """Step, unless there is nothing to step."""
+        self.worked = True
         raw = getattr(optimizer, "_optimizer", optimizer)
         if self.watched and raw not in self.watched:
             self.watch()
@@ -389,6 +410,7 @@ class Driver:
         """Let an optimizer work with the values on its groups, and count the step."""
         if self.shown:  # one that calls its own step
             return original(*args, **kwargs)
+        self.worked = True
         optimizer = self.watched[i]
         members = [member for member in self.members if member.is_active(self.trainer)]
         if args and callable(args[0]):
@@ -467,11 +489,10 @@ class Driver:
                 taken.append(entry)
             elif not self.warned:
                 self.warned = True
-                names = ", ".join(type(member).__name__ for member in self.members)
                 rank_zero_warn(
-                    f"{names}: the optimizer itself, or one of its hooks, wrote `{key}` of a parameter group during "
-                    "`step`, where it holds the value of that step. What it wrote is the base value from now on: a "
-                    "factor would multiply up. Write it in a hook of the module or of a callback instead."
+                    f"{self.names}: the optimizer itself, or one of its hooks, wrote `{key}` of a parameter group "
+                    "during `step`, where it holds the value of that step. What it wrote is the base value from now "
+                    "on: a factor would multiply up. Write it in a hook of the module or of a callback instead."
                 )
         return taken
 

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlat
 from torch.utils.data import DataLoader
 
 from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder, split_groups
-from zoo import trainer
+from zoo import Wrapper, trainer
 
 BASE = 0.5
 APPROX = {"rel": 1e-9, "abs": 0.0}
@@ -835,7 +835,8 @@ class WithoutOptimizers(Probe):
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 def test_a_module_without_optimizers_trains_as_it_did():
     one, module = trainer(max_epochs=1, callbacks=[Times()]), WithoutOptimizers()
-    one.fit(module, data(3))
+    with pytest.warns(UserWarning, match="Times saw no step of an optimizer in a whole epoch, and so stood still"):
+        one.fit(module, data(3))
     assert module.weight[0].item() == -3.0
     assert patched(one) == set()
 
@@ -1005,20 +1006,6 @@ def test_split_groups_keep_torchs_own_checks():
 
 
 # ---- steps that torch's hooks do not see, and optimizers that change places
-
-
-class Wrapper(Optimizer):
-    """Around another optimizer, without torch's hooks: `Optimizer.__init__` never ran."""
-
-    def __init__(self, base):
-        self.base, self.param_groups, self.defaults = base, base.param_groups, base.defaults
-        self.state = base.state
-
-    def step(self, closure=None):
-        return self.base.step(closure)
-
-    def zero_grad(self, set_to_none=True):
-        self.base.zero_grad(set_to_none)
 
 
 class SharpnessAware(Wrapper):
@@ -1210,3 +1197,27 @@ def without_rate(kind):
 def test_an_optimizer_without_a_rate_is_refused_at_the_start(kind):
     with pytest.raises(MisconfigurationException, match=r"drives `lr`.* Give the optimizer a learning rate"):
         trainer(max_epochs=1, callbacks=[Times()]).fit(Probe(without_rate(kind)), data(1))
+
+
+class StepsElsewhere(TwoOptimizers):
+    """Manual optimization with optimizers that have methods of their own in place of `step`."""
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.weight.sum())
+        self.optimizers()[0].optimizer.update()
+
+
+class Updates(SGD):
+    def update(self):
+        with torch.no_grad():
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_epoch_without_a_step_is_told_once(epochs):
+    module = StepsElsewhere()
+    module.configure_optimizers = lambda: [Updates([module.weight], lr=BASE), Updates([module.other], lr=BASE)]
+    with pytest.warns(UserWarning, match="Times, Times saw no step") as told:
+        trainer(max_epochs=epochs, callbacks=[Times(), Times(state_key="other")]).fit(module, data(2))
+    assert sum("saw no step" in str(one.message) for one in told) == 1
