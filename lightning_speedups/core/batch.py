@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -200,7 +202,7 @@ def _is_store(part: Any, name: Any, inner: Any) -> bool:
 
 
 def say_places(batch: Any, most: int = 8) -> str:
-    """Return where tensors stand in a batch, for an error.
+    """Return where a batch has tensors, as the end of a sentence; nothing where none are found.
 
     Args:
         batch: As in [get_part][lightning_speedups.core.batch.get_part].
@@ -208,11 +210,11 @@ def say_places(batch: Any, most: int = 8) -> str:
 
     Example:
         >>> say_places([(Tensor(8, 3, 4, 4), Tensor(8))])
-        'the batch has tensors at (0, 0) of shape (8, 3, 4, 4), (0, 1) of shape (8,)'
+        ': the batch has tensors at (0, 0) of shape (8, 3, 4, 4), (0, 1) of shape (8,)'
     """
-    places = [*islice(places_of_tensors(batch), most + 1)]
-    said = [f"{place!r} of shape {tuple(tensor.shape)}" for place, tensor in places[:most] if place != ()]
-    return f"the batch has tensors at {', '.join(said)}{', …' * (len(places) > most)}" if said else "the batch has none"
+    places = [(place, tuple(one.shape)) for place, one in islice(places_of_tensors(batch), most + 1) if place != ()]
+    said = ", ".join(f"{place!r} of shape {shape}" for place, shape in places[:most])
+    return said and f": the batch has tensors at {said}{', …' * (len(places) > most)}"
 
 
 def seems_channels_last(shape: Sequence[int]) -> bool:
@@ -229,6 +231,53 @@ def seems_channels_last(shape: Sequence[int]) -> bool:
         return False
     shorter, longer = sorted(shape[-3:-1])
     return shorter > 4 and longer <= 4 * shorter
+
+
+def left_behind(
+    batch: Any, named: Iterable[Place], sides: Collection[Sequence[int]]
+) -> tuple[list[Place], list[Place]]:
+    """Return the places of what goes with the pixels of moved images and stays behind: maps of their size, and points.
+
+    Args:
+        batch: As in [get_part][lightning_speedups.core.batch.get_part].
+        named: The places of what is moved.
+        sides: Height and width of the images; more than one pair where they may differ.
+
+    Returns:
+        Places of tensors of three dimensions or more with such sides, and of boxes or points, by their names or types.
+
+    Example:
+        >>> batch = {"image": Tensor(8, 3, 16, 16), "mask": Tensor(8, 16, 16), "boxes": Tensor(8, 2, 4), "y": Tensor(8)}
+        >>> left_behind(batch, ["image"], [(16, 16)])
+        (['mask'], ['boxes'])
+    """
+    known = set()
+    for place in named:
+        with suppress(LookupError):
+            known.add(id(get_part(batch, place)))  # there may be several ways to one part
+    rest = [(place, one) for place, one in places_of_tensors(batch) if id(one) not in known]
+    maps = [place for place, one in rest if one.ndim > 2 and tuple(one.shape[-2:]) in sides]
+    return maps, [place for place, one in rest if one.ndim > 1 and one.shape[-1] < 6 and _are_points(place, one)]
+
+
+def _are_points(place: Place, part: Tensor) -> bool:
+    names = str(path_of(place)[-1:]), type(part).__name__
+    return any(re.search(r"(box(es)?|key_?points?|landmarks?)\W*$", name, re.IGNORECASE) for name in names)
+
+
+def is_map_of(images: Sequence[int], shape: Sequence[int]) -> bool:
+    """Tell whether what has a shape may be a map of images, of their size or another with the same proportions.
+
+    Args:
+        images: The images' shape, ``(N, ..., H, W)``.
+        shape: ``(N, ..., h, w)``.
+
+    Example:
+        >>> [is_map_of((8, 3, 32, 48), shape) for shape in [(8, 32, 48), (8, 5, 8, 12), (8, 5, 10)]]
+        [True, True, False]
+    """
+    (height, width), (rows, columns) = images[-2:], shape[-2:]
+    return abs(rows * width - columns * height) < max(height, width)  # within a pixel
 
 
 def replace_part(batch: Any, place: Place, value: Any) -> Any:
@@ -299,7 +348,7 @@ def _write(batch: Any, way: Way, part: Any) -> None:
         batch[step] = part
         return
     try:
-        setattr(batch, step, part)
+        batch.__setattr__(step, part)
     except Exception:  # as of a frozen dataclass
         object.__setattr__(batch, step, part)
 
