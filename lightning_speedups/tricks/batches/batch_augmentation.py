@@ -46,6 +46,7 @@ class BatchAugmentation(SeededBatchTrick):
 
     When not to use it: images whose meaning mirroring changes, such as digits and text (``flip=None``); loaders whose
     workers augment while the device is busy, which costs nothing; boxes or keypoints, which it does not move.
+    It warns of those in the first batch, and of maps that nobody named.
 
     Args:
         crop: How far an image may move in each direction, in pixels, 0 or more and below its sides; 0: no crop.
@@ -62,8 +63,9 @@ class BatchAugmentation(SeededBatchTrick):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: If the batch has no such parts, if images are too small, if the alternating flip
-            cannot know the samples, or if ``training_step`` fetches its own batches.
+        MisconfigurationException: If the batch has no such parts, if its container cannot be copied and changed, if
+            images are too small or have their channels last, if the alternating flip cannot know the samples, or if
+            ``training_step`` fetches its own batches.
 
     Source:
         Jordan, arXiv:2404.00498.

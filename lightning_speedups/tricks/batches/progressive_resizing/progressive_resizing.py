@@ -117,7 +117,8 @@ class ProgressiveResizing(BatchTrick):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At fit start, if the length of the run is unknown, if the batch has no such parts, if
-            the model does not take the sizes, or if the loader cannot do what was asked of it.
+            images have their channels last, if the model does not take the sizes, or if the loader cannot do what was
+            asked of it.
 
     Source:
         Tan & Le, arXiv:2104.00298 (growth, regularisation); Touvron et al., arXiv:1906.06423 (statistics depend on the
