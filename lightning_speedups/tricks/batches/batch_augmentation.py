@@ -94,9 +94,9 @@ class BatchAugmentation(SeededBatchTrick):
         check_choice("flip", flip, ("random", "alternating"), optional=True)
         check_place("inputs", inputs)
         self.maps = () if maps in (None, []) else check_places("maps", maps, inputs=inputs)
+        self.pixels = {} if crop == 0 and flip is None else {"inputs": (inputs,), "maps": self.maps}
         self.crop, self.padding, self.flip, self.ignore_index = int(crop), padding, flip, int(ignore_index)
         self.inputs = inputs
-        self.pixels = {} if crop == 0 and flip is None else {"inputs": (inputs,), "maps": self.maps}
         self._loader = LoaderGrip(self, name=f'{self.name}(flip="alternating")')
         if flip == "alternating":  # which must know the samples
             self.grips = (self._loader,)
