@@ -1,10 +1,11 @@
-"""Frozen modules: no gradient, no running statistics that move, and all of it given back as it was."""
+"""Frozen modules: no gradient, no running statistics that move, no dropout, and all of it given back as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from itertools import chain
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_speedups.modules.layers import is_norm
 
@@ -12,8 +13,8 @@ from lightning_speedups.modules.layers import is_norm
 class Frozen:
     """Freezes modules as long as it is not undone.
 
-    Their parameters need no gradient and have none left from before. Norms, and whatever else keeps buffers, stay in
-    eval mode after every ``.train()``.
+    Their parameters need no gradient and have none left from before. They stay in eval mode after every ``.train()``,
+    but for recurrent ones, through which cuDNN has no way back in that mode.
 
     Args:
         modules: What to freeze, without the modules' children.
@@ -29,7 +30,7 @@ class Frozen:
         (True, True)
     """
 
-    def __init__(self, modules: Iterable[nn.Module], train_norm: bool = False) -> None:
+    def __init__(self, modules: Iterable[nn.Module] = (), train_norm: bool = False) -> None:
         self.parameters: list[nn.Parameter] = []
         self._in_eval: list[_StaysInEval] = []
         for module in modules:
@@ -40,7 +41,7 @@ class Frozen:
                     parameter.requires_grad_(False)
                     parameter.grad = None  # an optimizer would go on stepping with it
                     self.parameters.append(parameter)
-            if is_norm(module) or any(True for _ in module.buffers(recurse=False)):
+            if not isinstance(module, nn.RNNBase):
                 self._in_eval.append(_StaysInEval(module))
 
     def undo(self) -> None:
@@ -52,10 +53,44 @@ class Frozen:
         self.parameters, self._in_eval = [], []
 
 
+def frozen_around(root: nn.Module, frozen: Set[nn.Module]) -> list[nn.Module]:
+    """Return the modules that hold no tensors themselves and belong to what is frozen, as containers and dropouts do.
+
+    All that is in them is frozen, or they are in such a module; or they hold nothing at all and stand, in the order in
+    which modules were registered, between two that are frozen.
+
+    Args:
+        root: Where to look.
+        frozen: The modules in it that are frozen and hold parameters or buffers themselves.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
+        >>> [module is net[1] for module in frozen_around(net, {net[0], net[2]})]
+        [True]
+        >>> len(frozen_around(net, {net[0], net[2], net[4]}))  # with the other dropout and the net itself
+        3
+    """
+    holders = {module for module in root.modules() if any(True for _ in _held(module))}
+    inner = {module: holders.intersection(module.modules()) for module in root.modules()}
+    found = {part for module, held in inner.items() if held and held <= frozen for part in module.modules()}
+    last_is_frozen, between = False, list[nn.Module]()
+    for module, held in inner.items():
+        if module in holders:
+            found.update(between if last_is_frozen and module in frozen else ())
+            last_is_frozen, between = module in frozen, []
+        elif not held:
+            between.append(module)
+    return [module for module in inner if module in found - holders]
+
+
+def _held(module: nn.Module) -> Iterable[Tensor]:
+    return chain(module.parameters(recurse=False), module.buffers(recurse=False))
+
+
 class _StaysInEval:
     """Stands in for the ``train`` method of a frozen module, so that no ``model.train()`` moves its statistics.
 
-    Its children go with the call: they may be of the head, or dropouts.
+    Its children go with the call: they may be of the head.
     """
 
     def __init__(self, module: nn.Module) -> None:

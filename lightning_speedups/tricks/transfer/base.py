@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_speedups.attach.run_length import raw_optimizers
@@ -15,8 +17,9 @@ from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
 from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs
-from lightning_speedups.modules.freezing import Frozen
+from lightning_speedups.modules.freezing import Frozen, frozen_around
 from lightning_speedups.modules.layers import (
+    HEAD,
     Layer,
     find_timm_network,
     is_norm,
@@ -49,16 +52,26 @@ class Freezing:
     """What else belongs to a run of a trick that freezes.
 
     Attributes:
+        roots: The modules that the backbone consists of, with a timm model's classifier.
         layers: The backbone's layers, from its input on.
         layer_of_group: Those that have a parameter group, by the indices of optimizer and group.
-        frozen: Those that are frozen now, by name.
+        sizes_before: Sizes of the parameter groups in the checkpoint, optimizer by optimizer; None without one.
+        made_with_state: Ids of the parameters of which optimizers made a state when they were made themselves.
+        frozen: Those layers that are frozen now, by name.
+        around: What has no tensors and is frozen with them.
+        training: Of each group with something frozen, the parameters it has and those of them that train.
         pairs: Convolutions and their norms in the backbone; None before they were looked for.
         folded: Those that are folded now.
     """
 
+    roots: list[nn.Module] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     layer_of_group: dict[tuple[int, int], Layer] = field(default_factory=dict)
+    sizes_before: list[list[int]] | None = None
+    made_with_state: set[int] = field(default_factory=set)
     frozen: dict[str, Frozen] = field(default_factory=dict)
+    around: Frozen = field(default_factory=Frozen)
+    training: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
     pairs: list[Pair] | None = None
     folded: FoldedNorms = field(default_factory=lambda: FoldedNorms([]))
 
@@ -108,9 +121,10 @@ class FreezingTrick(OptimizerTrick):
     def find_layers(self, pl_module: LightningModule) -> list[Layer]:
         """Return the backbone's layers, from its input on."""
         try:
-            return find_layers(pl_module, self.backbone)
+            self.run.roots, heads = find_backbone(pl_module, self.backbone)
         except NoBackboneError as error:
             raise self.refusal(*error.args, backbone=self.backbone) from error
+        return find_layers(pl_module, self.run.roots, heads)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the optimizer driver."""
@@ -133,16 +147,35 @@ class FreezingTrick(OptimizerTrick):
     def settle_courses(self, pl_module: LightningModule) -> None:
         """Settle what the layers do when."""
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the parameter groups of a run that may have had no such trick."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self.run.sizes_before = [_sizes(state["param_groups"]) for state in checkpoint.get("optimizer_states", ())]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that nobody else freezes the layers, and that the optimizers have them in groups of their own."""
+        """Check that nobody else freezes the layers, and that the optimizers have them in groups of their own; warn of
+        parameters that are elsewhere too.
+        """
         super().on_fit_start(trainer, pl_module)
+        optimizers = raw_optimizers(trainer)
+        sizes = [_sizes(optimizer.param_groups) for optimizer in optimizers]
+        if not self.resumed and self.run.sizes_before not in (None, sizes):
+            what = "has the layers in parameter groups of their own, which those in the checkpoint do not fit"
+            raise self.refusal(what, f"Resume without {self.name}, or load the weights alone, without `ckpt_path`.")
+        # A state that is there before anything was loaded or stepped.
+        self.run.made_with_state = {id(p) for optimizer in optimizers for p, state in optimizer.state.items() if state}
         layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
         for other in callbacks_of(trainer):
             others = other.layers if isinstance(other, FreezingTrick) and other is not self else []
             if any(id(parameter) in layer_of for layer in others for parameter in layer.parameters()):
                 what = f"and {type(other).__name__} both freeze the same layers"
                 raise self.refusal(what, "Use one of them, or give them different backbones.")
-        self._settle_layer_of_group(layer_of, raw_optimizers(trainer))
+        self._settle_layer_of_group(layer_of, optimizers)
+        if tied := self._tied(pl_module):
+            rank_zero_warn(
+                f"{self.name} freezes, thaws and paces {', '.join(tied)}. Give it a parameter of its own if it shall "
+                "train by itself."
+            )
 
     def _settle_layer_of_group(self, layer_of: dict[int, Layer], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         lacking = {id(p) for layer in self.layers for p in layer.parameters() if p.requires_grad}
@@ -162,6 +195,19 @@ class FreezingTrick(OptimizerTrick):
             what = f"finds that {len(lacking)} of the backbone's trainable parameters are in no optimizer"
             raise self.refusal(what, "Give it all parameters, and leave the freezing to this callback.")
 
+    def _tied(self, pl_module: LightningModule) -> list[str]:
+        """Return in words which parameters of a layer are in the head, or in a layer that goes apart, as well."""
+        group_of = {module: self.group_label(layer) for layer in self.layers for module in layer.modules}
+        first: dict[int, tuple[str, str]] = {}
+        tied = []
+        places = {name: (group_of.get(owner, HEAD), owner) for name, owner in owners(pl_module).items()}
+        for name, (group, owner) in sorted(places.items(), key=lambda place: place[1][0] == HEAD):
+            tensor = getattr(owner, name.rpartition(".")[2])
+            group_before, before = first.setdefault(id(tensor), (group, name))
+            if group != group_before and tensor.requires_grad:
+                tied.append(f"`{name}` as it does `{before}`, which is the same parameter")
+        return tied
+
     def require_training(self, pl_module: LightningModule, frozen: Collection[str], when: str, way_out: str) -> None:
         """Refuse to freeze all that there is, before the time for it comes.
 
@@ -175,6 +221,8 @@ class FreezingTrick(OptimizerTrick):
         resting = (module for module in modules if not (self.train_norm and is_norm(module)))
         parameters = {id(parameter) for module in resting for parameter in module.parameters(recurse=False)}
         if parameters.issuperset(id(p) for p in pl_module.parameters() if p.requires_grad):
+            if self.backbone is not None and find_timm_network(pl_module)[0] in self.run.roots:
+                way_out += " `backbone=None` is a timm model without its classifier."
             raise self.refusal(f"would freeze every parameter{when}: nothing is left to train", way_out)
 
     def freeze_only(self, trainer: Trainer, pl_module: LightningModule, names: Collection[str]) -> bool:
@@ -182,19 +230,39 @@ class FreezingTrick(OptimizerTrick):
         if set(names) == set(self.run.frozen):
             return False
         self.run.folded.undo()
+        self.run.around.undo()
         with rewrapped(trainer, pl_module):
             for layer in self.layers:
                 if layer.name in names and layer.name not in self.run.frozen:
                     frozen = self.run.frozen[layer.name] = Frozen(layer.modules, self.train_norm)
-                    forget_state(raw_optimizers(trainer), frozen.parameters)
+                    forgotten = [p for p in frozen.parameters if id(p) not in self.run.made_with_state]
+                    forget_state(raw_optimizers(trainer), forgotten)
                 elif layer.name not in names and layer.name in self.run.frozen:
                     self.run.frozen.pop(layer.name).undo()
             if not any(parameter.requires_grad for parameter in pl_module.parameters()):
                 what = "froze every parameter: nothing is left to train"
                 raise self.refusal(what, "`backbone` must not contain the head.")
+        frozen_now = {module for layer in self.layers if layer.name in names for module in layer.modules}
+        around = chain.from_iterable(frozen_around(root, frozen_now) for root in self.run.roots)
+        self.run.around = Frozen(around, self.train_norm)
+        self._settle_training(raw_optimizers(trainer))
         if self.fold and not self.train_norm and self.run.frozen:
             self._fold(trainer, pl_module)
         return True
+
+    def _settle_training(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        frozen = {id(parameter) for one in self.run.frozen.values() for parameter in one.parameters}
+        self.run.training = {}
+        for i, optimizer in enumerate(optimizers):
+            for g, params in enumerate(group["params"] for group in optimizer.param_groups):
+                if not frozen.isdisjoint(map(id, params)):
+                    self.run.training[i, g] = params, [parameter for parameter in params if parameter.requires_grad]
+
+    def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Show the optimizer only what trains: some move parameters that have no gradient."""
+        shown = super().values_now(optimizer, group, values)
+        params, training = self.run.training.get((optimizer, group), (None, []))
+        return shown if params is None or params is not values["params"] else {**shown, "params": training}
 
     def rests(self, optimizer: torch.optim.Optimizer) -> bool:
         """Tell whether all of an optimizer's parameters are frozen."""
@@ -224,29 +292,32 @@ class FreezingTrick(OptimizerTrick):
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was handed in."""
         self.run.folded.undo()
+        self.run.around.undo()
         for frozen in self.run.frozen.values():
             frozen.undo()
         super().undo(trainer, pl_module)
 
 
-def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> None:
     """Free what optimizers remember of parameters; when these train again, they start anew.
 
     Args:
-        optimizers: Torch's optimizers.
+        optimizers: Torch's optimizers, of those that make a state in a step and not once, when they are made.
         parameters: The parameters.
     """
-    parameters = list(parameters)
     for optimizer in optimizers:
-        if not isinstance(optimizer, torch.optim.Adagrad):  # which makes its state when it is made, and never again
-            for parameter in parameters:
-                optimizer.state.pop(parameter, None)
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
 
 
-def find_layers(module: nn.Module, backbone: str | Callable[[Any], Any] | None) -> list[Layer]:
-    """Return the layers of a backbone, from its input on.
+def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
 
-    timm's models say themselves what their layers are; of others each child is one; several modules are one each.
+
+def find_backbone(
+    module: nn.Module, backbone: str | Callable[[Any], Any] | None
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the modules that a backbone consists of, and what in them is left out of it.
 
     Args:
         module: The module that trains.
@@ -255,13 +326,25 @@ def find_layers(module: nn.Module, backbone: str | Callable[[Any], Any] | None) 
 
     Raises:
         NoBackboneError: If there is no such thing.
+    """
+    return _timm_model(module) if backbone is None else (_picked(module, backbone), [])
+
+
+def find_layers(module: nn.Module, roots: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> list[Layer]:
+    """Return the layers of a backbone, from its input on.
+
+    timm's models say themselves what their layers are; of others each child is one; several modules are one each.
+
+    Args:
+        module: The module that trains.
+        roots: The modules in it that the backbone consists of.
+        heads: What in a single one is left out.
 
     Example:
         >>> net = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), "head": nn.ReLU()})
-        >>> [layer.name for layer in find_layers(net, "backbone")]
+        >>> [layer.name for layer in find_layers(net, *find_backbone(net, "backbone"))]
         ['0', '1']
     """
-    roots, heads = _timm_model(module) if backbone is None else (_picked(module, backbone), [])
     if len(roots) == 1:
         return _layers(roots[0], heads)
     paths = {inner: path for path, inner in module.named_modules()}
