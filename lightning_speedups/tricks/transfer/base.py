@@ -19,13 +19,13 @@ from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
 from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs
 from lightning_speedups.modules.freezing import Frozen, frozen_around
 from lightning_speedups.modules.layers import (
-    HEAD,
     Layer,
     find_timm_network,
     is_norm,
     layers_by_child,
     layers_by_number,
     owners,
+    tied_parameters,
     unreserved,
 )
 
@@ -171,10 +171,11 @@ class FreezingTrick(OptimizerTrick):
                 what = f"and {type(other).__name__} both freeze the same layers"
                 raise self.refusal(what, "Use one of them, or give them different backbones.")
         self._settle_layer_of_group(layer_of, optimizers)
-        if tied := self._tied(pl_module):
+        group_of = {module: self.group_label(layer) for layer in self.layers for module in layer.modules}
+        for name, same in tied_parameters(pl_module, group_of):
             rank_zero_warn(
-                f"{self.name} freezes, thaws and paces {', '.join(tied)}. Give it a parameter of its own if it shall "
-                "train by itself."
+                f"{self.name} freezes, thaws and paces `{name}` with `{same}`, which is the same parameter. Give it one "
+                "of its own if it shall train by itself."
             )
 
     def _settle_layer_of_group(self, layer_of: dict[int, Layer], optimizers: Iterable[torch.optim.Optimizer]) -> None:
@@ -194,19 +195,6 @@ class FreezingTrick(OptimizerTrick):
         if lacking:
             what = f"finds that {len(lacking)} of the backbone's trainable parameters are in no optimizer"
             raise self.refusal(what, "Give it all parameters, and leave the freezing to this callback.")
-
-    def _tied(self, pl_module: LightningModule) -> list[str]:
-        """Return in words which parameters of a layer are in the head, or in a layer that goes apart, as well."""
-        group_of = {module: self.group_label(layer) for layer in self.layers for module in layer.modules}
-        first: dict[int, tuple[str, str]] = {}
-        tied = []
-        places = {name: (group_of.get(owner, HEAD), owner) for name, owner in owners(pl_module).items()}
-        for name, (group, owner) in sorted(places.items(), key=lambda place: place[1][0] == HEAD):
-            tensor = getattr(owner, name.rpartition(".")[2])
-            group_before, before = first.setdefault(id(tensor), (group, name))
-            if group != group_before and tensor.requires_grad:
-                tied.append(f"`{name}` as it does `{before}`, which is the same parameter")
-        return tied
 
     def require_training(self, pl_module: LightningModule, frozen: Collection[str], when: str, way_out: str) -> None:
         """Refuse to freeze all that there is, before the time for it comes.

@@ -84,11 +84,15 @@ class FreezeBackboneFinetune(FreezingTrick):
     """Freezes a backbone for the first epochs, then trains it too, its layers at fractions of the learning rate.
 
     Frozen means frozen: no gradient, no graph up to the first layer that trains, weights and running statistics equal
-    to the bit, norms (and whatever else keeps buffers) in eval mode after every ``.train()``, no optimizer state.
+    to the bit whatever the optimizer does, eval mode after every ``.train()`` (no dropout, no stochastic depth; but for
+    recurrent layers), no optimizer state, unless the optimizer makes that once and for all.
     Frozen convolutions take the BatchNorm behind them in for that time; checkpoints hold the weights as they are.
     Optimizers are built with the backbone in parameter groups of its own from the start, so no scheduler or checkpoint
     ever sees a group appear. DDP is re-wrapped when layers move: frozen parameters cost no communication, and ranks
     stay equal. ``configure_optimizers`` gives all parameters to the optimizer, as without this callback.
+
+    Where nothing outside the backbone trains, its last layer takes the head's place: it trains at its own rate, and the
+    schedule must name it. Parameters that a frozen layer shares with the head are warned of.
 
     Layers are timm's own (``"stem"``, ``"layer1"``, … of a ResNet, ``"blocks.0"``, … of a ViT), or the children of a
     backbone that calls them one after the other; an error about a name lists them. Layers that always do the same share
@@ -113,7 +117,7 @@ class FreezeBackboneFinetune(FreezingTrick):
             text like ``"1 epochs"``.
         schedule: Which layers begin to train in which epoch, such as ``{0: "head", 2: "layer4", 4: ["layer3",
             "layer2"]}``; a path means all layers under it, ``"all"`` all. What is never named stays frozen.
-        refreeze: Which of them stop again, in the same form; their optimizer state is forgotten.
+        refreeze: Which of them stop again, in the same form.
         gradual: Thaw one layer after the other, from the last one down: True: by epochs;
             [Plateau][lightning_speedups.core.plateau.Plateau]``("val_loss")``: when that logged metric has not
             improved, not before ``unfreeze_at_epoch``.

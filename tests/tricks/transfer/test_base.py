@@ -384,7 +384,7 @@ def words():
     ],
 )
 def test_a_head_that_shares_a_weight_with_a_frozen_layer_is_warned_of(make):
-    with pytest.warns(UserWarning, match="`head.weight` as it does `backbone.0.weight`, which is the same parameter"):
+    with pytest.warns(UserWarning, match="`head.weight` with `backbone.0.weight`, which is the same parameter"):
         trainer(callbacks=[make()], max_epochs=4).fit(Language(), words())
 
 
@@ -396,7 +396,7 @@ def test_layers_that_share_a_weight_are_warned_of_if_they_go_apart():
             self.backbone[2].weight = self.backbone[1].weight
 
     trainer(callbacks=[FreezeBackboneFinetune()]).fit(Within(), words())
-    with pytest.warns(UserWarning, match="`backbone.2.weight` as it does `backbone.1.weight`"):
+    with pytest.warns(UserWarning, match="`backbone.2.weight` with `backbone.1.weight`"):
         trainer(callbacks=[FreezeBackboneFinetune(schedule={1: "2", 2: "all"})]).fit(Within(), words())
 
 
