@@ -174,8 +174,8 @@ class FreezingTrick(OptimizerTrick):
         group_of = {module: self.group_label(layer) for layer in self.layers for module in layer.modules}
         for name, same in tied_parameters(pl_module, group_of):
             rank_zero_warn(
-                f"{self.name} freezes, thaws and paces `{name}` with `{same}`, which is the same parameter. Give it one "
-                "of its own if it shall train by itself."
+                f"{self.name} freezes, thaws and paces `{name}` with `{same}`, which is the same parameter. Give it "
+                "one of its own if it shall train by itself."
             )
 
     def _settle_layer_of_group(self, layer_of: dict[int, Layer], optimizers: Iterable[torch.optim.Optimizer]) -> None:
