@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Set
 from itertools import chain
 
@@ -53,23 +54,35 @@ class Frozen:
         self.parameters, self._in_eval = [], []
 
 
-def frozen_around(root: nn.Module, frozen: Set[nn.Module]) -> list[nn.Module]:
+def frozen_around(module: nn.Module, roots: Iterable[nn.Module], frozen: Set[nn.Module]) -> list[nn.Module]:
     """Return the modules that hold no tensors themselves and belong to what is frozen, as containers and dropouts do.
 
     All that is in them is frozen, or they are in such a module; or they hold nothing at all and stand, in the order in
-    which modules were registered, between two that are frozen.
+    which modules were registered, between two that are frozen. What is also in a module that trains is none of them.
 
     Args:
-        root: Where to look.
-        frozen: The modules in it that are frozen and hold parameters or buffers themselves.
+        module: The whole.
+        roots: Where in it to look.
+        frozen: The modules in these that are frozen and hold parameters or buffers themselves.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
-        >>> [module is net[1] for module in frozen_around(net, {net[0], net[2]})]
+        >>> [part is net[1] for part in frozen_around(net, [net], {net[0], net[2]})]
         [True]
-        >>> len(frozen_around(net, {net[0], net[2], net[4]}))  # with the other dropout and the net itself
+        >>> len(frozen_around(net, [net], {net[0], net[2], net[4]}))  # with the other dropout and the net itself
         3
     """
+    found = {part: None for root in roots for part in _frozen_in(root, frozen)}
+    parents = defaultdict[nn.Module, list[nn.Module]](list)
+    for parent in module.modules():
+        for child in parent.children():
+            parents[child].append(parent)
+    shared = (part for part in found if len(parents[part]) > 1 and not {*found, *frozen}.issuperset(parents[part]))
+    trains = {inner for part in shared for inner in part.modules()}
+    return [part for part in found if part not in trains]
+
+
+def _frozen_in(root: nn.Module, frozen: Set[nn.Module]) -> list[nn.Module]:
     holders = {module for module in root.modules() if any(True for _ in _held(module))}
     inner = {module: holders.intersection(module.modules()) for module in root.modules()}
     found = {part for module, held in inner.items() if held and held <= frozen for part in module.modules()}

@@ -129,9 +129,20 @@ def test_what_has_no_tensors_rests_in_and_between_what_is_frozen(frozen, expecte
     net.first, net.a, net.drop, net.b = nn.Dropout(), nn.Linear(2, 2), nn.Dropout(), Attends()
     net.more, net.c, net.end = nn.Sequential(nn.Dropout()), nn.BatchNorm1d(2, affine=False), nn.Dropout()
     parts = {"a": net.a, "b.0": net.b.layers[0], "b.1": net.b.layers[1][2], "c": net.c}
-    found = frozen_around(net, {parts[name] for name in frozen.split()})
+    found = frozen_around(net, [net], {parts[name] for name in frozen.split()})
     assert [name for name, module in net.named_modules() if module in found] == expected.split()
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("shared", [nn.Dropout, lambda: nn.Sequential(nn.ReLU(), nn.Dropout())])
+def test_a_dropout_that_several_layers_share_rests_with_the_last_of_them(shared):
+    drop, layers = shared(), [nn.Linear(2, 2) for _ in range(3)]
+    net = nn.Sequential(
+        nn.Sequential(*(nn.Sequential(layer, drop) for layer in layers[:2])), nn.Sequential(layers[2], drop)
+    )
+    assert frozen_around(net, [net[0]], {layers[0]}) == [net[0][0]]
+    assert frozen_around(net, [net[0]], {*layers[:2]}) == [net[0], net[0][0], net[0][1]]
+    assert {*frozen_around(net, [net], {*layers})} == {*net.modules()} - {*layers}
 
 
 def test_a_module_is_frozen_without_its_children(net):

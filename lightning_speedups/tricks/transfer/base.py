@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -150,7 +149,9 @@ class FreezingTrick(OptimizerTrick):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note the parameter groups of a run that may have had no such trick."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        self.run.sizes_before = [_sizes(state["param_groups"]) for state in checkpoint.get("optimizer_states", ())]
+        states = checkpoint.get("optimizer_states", ())
+        if all("param_groups" in state for state in states):
+            self.run.sizes_before = [_sizes(state["param_groups"]) for state in states]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that nobody else freezes the layers, and that the optimizers have them in groups of their own; warn of
@@ -231,8 +232,7 @@ class FreezingTrick(OptimizerTrick):
                 what = "froze every parameter: nothing is left to train"
                 raise self.refusal(what, "`backbone` must not contain the head.")
         frozen_now = {module for layer in self.layers if layer.name in names for module in layer.modules}
-        around = chain.from_iterable(frozen_around(root, frozen_now) for root in self.run.roots)
-        self.run.around = Frozen(around, self.train_norm)
+        self.run.around = Frozen(frozen_around(pl_module, self.run.roots, frozen_now), self.train_norm)
         self._settle_training(raw_optimizers(trainer))
         if self.fold and not self.train_norm and self.run.frozen:
             self._fold(trainer, pl_module)
