@@ -158,20 +158,16 @@ class FreezingTrick(OptimizerTrick):
         parameters that are elsewhere too.
         """
         super().on_fit_start(trainer, pl_module)
-        optimizers = raw_optimizers(trainer)
-        sizes = [_sizes(optimizer.param_groups) for optimizer in optimizers]
+        sizes = [_sizes(optimizer.param_groups) for optimizer in raw_optimizers(trainer)]
         if not self.resumed and self.run.sizes_before not in (None, sizes):
             what = "has the layers in parameter groups of their own, which those in the checkpoint do not fit"
             raise self.refusal(what, f"Resume without {self.name}, or load the weights alone, without `ckpt_path`.")
-        # A state that is there before anything was loaded or stepped.
-        self.run.made_with_state = {id(p) for optimizer in optimizers for p, state in optimizer.state.items() if state}
         layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
         for other in callbacks_of(trainer):
             others = other.layers if isinstance(other, FreezingTrick) and other is not self else []
             if any(id(parameter) in layer_of for layer in others for parameter in layer.parameters()):
                 what = f"and {type(other).__name__} both freeze the same layers"
                 raise self.refusal(what, "Use one of them, or give them different backbones.")
-        self._settle_layer_of_group(layer_of, optimizers)
         group_of = {module: self.group_label(layer) for layer in self.layers for module in layer.modules}
         for name, same in tied_parameters(pl_module, group_of):
             rank_zero_warn(
@@ -179,9 +175,20 @@ class FreezingTrick(OptimizerTrick):
                 "one of its own if it shall train by itself."
             )
 
+    def meet(self, trainer: Trainer) -> None:
+        """Find the layers in the optimizers' groups."""
+        super().meet(trainer)
+        layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
+        optimizers = raw_optimizers(trainer)
+        self._settle_layer_of_group(layer_of, optimizers)
+        self._settle_training(optimizers)
+        # A state that is there before anything was loaded or stepped.
+        self.run.made_with_state = {id(p) for optimizer in optimizers for p, state in optimizer.state.items() if state}
+
     def _settle_layer_of_group(self, layer_of: dict[int, Layer], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         lacking = {id(p) for layer in self.layers for p in layer.parameters() if p.requires_grad}
-        if not lacking:
+        self.run.layer_of_group.clear()
+        if not lacking and not self.run.frozen:  # which are what it froze itself, in mid-run
             what = "finds that no parameter of the backbone can be trained at all"
             raise self.refusal(what, "Leave the freezing to this callback.")
         for i, optimizer in enumerate(optimizers):

@@ -288,6 +288,23 @@ def test_layers_that_freeze_on_the_way_shrink_no_further(cls):
     torch.testing.assert_close(module.heads[-1], module.heads[0] * 0.9**7)
 
 
+def test_an_optimizer_that_takes_the_place_of_another_leaves_it_alone_too():
+    class Swaps(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.optimizers = [MakesStateAtOnce(pl_module.parameters(), 0.1)]
+            elif trainer.current_epoch == 2:
+                trainer.optimizers = [Shrinks(pl_module.parameters(), 0.1)]
+
+    module = WithOptimizer(partial(Shrinks, lr=0.2))
+    start = weights(module.backbone)
+    trainer(callbacks=[FreezeBackboneFinetune(unfreeze_at_epoch=3), Swaps()], max_epochs=4).fit(module, loader(16))
+    for frozen in module.after[:6]:
+        assert_same_weights(start, frozen)
+    torch.testing.assert_close(module.after[-1]["1.weight"], start["1.weight"] * 0.9**2)
+    torch.testing.assert_close(module.heads[-1], module.heads[3] * 0.9**4)
+
+
 def test_what_the_user_froze_elsewhere_is_left_to_the_optimizer():
     module = WithOptimizer(partial(Shrinks, lr=0.1))
     module.backbone[1].weight.requires_grad_(False)
