@@ -58,7 +58,7 @@ class Freezing:
         made_with_state: Ids of the parameters of which optimizers made a state when they were made themselves.
         frozen: Those layers that are frozen now, by name.
         around: What has no tensors and is frozen with them.
-        training: Of each group with something frozen, the parameters it has and those of them that train.
+        training: The parameters that train of each group in which something is frozen.
         pairs: Convolutions and their norms in the backbone; None before they were looked for.
         folded: Those that are folded now.
     """
@@ -70,7 +70,7 @@ class Freezing:
     made_with_state: set[int] = field(default_factory=set)
     frozen: dict[str, Frozen] = field(default_factory=dict)
     around: Frozen = field(default_factory=Frozen)
-    training: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+    training: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     pairs: list[Pair] | None = None
     folded: FoldedNorms = field(default_factory=lambda: FoldedNorms([]))
 
@@ -251,13 +251,13 @@ class FreezingTrick(OptimizerTrick):
         for i, optimizer in enumerate(optimizers):
             for g, params in enumerate(group["params"] for group in optimizer.param_groups):
                 if not frozen.isdisjoint(map(id, params)):
-                    self.run.training[i, g] = params, [parameter for parameter in params if parameter.requires_grad]
+                    self.run.training[i, g] = [parameter for parameter in params if parameter.requires_grad]
 
     def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Show the optimizer only what trains: some move parameters that have no gradient."""
         shown = super().values_now(optimizer, group, values)
-        params, training = self.run.training.get((optimizer, group), (None, []))
-        return shown if params is None or params is not values["params"] else {**shown, "params": training}
+        training = self.run.training.get((optimizer, group))
+        return shown if training is None else {**shown, "params": training}
 
     def rests(self, optimizer: torch.optim.Optimizer) -> bool:
         """Tell whether all of an optimizer's parameters are frozen."""
