@@ -14,8 +14,8 @@ from lightning_speedups.modules.layers import is_norm
 class Frozen:
     """Freezes modules as long as it is not undone.
 
-    Their parameters need no gradient and have none left from before. They stay in eval mode after every ``.train()``,
-    but for recurrent ones, through which cuDNN has no way back in that mode.
+    Their parameters need no gradient and have none left from before. Norms, and whatever else keeps buffers, stay in
+    eval mode after every ``.train()``.
 
     Args:
         modules: What to freeze, without the modules' children.
@@ -31,9 +31,9 @@ class Frozen:
         (True, True)
     """
 
-    def __init__(self, modules: Iterable[nn.Module] = (), train_norm: bool = False) -> None:
+    def __init__(self, modules: Iterable[nn.Module], train_norm: bool = False) -> None:
         self.parameters: list[nn.Parameter] = []
-        self._in_eval: list[_StaysInEval] = []
+        keeping = []
         for module in modules:
             if train_norm and is_norm(module):
                 continue
@@ -42,20 +42,39 @@ class Frozen:
                     parameter.requires_grad_(False)
                     parameter.grad = None  # an optimizer would go on stepping with it
                     self.parameters.append(parameter)
-            if not isinstance(module, nn.RNNBase):
-                self._in_eval.append(_StaysInEval(module))
+            if is_norm(module) or any(True for _ in module.buffers(recurse=False)):
+                keeping.append(module)
+        self._in_eval = InEval(keeping)
 
     def undo(self) -> None:
         """Give everything back."""
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        for stand_in in self._in_eval:
+        self._in_eval.undo()
+        self.parameters = []
+
+
+class InEval:
+    """Keeps modules in eval mode after every ``.train()``, as long as it is not undone.
+
+    Recurrent ones are left alone: cuDNN has no way back through them in that mode.
+
+    Args:
+        modules: Which ones, without their children.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self._stand_ins = [_StaysInEval(module) for module in modules if not isinstance(module, nn.RNNBase)]
+
+    def undo(self) -> None:
+        """Give them their modes back."""
+        for stand_in in reversed(self._stand_ins):
             stand_in.undo()
-        self.parameters, self._in_eval = [], []
+        self._stand_ins = []
 
 
-def frozen_around(module: nn.Module, roots: Iterable[nn.Module], frozen: Set[nn.Module]) -> list[nn.Module]:
-    """Return the modules that hold no tensors themselves and belong to what is frozen, as containers and dropouts do.
+def wholly_frozen(module: nn.Module, roots: Iterable[nn.Module], frozen: Set[nn.Module]) -> list[nn.Module]:
+    """Return the modules in which nothing trains, with the containers and dropouts that belong to them.
 
     All that is in them is frozen, or they are in such a module; or they hold nothing at all and stand, in the order in
     which modules were registered, between two that are frozen. What is also in a module that trains is none of them.
@@ -67,17 +86,17 @@ def frozen_around(module: nn.Module, roots: Iterable[nn.Module], frozen: Set[nn.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
-        >>> [part is net[1] for part in frozen_around(net, [net], {net[0], net[2]})]
-        [True]
-        >>> len(frozen_around(net, [net], {net[0], net[2], net[4]}))  # with the other dropout and the net itself
-        3
+        >>> wholly_frozen(net, [net], {net[0], net[2]}) == [net[0], net[1], net[2]]
+        True
+        >>> wholly_frozen(net, [net], {net[0], net[2], net[4]}) == [net, *net]
+        True
     """
     found = {part: None for root in roots for part in _frozen_in(root, frozen)}
     parents = defaultdict[nn.Module, list[nn.Module]](list)
     for parent in module.modules():
         for child in parent.children():
             parents[child].append(parent)
-    shared = (part for part in found if len(parents[part]) > 1 and not {*found, *frozen}.issuperset(parents[part]))
+    shared = (part for part in found if len(parents[part]) > 1 and not found.keys() >= {*parents[part]})
     trains = {inner for part in shared for inner in part.modules()}
     return [part for part in found if part not in trains]
 
@@ -93,7 +112,7 @@ def _frozen_in(root: nn.Module, frozen: Set[nn.Module]) -> list[nn.Module]:
             last_is_frozen, between = module in frozen, []
         elif not held:
             between.append(module)
-    return [module for module in inner if module in found - holders]
+    return [module for module in inner if module in found]
 
 
 def _held(module: nn.Module) -> Iterable[Tensor]:

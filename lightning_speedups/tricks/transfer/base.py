@@ -16,7 +16,7 @@ from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
 from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs
-from lightning_speedups.modules.freezing import Frozen, frozen_around
+from lightning_speedups.modules.freezing import Frozen, InEval, wholly_frozen
 from lightning_speedups.modules.layers import (
     Layer,
     find_timm_network,
@@ -57,7 +57,7 @@ class Freezing:
         sizes_before: Sizes of the parameter groups in the checkpoint, optimizer by optimizer; None without one.
         made_with_state: Ids of the parameters of which optimizers made a state when they were made themselves.
         frozen: Those layers that are frozen now, by name.
-        around: What has no tensors and is frozen with them.
+        in_eval: The modules in which nothing trains.
         training: The parameters that train of each group in which something is frozen.
         pairs: Convolutions and their norms in the backbone; None before they were looked for.
         folded: Those that are folded now.
@@ -69,7 +69,7 @@ class Freezing:
     sizes_before: list[list[int]] | None = None
     made_with_state: set[int] = field(default_factory=set)
     frozen: dict[str, Frozen] = field(default_factory=dict)
-    around: Frozen = field(default_factory=Frozen)
+    in_eval: InEval = field(default_factory=InEval)
     training: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     pairs: list[Pair] | None = None
     folded: FoldedNorms = field(default_factory=lambda: FoldedNorms([]))
@@ -226,7 +226,7 @@ class FreezingTrick(OptimizerTrick):
         if set(names) == set(self.run.frozen):
             return False
         self.run.folded.undo()
-        self.run.around.undo()
+        self.run.in_eval.undo()
         with rewrapped(trainer, pl_module):
             for layer in self.layers:
                 if layer.name in names and layer.name not in self.run.frozen:
@@ -239,7 +239,8 @@ class FreezingTrick(OptimizerTrick):
                 what = "froze every parameter: nothing is left to train"
                 raise self.refusal(what, "`backbone` must not contain the head.")
         frozen_now = {module for layer in self.layers if layer.name in names for module in layer.modules}
-        self.run.around = Frozen(frozen_around(pl_module, self.run.roots, frozen_now), self.train_norm)
+        resting = wholly_frozen(pl_module, self.run.roots, frozen_now)
+        self.run.in_eval = InEval(part for part in resting if not (self.train_norm and is_norm(part)))
         self._settle_training(raw_optimizers(trainer))
         if self.fold and not self.train_norm and self.run.frozen:
             self._fold(trainer, pl_module)
@@ -287,7 +288,7 @@ class FreezingTrick(OptimizerTrick):
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was handed in."""
         self.run.folded.undo()
-        self.run.around.undo()
+        self.run.in_eval.undo()
         for frozen in self.run.frozen.values():
             frozen.undo()
         super().undo(trainer, pl_module)

@@ -19,6 +19,7 @@ from zoo import (
     Classifier,
     Manual,
     ReplayLoader,
+    Timm,
     assert_same_weights,
     fit_interrupted,
     loader,
@@ -442,3 +443,61 @@ def test_a_shared_weight_rests_in_the_group_of_another_layer_too():
         trainer(callbacks=[FreezeBackboneFinetune("net", schedule={0: "3"})], max_epochs=1).fit(module, words())
     moved = {name for name, value in weights(module.net).items() if not torch.equal(start[name], value)}
     assert moved == {"3.bias"}
+
+
+# ---- modes
+
+
+class DropsOut(Timm):
+    """Drops out everywhere: behind the position, in attention, in mixing, whole branches, and before the classifier."""
+
+    def __init__(self):
+        rates = ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "drop_rate")
+        super().__init__("test_vit", **dict.fromkeys(rates, 0.5))
+        self.modes, self.features = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.train()
+        self.modes.append({name for name, part in self.model.named_modules() if part.training})
+        with torch.no_grad():
+            one, other = (self.model.forward_features(nn.functional.interpolate(batch[0], 32)) for _ in range(2))
+        self.features.append(torch.equal(one, other))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("train_norm", [False, True])
+def test_what_is_frozen_evaluates_and_what_stands_before_the_classifier_trains(train_norm):
+    module = DropsOut()
+    trick = FreezeBackboneFinetune(None, schedule={0: "head", 1: "blocks.5"}, train_norm=train_norm)
+    trainer(callbacks=[trick], max_epochs=2).fit(module, loader(16))
+    of = {name: part for name, part in module.model.named_modules() if name}
+    norms = {name for name, part in of.items() if isinstance(part, nn.LayerNorm)} if train_norm else set()
+    of_head = {"", "fc_norm", "head_drop", "head"}
+    of_last = {name for name in of if name.startswith("blocks.5") or name == "norm"} | {"blocks"}
+    assert module.modes == [of_head | norms] * 2 + [of_head | norms | of_last] * 2
+    assert module.features == [True, True, False, False]
+    assert all(part.training for part in module.modules())
+
+
+def test_dropout_goes_on_until_its_layer_freezes_and_when_it_thaws_again():
+    module, modes = deep(), []
+    module.backbone = nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 6, 3), nn.Dropout(0.1)),
+        nn.Dropout(0.1),
+        nn.Conv2d(6, 6, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    inner, between = module.backbone[0][1], module.backbone[1]
+    module.on_train_batch_end = lambda *_: modes.append((inner.training, between.training, module.backbone.training))
+    table = {1: {"0"}, 2: {"0", "2"}, 3: {"2"}, 4: set()}
+    trick = Turns(table)
+    trainer(callbacks=[trick], max_epochs=2).fit(module, loader(24), loader(8))
+    assert modes == [
+        (True, True, True),
+        (False, True, True),
+        (False,) * 3,
+        (True, True, True),
+        (True, True, True),
+        (True,) * 3,
+    ]
