@@ -20,8 +20,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Grip, Trick
+from lightning_speedups.tensors.rows import keeps_rows
 
 
 class LoaderGrip(Grip):
@@ -35,6 +37,7 @@ class LoaderGrip(Grip):
         trick: Whose.
         any_loader: Whether the trick can do without a loader that it can change.
         name: Who needs it, in messages; None: the trick's name.
+        reads_rows: Whether each row of a batch must be the sample at that place in the sampler's order.
 
     Attributes:
         loaders: Who stands at the loader, as long as the fit lasts.
@@ -42,9 +45,11 @@ class LoaderGrip(Grip):
 
     loaders: Loaders
 
-    def __init__(self, trick: Trick, any_loader: bool = False, name: str | None = None) -> None:
+    def __init__(
+        self, trick: Trick, any_loader: bool = False, name: str | None = None, reads_rows: bool = False
+    ) -> None:
         super().__init__(trick)
-        self.any_loader, self.name = any_loader, name or trick.name
+        self.any_loader, self.name, self.reads_rows = any_loader, name or trick.name, reads_rows
 
     def samples_in_epoch(self, epoch: int, samples: int) -> int:
         """Return how many of this rank's samples an epoch has."""
@@ -83,6 +88,10 @@ class LoaderGrip(Grip):
     def samples_of_batch(self) -> list[int]:
         """Return the dataset's indices of the batch that is on its way to the device."""
         return self.loaders.samples_of_batch()
+
+    def rows_of_batch(self) -> list[int]:
+        """Return the sample of each row of the batch that is on its way, for a trick that reads them."""
+        return self.require_numbers(self.samples_of_batch())
 
     def require_numbers(self, samples: list[Any]) -> list[int]:
         """Return samples of the training loader's dataset; refuse them if they are not their places in it."""
@@ -156,6 +165,7 @@ class Loaders:
         self.skipped = 0
         self.early = 0  # the id of Lightning's iterator, if it had one when the epoch began
         self.hushed: Any = None
+        self.tried: Any = None  # the `collate_fn` that rows are known of
 
     def take(self, process: Callable[[Any], Any], loader: Any) -> Any:
         """Take a loader over that Lightning begins to use."""
@@ -170,6 +180,7 @@ class Loaders:
         batcher = None if several else find_batcher(loader)
         if batcher is not None:
             self.selection = Selection(self, batcher)
+            self._try_rows([grip.name for grip in grips if grip.reads_rows])
         elif strict := [grip.name for grip in grips if not grip.any_loader]:
             found = "there are several loaders" if several else f"this one is a {type(loader).__name__}"
             raise MisconfigurationException(
@@ -178,6 +189,20 @@ class Loaders:
             )
         self.begin(self.trainer.current_epoch)
         return loader
+
+    def _try_rows(self, readers: list[str]) -> None:
+        """Refuse a loader whose rows are not the samples that some tricks take them for."""
+        if not readers or self.loader.collate_fn is self.tried:
+            return
+        with same_randomness(self.trainer):
+            kept = keeps_rows(self.loader)
+        if not kept:
+            raise MisconfigurationException(
+                f"{' and '.join(readers)} knows samples by their places in a batch, but the training loader's "
+                "`collate_fn` hands out some in other places, or others in theirs. Let it keep the samples and their "
+                "order: `pack_padded_sequence(..., enforce_sorted=False)` needs no sorted ones."
+            )
+        self.tried = self.loader.collate_fn
 
     def active_grips(self) -> list[LoaderGrip]:
         """Return the grips of the tricks that the Trainer runs."""
