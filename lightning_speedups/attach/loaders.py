@@ -6,6 +6,7 @@ the first epoch's iterator starts, which is earlier than any hook of the trainin
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import operator
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Grip, Trick
@@ -391,3 +393,16 @@ def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:
     many = getattr(dataset, "__getitems__", None)
     samples = many(list(indices)) if many else [dataset[index] for index in indices]
     return loader.collate_fn(samples)
+
+
+def give_places() -> None:
+    """Let the fit that asks for this batch give its loaders the places that its checkpoint has for them, if it has not.
+
+    Lightning does that when it makes the loaders; where ``configure_optimizers`` reads
+    ``trainer.estimated_stepping_batches`` that is before it has read the checkpoint, and the places are lost (#20550).
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not is_a(frame.f_locals.get("self"), "_FitLoop"):
+        frame = frame.f_back
+    if frame is not None:
+        frame.f_locals["self"]._load_combined_loader_states()
