@@ -18,7 +18,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler, SequentialSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lightning_speedups.attach.packages import is_a
@@ -167,6 +168,7 @@ class Loaders:
         self.skipped = 0
         self.early = 0  # the id of Lightning's iterator, if it had one when the epoch began
         self.hushed: Any = None
+        self.has_warned = False
         self.tried: Any = None  # the `collate_fn` that rows are known of
 
     def take(self, process: Callable[[Any], Any], loader: Any) -> Any:
@@ -224,10 +226,29 @@ class Loaders:
                 iter(loop._data_fetcher)
                 progress.current.completed = max(progress.current.completed, self.selection.batches_in_epoch(epoch))
         self.early = id(self._iterator())
+        if loop.epoch_loop.restarting and progress.current.ready and not progress.is_last_batch:
+            self._warn_of_order(epoch)
         if loop.epoch_loop.restarting and progress.is_last_batch and self.hushed is None:
             # Lightning takes any number of steps that is no multiple of this epoch's for the middle of an epoch.
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
             self.hushed = warnings.filters[0]
+
+    def _warn_of_order(self, epoch: int) -> None:
+        """Say that the epoch, under way already, goes on with samples that it has had, where Lightning does not."""
+        if self.selection is None or self.has_warned:
+            return
+        if _goes_on(self.loader):  # torchdata asks the loader's sampler for its state, and not who stands there
+            begins_anew = _is_torchdatas(self.selection.batcher) and not draws_alike(self.selection.source)
+        else:  # Lightning takes a number of steps that is a multiple of this epoch's for the end of an epoch
+            steps = math.ceil(self.selection.batches_in_epoch(epoch) / self.trainer.accumulate_grad_batches)
+            begins_anew = steps > 0 and self.trainer.global_step % steps == 0
+        if begins_anew:
+            self.has_warned = True
+            rank_zero_warn(
+                f"The run is resumed within an epoch, but beside {self.grips[0].name} the training loader cannot go on "
+                "in the order that it had: in this epoch some samples come again, and others do not come. Use a "
+                "checkpoint between two epochs, or an `InMemoryLoader`."
+            )
 
     def begin(self, epoch: int) -> None:
         """Prepare an epoch."""
@@ -259,9 +280,8 @@ class Loaders:
         number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         iterator, loader = self._iterator(), self.loader
         if self.order is None:  # others may iterate over the loader too, before and after, and draw other orders
-            goes_on = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
             # A loader that cannot go on in the middle of an epoch begins anew there.
-            self.skipped = 0 if goes_on else number
+            self.skipped = 0 if _goes_on(loader) else number
             # Workers have drawn theirs when Lightning made its iterator: long ago, or just before this batch.
             is_early = loader.num_workers > 0 and id(iterator) == self.early
             self.order = selection.first if is_early and selection.first is not None else selection.order
@@ -352,6 +372,11 @@ def find_selection(trainer: Trainer) -> Selection | None:
     return None if loaders is None else loaders.selection
 
 
+def _goes_on(loader: Any) -> bool:
+    """Tell whether a loader can go on in the middle of an epoch."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
 def _plain(index: Any) -> Any:
     """Make an int of what stands for one; a dataset may have other keys."""
     try:
@@ -370,10 +395,35 @@ def find_batcher(loader: Any) -> BatchSampler | None:
         return None
     # With `batch_size=None` the sampler may hand out whole batches of indices.
     batcher = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    own = type(batcher).__module__.startswith("torchdata.") or type(batcher).__iter__ is BatchSampler.__iter__
-    if not isinstance(batcher, BatchSampler) or not own or not isinstance(batcher.sampler, Sized):
+    if not isinstance(batcher, BatchSampler) or not _only_cuts(batcher) or not isinstance(batcher.sampler, Sized):
         return None
     return batcher
+
+
+def _only_cuts(batcher: BatchSampler) -> bool:
+    """Tell whether a batch sampler does nothing but cut its sampler's order into batches."""
+    return _is_torchdatas(batcher) or type(batcher).__iter__ is BatchSampler.__iter__
+
+
+def _is_torchdatas(thing: Any) -> bool:
+    return type(thing).__module__.startswith("torchdata.")
+
+
+def draws_alike(sampler: Any) -> bool:
+    """Tell whether a sampler, or a batch sampler, has the same order again in a run that goes on within an epoch.
+
+    Args:
+        sampler: Torch's, Lightning's or somebody's own, of which nothing is known.
+
+    Example:
+        >>> draws_alike(BatchSampler([2, 0, 1], 2, False)), draws_alike({2, 0, 1})
+        (True, False)
+    """
+    if isinstance(sampler, BatchSampler) and _only_cuts(sampler):
+        return draws_alike(sampler.sampler)
+    if isinstance(sampler, DistributedSampler):
+        return not is_a(sampler, "DistributedSamplerWrapper")  # of another one
+    return isinstance(sampler, (Sequence, SequentialSampler))
 
 
 def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:

@@ -9,18 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
 
-from lightning_speedups.attach.loaders import give_places
+from lightning_speedups.attach.loaders import draws_alike, give_places
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.randomness import generator_for
 
@@ -88,11 +79,11 @@ class InMemoryLoader(DataLoader[Any]):
         self.seed = seed  # Lightning reads the arguments from here when it makes one with another sampler
         self._position, self._goes_on = 0, False
         self._epoch: int | None = 0
-        self._draws_alike = given is None if batcher is None else _draws_alike(batcher)
+        self._draws_alike = given is None if batcher is None else draws_alike(batcher)
         self._noted: _Noted | None = None
         if given is not None:
             self._noted = self.batch_sampler.sampler = _Noted(given)  # type: ignore[union-attr]
-            self._draws_alike = _draws_alike(given)
+            self._draws_alike = draws_alike(given)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # Lightning asks for an iterator before it sets the epoch; a generator's first line runs with the first batch.
@@ -130,9 +121,9 @@ class InMemoryLoader(DataLoader[Any]):
             self._noted.again = order.tolist()
         elif self._position and not self._draws_alike:
             rank_zero_warn(
-                "InMemoryLoader goes on within an epoch whose order, random and not its own, is not in the checkpoint. "
-                "It goes on with another order: in this epoch some samples come twice and others do not come. Use "
-                "`shuffle=True`, or a checkpoint between two epochs."
+                "InMemoryLoader is resumed within an epoch whose order is random, not its own, and not in the "
+                "checkpoint. It goes on with another order: in this epoch some samples come again, and others do not "
+                "come. Use `shuffle=True`, or a checkpoint between two epochs."
             )
 
 
@@ -217,13 +208,6 @@ class _Noted(Sampler[int]):
         self.order, self.again = order if self.again is None else self.again, None
         yield from self.order
         yield from drawn
-
-
-def _draws_alike(sampler: Any) -> bool:
-    """Tell whether a sampler, or a batch sampler, has the same order again in a run that goes on."""
-    if type(sampler).__iter__ is BatchSampler.__iter__:
-        return _draws_alike(sampler.sampler)
-    return isinstance(sampler, (Sequence, SequentialSampler)) or type(sampler) is DistributedSampler
 
 
 def _is_one_of_several() -> bool:

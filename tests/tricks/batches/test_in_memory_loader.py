@@ -296,15 +296,15 @@ def test_an_order_that_the_checkpoint_does_not_hold_is_warned_of(monkeypatch):
     def weighted():
         return InMemoryLoader(numbers(), 2, sampler=WeightedRandomSampler(torch.ones(10), 10))
 
-    with pytest.warns(UserWarning, match=r"goes on within an epoch whose order.*Use `shuffle=True`"):
+    with pytest.warns(UserWarning, match=r"is resumed within an epoch whose order.*Use `shuffle=True`"):
         interrupted(random_batches, 2)
     for older in (0, 3):
         (loader := weighted()).batch_sampler.sampler.set_epoch(1)
-        with pytest.warns(UserWarning, match="goes on within an epoch") if older else nullcontext():
+        with pytest.warns(UserWarning, match="is resumed within an epoch") if older else nullcontext():
             loader.load_state_dict({"position": older, "epoch": 0, "seed": None})
         assert len(list(loader)) == 5 - older
     monkeypatch.setattr(in_memory_loader, "_is_one_of_several", lambda: True)
-    with pytest.warns(UserWarning, match="goes on within an epoch"):
+    with pytest.warns(UserWarning, match="is resumed within an epoch"):
         interrupted(weighted, 2)
     interrupted(lambda: InMemoryLoader(numbers(), 2, sampler=DistributedSampler(range(10), 1, 0, seed=3)), 2)
 
