@@ -367,6 +367,15 @@ def test_a_compiled_part_runs_under_it_without_compiling_anew_in_each_step(weigh
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_compiled_part_that_flattens_is_one_graph():
+    net = torch.compile(lambda x: x.view(-1, 3, C).relu().view(-1, C), backend="eager", fullgraph=True)
+    x, y = values(N, 3 * C).requires_grad_(), labels(N, 3)
+    with SampleLosses(N) as seen:
+        F.cross_entropy(net(x), y.view(-1))
+    own = F.cross_entropy(x.view(N, 3, C).relu().mT, y, reduction="none").mean(1)
+    torch.testing.assert_close(seen.losses, own.detach().float())
+
+
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 def test_a_compiled_loss(weights):
     loss_of = torch.compile(lambda x, y: F.cross_entropy(x, y), backend="eager")
