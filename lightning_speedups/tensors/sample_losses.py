@@ -108,7 +108,9 @@ class SampleLosses(TorchFunctionMode):
         losses = _one_by_one(func, call)
         if not losses.requires_grad or not self._take(losses.detach(), func, call):
             return func(*args, **kwargs)
-        each = self.weights.to(losses.dtype).repeat_interleave(len(losses) // self.samples)
+        each = self.weights.to(losses.dtype)
+        if len(losses) != self.samples:
+            each = each.repeat_interleave(len(losses) // self.samples)
         weighted = losses * each.view(-1, *[1] * (losses.ndim - 1))
         return weighted if reduction == "none" else weighted.sum() / _normaliser(func, call, reduction, losses)
 

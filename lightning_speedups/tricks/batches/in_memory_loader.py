@@ -79,11 +79,10 @@ class InMemoryLoader(DataLoader[Any]):
         self.seed = seed  # Lightning reads the arguments from here when it makes one with another sampler
         self._position, self._goes_on = 0, False
         self._epoch: int | None = 0
-        self._draws_alike = given is None if batcher is None else draws_alike(batcher)
+        self._draws_alike = isinstance(self.sampler, _Shuffled) or draws_alike(batcher or self.sampler)
         self._noted: _Noted | None = None
         if given is not None:
             self._noted = self.batch_sampler.sampler = _Noted(given)  # type: ignore[union-attr]
-            self._draws_alike = draws_alike(given)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # Lightning asks for an iterator before it sets the epoch; a generator's first line runs with the first batch.
