@@ -6,6 +6,7 @@ the first epoch's iterator starts, which is earlier than any hook of the trainin
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import operator
@@ -17,11 +18,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler, SequentialSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from lightning_speedups.attach.packages import is_a
+from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Grip, Trick
+from lightning_speedups.tensors.rows import keeps_rows
 
 
 class LoaderGrip(Grip):
@@ -35,6 +40,7 @@ class LoaderGrip(Grip):
         trick: Whose.
         any_loader: Whether the trick can do without a loader that it can change.
         name: Who needs it, in messages; None: the trick's name.
+        reads_rows: Whether each row of a batch must be the sample at that place in the sampler's order.
 
     Attributes:
         loaders: Who stands at the loader, as long as the fit lasts.
@@ -42,9 +48,11 @@ class LoaderGrip(Grip):
 
     loaders: Loaders
 
-    def __init__(self, trick: Trick, any_loader: bool = False, name: str | None = None) -> None:
+    def __init__(
+        self, trick: Trick, any_loader: bool = False, name: str | None = None, reads_rows: bool = False
+    ) -> None:
         super().__init__(trick)
-        self.any_loader, self.name = any_loader, name or trick.name
+        self.any_loader, self.name, self.reads_rows = any_loader, name or trick.name, reads_rows
 
     def samples_in_epoch(self, epoch: int, samples: int) -> int:
         """Return how many of this rank's samples an epoch has."""
@@ -83,6 +91,10 @@ class LoaderGrip(Grip):
     def samples_of_batch(self) -> list[int]:
         """Return the dataset's indices of the batch that is on its way to the device."""
         return self.loaders.samples_of_batch()
+
+    def rows_of_batch(self) -> list[int]:
+        """Return the sample of each row of the batch that is on its way, for a trick that reads them."""
+        return self.require_numbers(self.samples_of_batch())
 
     def require_numbers(self, samples: list[Any]) -> list[int]:
         """Return samples of the training loader's dataset; refuse them if they are not their places in it."""
@@ -156,6 +168,8 @@ class Loaders:
         self.skipped = 0
         self.early = 0  # the id of Lightning's iterator, if it had one when the epoch began
         self.hushed: Any = None
+        self.has_warned = False
+        self.tried: Any = None  # the `collate_fn` that rows are known of
 
     def take(self, process: Callable[[Any], Any], loader: Any) -> Any:
         """Take a loader over that Lightning begins to use."""
@@ -170,6 +184,7 @@ class Loaders:
         batcher = None if several else find_batcher(loader)
         if batcher is not None:
             self.selection = Selection(self, batcher)
+            self._try_rows([grip.name for grip in grips if grip.reads_rows])
         elif strict := [grip.name for grip in grips if not grip.any_loader]:
             found = "there are several loaders" if several else f"this one is a {type(loader).__name__}"
             raise MisconfigurationException(
@@ -178,6 +193,20 @@ class Loaders:
             )
         self.begin(self.trainer.current_epoch)
         return loader
+
+    def _try_rows(self, readers: list[str]) -> None:
+        """Refuse a loader whose rows are not the samples that some tricks take them for."""
+        if not readers or self.loader.collate_fn is self.tried:
+            return
+        with same_randomness(self.trainer):
+            kept = keeps_rows(self.loader)
+        if not kept:
+            raise MisconfigurationException(
+                f"{' and '.join(readers)} knows samples by their places in a batch, but the training loader's "
+                "`collate_fn` hands out some in other places, or others in theirs. Let it keep the samples and their "
+                "order: `pack_padded_sequence(..., enforce_sorted=False)` needs no sorted ones."
+            )
+        self.tried = self.loader.collate_fn
 
     def active_grips(self) -> list[LoaderGrip]:
         """Return the grips of the tricks that the Trainer runs."""
@@ -197,10 +226,29 @@ class Loaders:
                 iter(loop._data_fetcher)
                 progress.current.completed = max(progress.current.completed, self.selection.batches_in_epoch(epoch))
         self.early = id(self._iterator())
+        if loop.epoch_loop.restarting and progress.current.ready and not progress.is_last_batch:
+            self._warn_of_order(epoch)
         if loop.epoch_loop.restarting and progress.is_last_batch and self.hushed is None:
             # Lightning takes any number of steps that is no multiple of this epoch's for the middle of an epoch.
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
             self.hushed = warnings.filters[0]
+
+    def _warn_of_order(self, epoch: int) -> None:
+        """Say that the epoch, under way already, goes on with samples that it has had, where Lightning does not."""
+        if self.selection is None or self.has_warned:
+            return
+        if _goes_on(self.loader):  # torchdata asks the loader's sampler for its state, and not who stands there
+            begins_anew = _is_torchdatas(self.selection.batcher) and not draws_alike(self.selection.source)
+        else:  # Lightning takes a number of steps that is a multiple of this epoch's for the end of an epoch
+            steps = math.ceil(self.selection.batches_in_epoch(epoch) / self.trainer.accumulate_grad_batches)
+            begins_anew = steps > 0 and self.trainer.global_step % steps == 0
+        if begins_anew:
+            self.has_warned = True
+            rank_zero_warn(
+                f"The run is resumed within an epoch, but beside {self.grips[0].name} the training loader cannot go on "
+                "in the order that it had: in this epoch some samples come again, and others do not come. Use a "
+                "checkpoint between two epochs, or an `InMemoryLoader`."
+            )
 
     def begin(self, epoch: int) -> None:
         """Prepare an epoch."""
@@ -232,9 +280,8 @@ class Loaders:
         number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         iterator, loader = self._iterator(), self.loader
         if self.order is None:  # others may iterate over the loader too, before and after, and draw other orders
-            goes_on = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
             # A loader that cannot go on in the middle of an epoch begins anew there.
-            self.skipped = 0 if goes_on else number
+            self.skipped = 0 if _goes_on(loader) else number
             # Workers have drawn theirs when Lightning made its iterator: long ago, or just before this batch.
             is_early = loader.num_workers > 0 and id(iterator) == self.early
             self.order = selection.first if is_early and selection.first is not None else selection.order
@@ -325,6 +372,11 @@ def find_selection(trainer: Trainer) -> Selection | None:
     return None if loaders is None else loaders.selection
 
 
+def _goes_on(loader: Any) -> bool:
+    """Tell whether a loader can go on in the middle of an epoch."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
 def _plain(index: Any) -> Any:
     """Make an int of what stands for one; a dataset may have other keys."""
     try:
@@ -343,10 +395,35 @@ def find_batcher(loader: Any) -> BatchSampler | None:
         return None
     # With `batch_size=None` the sampler may hand out whole batches of indices.
     batcher = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    own = type(batcher).__module__.startswith("torchdata.") or type(batcher).__iter__ is BatchSampler.__iter__
-    if not isinstance(batcher, BatchSampler) or not own or not isinstance(batcher.sampler, Sized):
+    if not isinstance(batcher, BatchSampler) or not _only_cuts(batcher) or not isinstance(batcher.sampler, Sized):
         return None
     return batcher
+
+
+def _only_cuts(batcher: BatchSampler) -> bool:
+    """Tell whether a batch sampler does nothing but cut its sampler's order into batches."""
+    return _is_torchdatas(batcher) or type(batcher).__iter__ is BatchSampler.__iter__
+
+
+def _is_torchdatas(thing: Any) -> bool:
+    return type(thing).__module__.startswith("torchdata.")
+
+
+def draws_alike(sampler: Any) -> bool:
+    """Tell whether a sampler, or a batch sampler, has the same order again in a run that goes on within an epoch.
+
+    Args:
+        sampler: Torch's, Lightning's or somebody's own, of which nothing is known.
+
+    Example:
+        >>> draws_alike(BatchSampler([2, 0, 1], 2, False)), draws_alike({2, 0, 1})
+        (True, False)
+    """
+    if isinstance(sampler, BatchSampler) and _only_cuts(sampler):
+        return draws_alike(sampler.sampler)
+    if isinstance(sampler, DistributedSampler):
+        return not is_a(sampler, "DistributedSamplerWrapper")  # of another one
+    return isinstance(sampler, (Sequence, SequentialSampler))
 
 
 def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:
@@ -366,3 +443,16 @@ def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:
     many = getattr(dataset, "__getitems__", None)
     samples = many(list(indices)) if many else [dataset[index] for index in indices]
     return loader.collate_fn(samples)
+
+
+def give_places() -> None:
+    """Let the fit that asks for this batch give its loaders the places that its checkpoint has for them, if it has not.
+
+    Lightning does that when it makes the loaders; where ``configure_optimizers`` reads
+    ``trainer.estimated_stepping_batches`` that is before it has read the checkpoint, and the places are lost (#20550).
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not is_a(frame.f_locals.get("self"), "_FitLoop"):
+        frame = frame.f_back
+    if frame is not None:
+        frame.f_locals["self"]._load_combined_loader_states()

@@ -56,7 +56,7 @@ class LossGrip(Grip):
             raise MisconfigurationException(
                 f"{other.trick.name} and {self.trick.name} both read the losses of each sample. Use one of them."
             )
-        self.has_seen = self.has_warned = False
+        self.has_seen = self.has_warned = self.samples_first = False
         station.join(self, partial(self.see, trainer))
 
     def leave(self, trainer: Trainer) -> None:
@@ -68,9 +68,10 @@ class LossGrip(Grip):
         trick = self.trick
         if not trainer.training or not trick.is_active(trainer):
             return step(*args, **kwargs)
-        seen = SampleLosses(trick.samples_in_step(trainer), trick.weights_in_step(trainer))
+        seen = SampleLosses(trick.samples_in_step(trainer), trick.weights_in_step(trainer), self.samples_first)
         with seen:
             output = step(*args, **kwargs)
+        self.samples_first = seen.samples_first
         if seen.losses is not None:
             self.has_seen = True
             trick.take_losses(trainer, seen.losses)
@@ -83,8 +84,8 @@ class LossGrip(Grip):
         if not self.has_seen:
             raise MisconfigurationException(
                 f"{self.trick.name} reads the loss of each sample, but in the first batch it found {wanted} in {step}. "
-                "End the step with `lightning_speedups.mean_over_samples(losses)`, where `losses` are yours, "
-                "(N, ...), instead of their mean."
+                "Give torch's loss the samples first and nothing flattened, scores (N, C, ...), targets (N, ...), or "
+                "end the step with `lightning_speedups.mean_over_samples(losses)`, where `losses` are yours, (N, ...)."
             )
         if seen.weights is not None and not self.has_warned:
             self.has_warned = True

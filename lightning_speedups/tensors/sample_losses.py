@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_speedups.tensors.labels import MixedLabels, label_weights, soft_targets
 
@@ -41,7 +43,10 @@ class SampleLosses(TorchFunctionMode):
     It sees torch's cross-entropies, ``nll_loss``, ``mse_loss``, ``l1_loss``, ``smooth_l1_loss``, ``huber_loss`` and
     ``kl_div`` from ``torch.nn.functional``, the modules that call them, and ``mean_over_samples``; of these the calls
     that training depends on (their result requires a gradient) with one loss for each sample, or several, along the
-    first dimension. The losses of several calls add up.
+    first dimension. ``(N, T, C)`` scores and ``(N, T)`` targets may also come flattened to ``(N·T, C)`` and ``(N·T,)``,
+    if one of them was under this; ``(T, N)`` flattened is not taken, nor where N = T would let it pass for that. A
+    sample's loss is the mean of those of its targets that count: neither ignored, nor of weight 0. The losses of
+    several calls add up.
 
     Without weights each call's result is untouched. With weights wᵢ a mean Σ lᵢ / Z becomes Σ wᵢ·lᵢ / Z, where Z is
     the call's own normaliser: class weights and ``ignore_index`` keep their meaning.
@@ -49,9 +54,11 @@ class SampleLosses(TorchFunctionMode):
     Args:
         samples: N, how many samples the batch has.
         weights: ``(N,)``, on the losses' device; None for none.
+        samples_first: Whether it is known of flattened losses that those of a sample stand together.
 
     Attributes:
         losses: float32 ``(N,)``, detached; None as long as nothing was seen.
+        samples_first: Whether it is known now.
 
     Example:
         >>> scores, labels = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 1])
@@ -61,10 +68,11 @@ class SampleLosses(TorchFunctionMode):
         2.7726 tensor([1.3863, 1.3863])
     """
 
-    def __init__(self, samples: int, weights: Tensor | None = None) -> None:
+    def __init__(self, samples: int, weights: Tensor | None = None, samples_first: bool = False) -> None:
         super().__init__()
-        self.samples, self.weights = samples, weights
+        self.samples, self.weights, self.samples_first = samples, weights, samples_first
         self.losses: Tensor | None = None
+        self._flattened: MutableMapping[Tensor, tuple[int, ...]] = WeakTensorKeyDictionary()  # the shapes before
 
     def __torch_function__(
         self,
@@ -74,9 +82,12 @@ class SampleLosses(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Compute a loss once more, sample by sample; leave everything else alone."""
-        if func not in _LOSSES:
-            return func(*args, **(kwargs or {}))
-        return self._loss(func, args, kwargs or {})
+        if func in _LOSSES:
+            return self._loss(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
+        if func in _FLATTENS and args and result.ndim < args[0].ndim and not torch.compiler.is_compiling():
+            self._flattened[result] = args[0].shape[: args[0].ndim - result.ndim + 1]  # of what became the first one
+        return result
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # runs between two graphs
     def _loss(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -92,21 +103,37 @@ class SampleLosses(TorchFunctionMode):
             result = func(*args, **kwargs)
             if result.requires_grad:
                 with torch.no_grad():
-                    self._take(result if reduction == "none" else _one_by_one(func, call))
+                    self._take(result if reduction == "none" else _one_by_one(func, call), func, call)
             return result
         losses = _one_by_one(func, call)
-        if not losses.requires_grad or not self._take(losses.detach()):
+        if not losses.requires_grad or not self._take(losses.detach(), func, call):
             return func(*args, **kwargs)
-        weighted = losses * self.weights.to(losses.dtype).view(-1, *[1] * (losses.ndim - 1))
+        each = self.weights.to(losses.dtype)
+        if len(losses) != self.samples:
+            each = each.repeat_interleave(len(losses) // self.samples)
+        weighted = losses * each.view(-1, *[1] * (losses.ndim - 1))
         return weighted if reduction == "none" else weighted.sum() / _normaliser(func, call, reduction, losses)
 
-    def _take(self, losses: Tensor) -> bool:
-        if losses.ndim == 0 or len(losses) != self.samples:
+    def _take(self, losses: Tensor, func: Callable[..., Any], call: dict[str, Any]) -> bool:
+        if losses.ndim == 0 or (len(losses) != self.samples and not self._stand_together(losses, call)):
             return False
-        losses = losses.detach().float()  # a loss with reduction="none" comes with its graph
-        own = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+        own = losses.detach().float()  # a loss with reduction="none" comes with its graph
+        if losses.shape != (self.samples,):
+            counts = _counts(func, call, losses).reshape(self.samples, -1)
+            own = own.reshape(self.samples, -1).sum(1) / counts.sum(1).clamp(min=1)
         self.losses = own if self.losses is None else self.losses + own
         return True
+
+    def _stand_together(self, losses: Tensor, call: dict[str, Any]) -> bool:
+        """Tell whether flattened losses are one sample's after the other's, by what they were before."""
+        for given in (call.get("input"), call.get("target"), call.get("losses")):
+            shape = self._flattened.get(given) if isinstance(given, Tensor) else None
+            if shape is None or shape[0] != self.samples or math.prod(shape) != len(losses):
+                continue
+            if self.samples not in shape[1:]:
+                self.samples_first = True
+            return self.samples_first
+        return False
 
 
 def _weight_of_l1_loss() -> Tensor | None:
@@ -119,6 +146,18 @@ def _weight_of_l1_loss() -> Tensor | None:
 
 def _one_by_one(func: Callable[..., Any], call: dict[str, Any]) -> Any:
     return call["losses"] if func is mean_over_samples else func(**call, reduction="none")
+
+
+def _counts(func: Callable[..., Any], call: dict[str, Any], losses: Tensor) -> Tensor:
+    """Return which of a call's losses are of targets that count."""
+    weight = call.get("weight")
+    if func in (F.cross_entropy, F.nll_loss):
+        target: Tensor = call["target"]
+        if target.is_floating_point():  # probabilities, none of them where nothing counts
+            return (target != 0).any(1)
+        labels = target.parts()[:2] if isinstance(target, MixedLabels) else (target,)
+        return torch.stack([label_weights(one, weight, call.get("ignore_index", -100)) != 0 for one in labels]).any(0)
+    return torch.ones_like(losses, dtype=torch.bool) & (True if weight is None else weight != 0)
 
 
 def _normaliser(func: Callable[..., Any], call: dict[str, Any], reduction: str, losses: Tensor) -> Tensor | float:
@@ -144,3 +183,4 @@ _LOSSES: dict[Callable[..., Any], inspect.Signature] = {
         F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div,
     )
 }  # fmt: skip
+_FLATTENS = {Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten}

@@ -8,7 +8,15 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import patched
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick
 from lightning_speedups.attach.loaders import LoaderGrip, find_batcher
@@ -493,6 +501,41 @@ def test_a_plain_loader_resumed_in_the_middle_of_an_epoch_begins_it_anew(step):
     batches = expected(RESUMED, epochs=5)
     done = step - ([0, *ENDS])[epoch]
     assert rest.numbers == trick.told == batches[epoch][: len(batches[epoch]) - done] + flat(batches[epoch + 1 :])
+
+
+# Epochs of 4, 3, 3 and 4 batches: after 6 steps Lightning takes the second one to be over, as 6 is a multiple of 3; and
+# where an epoch is a single step, it takes each for over.
+@pytest.mark.parametrize(("step", "options"), [(6, {}), (8, {}), (9, {}), (0, {"accumulate_grad_batches": 4})])
+def test_a_plain_loader_that_begins_an_epoch_anew_is_warned_of_once_also_where_lightning_does_not_see_it(step, options):
+    def tricks():
+        return [Plan((1.0, None), (0.7, None), (0.7, None)), Plan()]
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit_interrupted(Numbered(), ordered(), step, tricks(), max_epochs=4, **options)
+        resume(Numbered(), ordered(), tricks(), max_epochs=4, **options)
+    lightnings = [one for one in told if "ended before the epoch ended" in str(one.message)]
+    ours = [one for one in told if "resumed within an epoch, but beside Plan" in str(one.message)]
+    assert len(lightnings) + len(ours) == 1
+    assert len(ours) == (step != 8)
+
+
+class Torchdatas(ReplayLoader):
+    """Asks its batch sampler for the order's state, which a trick's stand-in does not have."""
+
+    def __init__(self, sampler):
+        batches = type("Torchdatas", (BatchSampler,), {"__module__": "torchdata.stateful_dataloader.sampler"})
+        DataLoader.__init__(self, numbered(), batch_sampler=batches(sampler, 8, False))
+        self.position = 0
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_torchdatas_loader_is_warned_of_unless_its_order_is_the_same_again(step):
+    fit_interrupted(Numbered(), Torchdatas(range(32)), step, [Plan()])
+    for sampler in (range(32), SequentialSampler(range(32)), DistributedSampler(range(32), 1, 0)):
+        resume(Numbered(), Torchdatas(sampler), [Plan()])  # warnings are errors here
+    with pytest.warns(UserWarning, match="resumed within an epoch, but beside Plan"):
+        resume(Numbered(), Torchdatas(RandomSampler(range(32))), [Plan(), Plan()])
 
 
 @pytest.mark.parametrize("finder", ["rate", "size"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import patched
 from torch import nn
@@ -86,6 +87,40 @@ def test_what_it_says_to_write_helps():
     trainer(callbacks=[reader]).fit(told, loader())
     assert len(reader.losses) == 12
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), told.parameters(), strict=True))
+
+
+class Tagger(LightningModule):
+    """Tags each of 3 tokens of a sample; `order` is that of the dimensions (samples, tokens) when they are flattened."""
+
+    def __init__(self, order=(0, 1)):
+        super().__init__()
+        self.net, self.order = nn.Linear(2, 4), order
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch[0].flatten(1)[:, :6].view(-1, 3, 2), batch[1].unsqueeze(1).expand(-1, 3)
+        scores, y = self.net(x).permute(*self.order, 2), y.permute(self.order)
+        return F.cross_entropy(scores.reshape(-1, 4), y.reshape(-1))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def test_a_flattened_loss_is_read_also_where_a_last_batch_has_as_many_samples_as_tokens():
+    reader, module = Reader(), Tagger()
+    reader.samples_in_step = lambda trainer: 8 if trainer.global_step < 2 else 3
+    trainer(callbacks=[reader], max_epochs=1).fit(module, data := loader(19))
+    x, y = data.dataset.tensors
+    scores = module.net(x.flatten(1)[:, :6].view(-1, 3, 2)).detach()
+    own = F.cross_entropy(scores.mT, y.unsqueeze(1).expand(-1, 3), reduction="none").mean(1)
+    torch.testing.assert_close(torch.cat(reader.losses), own)
+
+
+def test_a_loss_flattened_with_another_dimension_first_is_refused():
+    for samples in (8, 3):  # as many as tokens
+        with pytest.raises(
+            MisconfigurationException, match=r"Give torch's loss the samples first and nothing flattened"
+        ):
+            trainer(callbacks=[Reader(samples=samples)]).fit(Tagger((1, 0)), loader(24, samples))
 
 
 class Skips(Classifier):

@@ -40,9 +40,9 @@ def index_cases():
 
 
 def closed_form_of_indices(log, target, weight, ignored, smoothing=0.0):
-    """Losses and normaliser, by loops over samples and places."""
+    """Losses, normaliser and the mean over each sample's places that count, by loops over samples and places."""
     w = torch.ones(C, dtype=torch.float64) if weight is None else weight
-    losses, total = torch.zeros(target.shape, dtype=torch.float64), 0.0
+    losses, total, counts = torch.zeros(target.shape, dtype=torch.float64), 0.0, [0] * N
     for place in (
         tuple(p) for p in torch.cartesian_prod(*(torch.arange(s) for s in target.shape)).view(-1, target.ndim).tolist()
     ):
@@ -52,12 +52,14 @@ def closed_form_of_indices(log, target, weight, ignored, smoothing=0.0):
         row = log[(place[0], slice(None), *place[1:])]
         losses[place] = -(1 - smoothing) * w[y] * row[y] - smoothing / C * (w * row).sum()
         total += float(w[y])
-    return losses, total
+        counts[place[0]] += 1
+    own = torch.tensor([loss.sum().item() / max(count, 1) for loss, count in zip(losses.detach(), counts, strict=True)])
+    return losses, total, own
 
 
-def check(compute, losses, total, argument, weights=WEIGHTS):
+def check(compute, losses, total, own, argument, weights=WEIGHTS):
     """Every reduction: the value, its gradient, and the losses noted, with and without weights."""
-    per_sample = losses.detach().view(N, -1).mean(1)
+    per_sample = losses.detach().view(N, -1).mean(1) if own is None else own
     w = weights.double().view(-1, *[1] * (losses.ndim - 1))
     expected = {"none": w * losses, "sum": (w * losses).sum(), "mean": (w * losses).sum() / total}
     for reduction, want in expected.items():
@@ -78,17 +80,17 @@ def check(compute, losses, total, argument, weights=WEIGHTS):
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_cross_entropy_of_indices(extra, weight, ignored, smoothing):
     x, y = scores(*extra), labels(N, *extra, ignored=ignored)
-    losses, total = closed_form_of_indices(x.log_softmax(1), y, weight, ignored, smoothing)
+    form = closed_form_of_indices(x.log_softmax(1), y, weight, ignored, smoothing)
     options = {"weight": weight, "ignore_index": 9, "label_smoothing": smoothing}
-    check(lambda reduction: F.cross_entropy(x, y, reduction=reduction, **options), losses, total, x)
-    check(lambda reduction: nn.CrossEntropyLoss(reduction=reduction, **options)(x, y), losses, total, x)
+    check(lambda reduction: F.cross_entropy(x, y, reduction=reduction, **options), *form, x)
+    check(lambda reduction: nn.CrossEntropyLoss(reduction=reduction, **options)(x, y), *form, x)
 
 
 @pytest.mark.parametrize(("extra", "weight", "ignored"), list(index_cases()))
 def test_nll_loss(extra, weight, ignored):
     x, y = scores(*extra), labels(N, *extra, ignored=ignored)
-    losses, total = closed_form_of_indices(x, y, weight, ignored)
-    check(lambda reduction: F.nll_loss(x, y, weight, ignore_index=9, reduction=reduction), losses, total, x)
+    form = closed_form_of_indices(x, y, weight, ignored)
+    check(lambda reduction: F.nll_loss(x, y, weight, ignore_index=9, reduction=reduction), *form, x)
 
 
 @pytest.mark.parametrize("weight", [None, CLASS_WEIGHTS.double()])
@@ -96,7 +98,7 @@ def test_cross_entropy_of_probabilities(weight):
     x, y = scores(), values(N, C, seed=1).softmax(1)
     w = 1 if weight is None else weight
     losses = -(w * y * x.log_softmax(1)).sum(1)
-    check(lambda reduction: F.cross_entropy(x, y, weight, reduction=reduction), losses, N, x)
+    check(lambda reduction: F.cross_entropy(x, y, weight, reduction=reduction), losses, N, None, x)
 
 
 @pytest.mark.parametrize("weight", [None, CLASS_WEIGHTS.double()])
@@ -104,13 +106,15 @@ def test_cross_entropy_of_mixed_labels(weight):
     x, first = scores(), labels(N, ignored=True)
     second, lam = first.flip(0), torch.full((N,), 0.7)
     y = MixedLabels.mix(first, second, lam)
-    (one, _), (other, _) = (closed_form_of_indices(x.log_softmax(1), part, weight, True) for part in (first, second))
+    (one, *_), (other, *_) = (closed_form_of_indices(x.log_softmax(1), part, weight, True) for part in (first, second))
     mass = 0.7 * (first != 9).sum() + 0.3 * (second != 9).sum()
     losses = 0.7 * one + 0.3 * other
-    check(lambda r: F.cross_entropy(x, y, weight, ignore_index=9, reduction=r), losses, float(mass), x)
+    check(lambda r: F.cross_entropy(x, y, weight, ignore_index=9, reduction=r), losses, float(mass), None, x)
     y = MixedLabels.mix(first, second, lam)
-    (one, _), (other, _) = (closed_form_of_indices(x, part, weight, True) for part in (first, second))
-    check(lambda r: F.nll_loss(x, y, weight, ignore_index=9, reduction=r), 0.7 * one + 0.3 * other, float(mass), x)
+    (one, *_), (other, *_) = (closed_form_of_indices(x, part, weight, True) for part in (first, second))
+    check(
+        lambda r: F.nll_loss(x, y, weight, ignore_index=9, reduction=r), 0.7 * one + 0.3 * other, float(mass), None, x
+    )
 
 
 def bce(p, y):
@@ -123,27 +127,27 @@ def test_losses_of_elements(extra):
     p, q = values(N, *extra, positive=True).requires_grad_(), values(N, *extra, seed=1, positive=True)
     difference, size = (x - y).abs(), x.numel()
     weight = values(N, *extra, seed=2, positive=True)
-    check(lambda r: F.mse_loss(x, y, reduction=r), difference**2, size, x)
-    check(lambda r: nn.MSELoss(reduction=r)(x, y), difference**2, size, x)
-    check(lambda r: F.l1_loss(x, y, reduction=r), difference, size, x)
+    check(lambda r: F.mse_loss(x, y, reduction=r), difference**2, size, None, x)
+    check(lambda r: nn.MSELoss(reduction=r)(x, y), difference**2, size, None, x)
+    check(lambda r: F.l1_loss(x, y, reduction=r), difference, size, None, x)
     huber = torch.where(difference < 0.5, difference**2 / 2, 0.5 * (difference - 0.25))
-    check(lambda r: F.huber_loss(x, y, reduction=r, delta=0.5), huber, size, x)
-    check(lambda r: F.smooth_l1_loss(x, y, reduction=r, beta=0.5), huber / 0.5, size, x)
-    check(lambda r: F.binary_cross_entropy(p, q, reduction=r), bce(p, q), size, p)
-    check(lambda r: F.binary_cross_entropy(p, q, weight, reduction=r), weight * bce(p, q), size, p)
+    check(lambda r: F.huber_loss(x, y, reduction=r, delta=0.5), huber, size, None, x)
+    check(lambda r: F.smooth_l1_loss(x, y, reduction=r, beta=0.5), huber / 0.5, size, None, x)
+    check(lambda r: F.binary_cross_entropy(p, q, reduction=r), bce(p, q), size, None, p)
+    check(lambda r: F.binary_cross_entropy(p, q, weight, reduction=r), weight * bce(p, q), size, None, p)
     logits = bce(x.sigmoid(), q)
-    check(lambda r: F.binary_cross_entropy_with_logits(x, q, reduction=r), logits, size, x)
-    check(lambda r: F.binary_cross_entropy_with_logits(x, q, weight, reduction=r), weight * logits, size, x)
+    check(lambda r: F.binary_cross_entropy_with_logits(x, q, reduction=r), logits, size, None, x)
+    check(lambda r: F.binary_cross_entropy_with_logits(x, q, weight, reduction=r), weight * logits, size, None, x)
     for func, want in ((F.mse_loss, difference**2), (F.l1_loss, difference), (F.huber_loss, None)):
         want = torch.where(difference < 1, difference**2 / 2, difference - 0.5) if want is None else want
-        check(lambda r, func=func: func(x, y, reduction=r, weight=weight), weight * want, float(weight.sum()), x)
+        check(lambda r, func=func: func(x, y, reduction=r, weight=weight), weight * want, float(weight.sum()), None, x)
 
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 def test_kl_div():
     x, y = scores(), values(N, C, seed=1).softmax(1)
     losses = y * (y.log() - x)
-    check(lambda r: F.kl_div(x, y, reduction=r), losses, x.numel(), x)
+    check(lambda r: F.kl_div(x, y, reduction=r), losses, x.numel(), None, x)
     with SampleLosses(N, WEIGHTS):
         got = F.kl_div(x, y, reduction="batchmean")
     torch.testing.assert_close(got, (WEIGHTS.double().unsqueeze(1) * losses).sum() / N)
@@ -197,6 +201,113 @@ def test_losses_that_are_nought_stay_so():
         loss = F.mse_loss(x, torch.zeros(N, 2))
     assert loss.item() == 0.0
     assert seen.losses.tolist() == [0.0] * N
+
+
+PADDED = torch.tensor(
+    [[1, 2, 0, 3, 1], [2, 2, 9, 9, 9], [0, 9, 9, 9, 9], [9, 9, 9, 9, 9], [3, 9, 1, 9, 2], [9, 0, 1, 2, 3]]
+)
+
+
+def own_by_hand(scores):
+    """Each sample's loss, from its tokens that count alone."""
+    rows = [[-row.log_softmax(0)[label] for row, label in zip(*one, strict=True) if label != 9] for one in scores]
+    return torch.tensor([float(sum(row)) / len(row) if row else 0.0 for row in rows])
+
+
+@pytest.mark.parametrize("further", [0, 7])
+def test_padding_does_not_count_however_far_it_goes(further):
+    x = values(N, 5 + further, C).float().requires_grad_()
+    y = torch.cat([PADDED, torch.full((N, further), 9)], 1)
+    expected = own_by_hand(list(zip(x.detach(), y, strict=True)))
+    torch.testing.assert_close(own_by_hand(list(zip(x.detach()[:, :5], PADDED, strict=True))), expected)
+    soft = torch.zeros(N, 5 + further, C).scatter(2, y.clamp(max=3).unsqueeze(2), 1.0) * (y != 9).unsqueeze(2)
+    padding_weighs_nothing = torch.tensor([1.0] * C + [0.0])
+    wide = torch.cat([x, torch.full((N, 5 + further, 1), -1e4)], 2)
+    for loss in (
+        lambda: F.cross_entropy(x.transpose(1, 2), y, ignore_index=9),
+        lambda: F.cross_entropy(x.transpose(1, 2), soft.transpose(1, 2), reduction="sum"),
+        lambda: F.cross_entropy(wide.transpose(1, 2), y.clamp(max=4), padding_weighs_nothing),
+        lambda: F.nll_loss(x.transpose(1, 2).log_softmax(1), y, ignore_index=9, reduction="none"),
+        lambda: F.cross_entropy(x.transpose(1, 2), MixedLabels.mix(y, y, torch.full((N,), 0.7)), ignore_index=9),
+        lambda: F.cross_entropy(x.reshape(-1, C), y.reshape(-1), ignore_index=9),
+        lambda: LabelSmoothingLoss(0.0, ignore_index=9)(x.transpose(1, 2), y),
+    ):
+        for weights in (None, WEIGHTS):
+            with SampleLosses(N, weights) as seen:
+                loss()
+            torch.testing.assert_close(seen.losses, expected)
+
+
+def test_elements_of_weight_0_do_not_count():
+    x, y = values(N, 5).requires_grad_(), torch.zeros(N, 5, dtype=torch.float64)
+    with SampleLosses(N) as seen:
+        F.binary_cross_entropy_with_logits(x, y, weight=(PADDED != 9).double())
+    rows = [F.softplus(row[label != 9]) for row, label in zip(x.detach(), PADDED, strict=True)]
+    torch.testing.assert_close(seen.losses, torch.stack([row.sum() / max(len(row), 1) for row in rows]).float())
+
+
+FLATTENED = {
+    "view": lambda x, y: F.cross_entropy(x.view(-1, C), y.view(-1)),
+    "reshape of a copy": lambda x, y: F.cross_entropy(x.reshape(-1, C), y.clone().reshape(-1)),
+    "torch.flatten": lambda x, y: F.cross_entropy(torch.flatten(x, 0, 1), torch.flatten(y)),
+    "only the targets are known": lambda x, y: F.cross_entropy(x.view(-1, C) * 1.0, y.flatten()),
+    "only the scores are known": lambda x, y: F.cross_entropy(x.reshape(N * 5, C), y.view(-1) + 0),
+    "next tokens": lambda x, y: F.cross_entropy(x[:, 1:].reshape(-1, C), y[:, 1:].contiguous().view(-1)),
+    "nll": lambda x, y: F.nll_loss(x.log_softmax(2).view(-1, C), y.view(-1)),
+    "sum": lambda x, y: F.cross_entropy(x.view(-1, C), y.view(-1), reduction="sum"),
+    "none": lambda x, y: F.cross_entropy(x.view(-1, C), y.view(-1), reduction="none"),
+    "two dimensions": lambda x, y: F.cross_entropy(x.view(N, 5, 1, C).reshape(-1, C), y.view(N, 5, 1).reshape(-1)),
+    "one's own": lambda x, y: mean_over_samples((-x.log_softmax(2).gather(2, y.unsqueeze(2))).view(-1)),
+}
+
+
+@pytest.mark.parametrize("how", FLATTENED)
+def test_flattened_losses_are_averaged_by_sample_and_weighted_by_it(how):
+    x, y = values(N, 5, C).requires_grad_(), labels(N, 5)
+    own = torch.stack([F.cross_entropy(one, label, reduction="none") for one, label in zip(x, y, strict=True)])
+    own = own[:, 1:] if how == "next tokens" else own
+    for weights in (None, WEIGHTS):
+        with SampleLosses(N, weights) as seen:
+            got = FLATTENED[how](x, y)
+        torch.testing.assert_close(seen.losses, own.detach().mean(1).float())
+        each = own * (1 if weights is None else weights.double().unsqueeze(1))
+        want = {"sum": each.sum(), "none": each.flatten()}.get(how, each.mean())
+        torch.testing.assert_close(got, want)
+        assert seen.samples_first
+
+
+def test_flattened_losses_that_are_not_known_to_be_one_samples_after_the_others_are_left_alone():
+    x, y = values(5, N, C).requires_grad_(), labels(5, N)
+    square, marks = values(N, N, C).requires_grad_(), labels(N, N)
+    two_views = torch.cat([values(N, C), values(N, C, seed=1)]).requires_grad_()
+    mask = torch.tensor([True] * 2 * N + [False] * 3 * N).view(N, 5)
+    for loss in (
+        lambda: F.cross_entropy(x.view(-1, C), y.view(-1)),  # time first
+        lambda: F.cross_entropy(x.view(-1, C) * 1.0, y.view(-1)),
+        lambda: F.cross_entropy(square.view(-1, C), marks.view(-1)),  # as may be this
+        lambda: F.cross_entropy(two_views, labels(2 * N)),
+        lambda: F.cross_entropy(x.transpose(0, 1)[mask], y.t()[mask]),
+    ):
+        for weights in (None, WEIGHTS):
+            with SampleLosses(N, weights) as seen:
+                assert torch.equal(got := loss(), loss())
+            assert seen.losses is None
+            assert not seen.samples_first
+            assert torch.equal(got, loss())
+    with SampleLosses(N, samples_first=True) as seen:  # known from another batch
+        F.cross_entropy(square.view(-1, C), marks.view(-1))
+    own = F.cross_entropy(square.mT, marks, reduction="none").mean(1)
+    torch.testing.assert_close(seen.losses, own.detach().float())
+
+
+def test_nothing_is_kept_alive_that_was_flattened():
+    import weakref
+
+    with SampleLosses(N):
+        x = values(N, 5, C).view(-1, C)
+        gone = weakref.ref(x)
+        del x
+        assert gone() is None
 
 
 def test_several_calls_add_up_and_others_are_left_alone():
@@ -254,6 +365,15 @@ def test_a_compiled_part_runs_under_it_without_compiling_anew_in_each_step(weigh
         torch.testing.assert_close(seen.losses, own.detach())
         torch.testing.assert_close(loss, ((1 if weights is None else weights) * own).mean())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_part_that_flattens_is_one_graph():
+    net = torch.compile(lambda x: x.view(-1, 3, C).relu().view(-1, C), backend="eager", fullgraph=True)
+    x, y = values(N, 3 * C).requires_grad_(), labels(N, 3)
+    with SampleLosses(N) as seen:
+        F.cross_entropy(net(x), y.view(-1))
+    own = F.cross_entropy(x.view(N, 3, C).relu().mT, y, reduction="none").mean(1)
+    torch.testing.assert_close(seen.losses, own.detach().float())
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS])

@@ -97,7 +97,7 @@ class BatchAugmentation(SeededBatchTrick):
         self.pixels = {} if crop == 0 and flip is None else {"inputs": (inputs,), "maps": self.maps}
         self.crop, self.padding, self.flip, self.ignore_index = int(crop), padding, flip, int(ignore_index)
         self.inputs = inputs
-        self._loader = LoaderGrip(self, name=f'{self.name}(flip="alternating")')
+        self._loader = LoaderGrip(self, name=f'{self.name}(flip="alternating")', reads_rows=True)
         if flip == "alternating":  # which must know the samples
             self.grips = (self._loader,)
 
@@ -131,7 +131,7 @@ class BatchAugmentation(SeededBatchTrick):
         """Return which images to mirror, on the CPU."""
         if self.flip != "alternating":
             return None if self.flip is None else torch.rand(count, generator=generator) < 0.5
-        samples = self._loader.require_numbers(self._loader.samples_of_batch())
+        samples = self._loader.rows_of_batch()
         if len(samples) != count:
             what = f"needs one image for each sample, but a batch of {len(samples)} samples has {count} images"
             way_out = 'Use `flip="random"`, or name the images\' place with `inputs=`.'

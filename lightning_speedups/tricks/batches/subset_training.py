@@ -106,7 +106,8 @@ class SubsetTraining(SeededBatchTrick):
       expected sum of an epoch's gradients is that of all samples: fewer steps, each larger by 1/``keep`` on average,
       and so is the training loss that they log. (In the paper each low sample is dropped with probability 1/2, so that
       an epoch's length is found out as it comes; here the probability follows from ``keep``.)
-    - ``"random"`` keeps every sample with the same chance: the baseline that the others have to beat.
+    - ``"random"`` keeps every sample with the same chance: the baseline that the others have to beat. It reads no
+      losses, so that any ``training_step`` will do.
     - ``"loss"`` keeps samples the more often the higher their loss, and counts each as 1: biased on purpose.
 
     In eight epochs of CIFAR-10 (``benchmarks/smaller_batches.py``) ``"loss"`` gave 1.2 points more than fewer epochs in
@@ -133,14 +134,15 @@ class SubsetTraining(SeededBatchTrick):
 
     Attributes:
         kept: Share of the samples that the epoch under way has.
-        mean_loss: Mean of the samples' last known losses; None before the end of the first epoch.
+        mean_loss: Mean of the samples' last known losses; None before the end of the first epoch, and with
+            ``"random"``.
         samples_saved: Samples left out in the epochs that have ended, in all processes.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At fit start, if the loader cannot be changed, if an epoch has too few samples for a
-            batch, or if ``stop_at`` is a fraction of an unknown number of epochs; in the first batch, if it shows no
-            losses.
+        MisconfigurationException: At fit start, if the loader cannot be changed or its ``collate_fn`` hands out samples
+            in another order, if an epoch has too few samples for a batch, or if ``stop_at`` is a fraction of an unknown
+            number of epochs; in the first batch, if it shows no losses.
 
     Source:
         Qin et al., arXiv:2303.04947; Jiang et al., arXiv:1910.00762.
@@ -174,8 +176,9 @@ class SubsetTraining(SeededBatchTrick):
         self.keep, self.method, self.stop_at, self.max_drop, self.beta = keep, method, stop_at, max_drop, beta
         self.logs_facts = log
         self.kept = 1.0
-        self.loader = _Selects(self)
-        self.grips = (self.loader, LossGrip(self))
+        self.reads = method != "random"
+        self.loader = _Selects(self, reads_rows=self.reads)
+        self.grips = (self.loader, LossGrip(self)) if self.reads else (self.loader,)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join loader, batch pipeline and training step; settle which epochs are shortened."""
@@ -204,8 +207,8 @@ class SubsetTraining(SeededBatchTrick):
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Note which samples these are."""
-        samples = self.loader.require_numbers(self.loader.samples_of_batch())
-        self.run.indices = torch.tensor(samples, dtype=torch.long)
+        if self.reads:
+            self.run.indices = torch.tensor(self.loader.rows_of_batch(), dtype=torch.long)
         return batch
 
     def samples_in_step(self, trainer: Trainer) -> int:
@@ -284,6 +287,7 @@ class _Selects(LoaderGrip):
     def select(self, trainer: Trainer, epoch: int, order: list[int]) -> list[int]:
         """Choose the epoch's samples."""
         trick, losses = self.trick, self.trick.saved.losses
+        known = losses[self.require_numbers(order)] if trick.reads else torch.empty(len(order))
         kept = self.samples_in_epoch(epoch, len(order))
         generator = generator_for(trick.run_seed(trainer), trainer.global_rank, epoch, trick.batch_order)
         draws: dict[Method, Callable[[Tensor, int, torch.Generator], Subset]] = {
@@ -291,7 +295,7 @@ class _Selects(LoaderGrip):
             "random": draw_uniform,
             "loss": partial(draw_hard, beta=trick.beta),
         }
-        places, weights = draws[trick.method](losses[self.require_numbers(order)], kept, generator)
+        places, weights = draws[trick.method](known, kept, generator)
         trick.run.shortened, trick.kept, trick.saved.left_out = epoch, kept / len(order), len(order) - kept
         if trick.method == "infobatch":
             trick.run.weights = torch.ones(len(losses)).scatter(0, torch.tensor(order), weights)
@@ -300,5 +304,4 @@ class _Selects(LoaderGrip):
 
 def _sum(trainer: Trainer, values: Tensor) -> Tensor:
     """Add up over the processes."""
-    total: Tensor = trainer.strategy.reduce(values.to(trainer.strategy.root_device, copy=True), reduce_op="sum")
-    return total.cpu()
+    return trainer.strategy.reduce(values.to(trainer.strategy.root_device, copy=True), reduce_op="sum").cpu()

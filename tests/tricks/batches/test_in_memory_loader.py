@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import nullcontext
+
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from two_processes import Notes, forked
 
-from lightning_speedups import BatchAugmentation, InMemoryLoader
+from lightning_speedups import BatchAugmentation, InMemoryLoader, SubsetTraining
 from lightning_speedups.core.augmentation import coins
 from lightning_speedups.tricks.batches import in_memory_loader
 from zoo import Batches, fit_interrupted, images, resume, trainer
@@ -171,6 +185,151 @@ def test_a_run_resumed_between_epochs_begins_the_next_one(epochs, limit, shuffle
     fit_interrupted(parted, data(), stop, [], epoch_end=True, limit_train_batches=limit)
     resume(parted, data(), [], limit_train_batches=limit)
     assert [batch[0].tolist() for batch in parted.seen] == [batch[0].tolist() for batch in whole.seen]
+
+
+class Shuffles(Sampler):
+    """A sampler of somebody's own, which draws from Python's generator as it goes."""
+
+    def __len__(self):
+        return 10
+
+    def __iter__(self):
+        left = list(range(10))
+        while left:
+            yield left.pop(random.randrange(len(left)))
+
+
+class Loads(Seer):
+    """Lets Lightning make its loaders before it has read the checkpoint."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
+
+
+SAMPLERS = {
+    "weighted": lambda: {"sampler": WeightedRandomSampler(torch.ones(10), 10)},
+    "random": lambda: {"sampler": RandomSampler(range(10))},
+    "random with a generator": lambda: {
+        "sampler": RandomSampler(range(10), True, 10, torch.Generator().manual_seed(torch.initial_seed()))
+    },
+    "random subset": lambda: {"sampler": SubsetRandomSampler(range(1, 10))},
+    "one's own": lambda: {"sampler": Shuffles()},
+    "a list": lambda: {"sampler": [3, 1, 4, 5, 9, 2, 6]},
+    "shuffled": lambda: {"shuffle": True},
+    "batches in order": lambda: {"batch_size": 1, "batch_sampler": BatchSampler(range(9, -1, -1), 2, True)},
+}
+
+
+def interrupted(make, stop, seer=Seer, callbacks=(), **options):
+    """The batches of a run, and of another in two parts, from other random states in the second one."""
+    runs = whole, parted = seer(), seer()
+    for module in runs:
+        random.seed(1)
+        torch.manual_seed(1)
+        if module is whole:
+            trainer(callbacks=[make_one() for make_one in callbacks], **options).fit(module, make())
+        else:
+            fit_interrupted(module, make(), stop, [make_one() for make_one in callbacks], **options)
+    random.seed(2)
+    torch.manual_seed(2)
+    resume(parted, make(), [make_one() for make_one in callbacks], **options)
+    return [[batch[0].tolist() for batch in module.seen] for module in runs]
+
+
+def of_epoch(batches, stop, length=5):
+    """Those of the epoch in which a run was interrupted."""
+    return batches[stop // length * length :][:length]
+
+
+@pytest.mark.parametrize("seer", [Seer, Loads])
+@pytest.mark.parametrize("stop", [1, 3, 4, 6, 8])
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_an_interrupted_epoch_goes_on_in_its_order_whoever_draws_it_and_whoever_loads_early(kind, stop, seer):
+    def make():
+        return InMemoryLoader(numbers(), **{"batch_size": 2, **SAMPLERS[kind]()})
+
+    length = len(make())
+    whole, parted = interrupted(make, stop, seer)
+    assert of_epoch(parted, stop, length) == of_epoch(whole, stop, length)
+    assert len(parted) == len(whole) == 3 * length
+    if kind in ("random", "one's own"):
+        assert all(len({n for batch in of_epoch(parted, at) for n in batch}) == 10 for at in (0, 5, 10))
+
+
+@pytest.mark.parametrize("stop", [2, 6])
+def test_tricks_that_know_the_samples_know_those_of_an_interrupted_epoch(stop):
+    class Numbered(Seer):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            return F.l1_loss(self.layer.weight.sum() * 0 + batch[0], torch.zeros_like(batch[0]))
+
+    subset = SubsetTraining(0.6, stop_at=1.0, seed=1)
+    whole, parted = interrupted(
+        lambda: InMemoryLoader([torch.arange(10.0)], 2, sampler=WeightedRandomSampler(torch.ones(10), 10)), stop,
+        Numbered, [lambda: subset],
+    )  # fmt: skip
+    lengths = [5, 3, 3]
+    begin = 0 if stop < 5 else 5
+    assert parted[begin : begin + lengths[begin > 0]] == whole[begin : begin + lengths[begin > 0]]
+    known = subset.saved.losses
+    assert torch.equal(known[known.isfinite()], torch.arange(10.0)[known.isfinite()])
+    assert known.isfinite().sum() > 5
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_an_epoch_that_a_limit_ended_leaves_no_place_with_a_sampler_either():
+    seen, limits = [], {"limit_train_batches": 3, "max_steps": 9}  # which make Lightning take any resume for one within
+    for kind in (DataLoader, InMemoryLoader):
+        module = Seer()
+        first, second = (kind(TensorDataset(*numbers()), 2, sampler=list(range(10))) for _ in range(2))
+        fit_interrupted(module, first, 3, [], epoch_end=True, **limits)
+        resume(module, second, [], **limits)
+        seen.append([batch[0].tolist() for batch in module.seen])
+    assert seen[0] == seen[1]
+
+
+def test_an_order_that_the_checkpoint_does_not_hold_is_warned_of(monkeypatch):
+    def random_batches():
+        return InMemoryLoader(numbers(), batch_sampler=BatchSampler(RandomSampler(range(10)), 2, False))
+
+    def weighted():
+        return InMemoryLoader(numbers(), 2, sampler=WeightedRandomSampler(torch.ones(10), 10))
+
+    with pytest.warns(UserWarning, match=r"is resumed within an epoch whose order.*Use `shuffle=True`"):
+        interrupted(random_batches, 2)
+    for older in (0, 3):
+        (loader := weighted()).batch_sampler.sampler.set_epoch(1)
+        with pytest.warns(UserWarning, match="is resumed within an epoch") if older else nullcontext():
+            loader.load_state_dict({"position": older, "epoch": 0, "seed": None})
+        assert len(list(loader)) == 5 - older
+    monkeypatch.setattr(in_memory_loader, "_is_one_of_several", lambda: True)
+    with pytest.warns(UserWarning, match="is resumed within an epoch"):
+        interrupted(weighted, 2)
+    interrupted(lambda: InMemoryLoader(numbers(), 2, sampler=DistributedSampler(range(10), 1, 0, seed=3)), 2)
+
+
+def test_an_order_is_taken_up_once_and_by_its_own_epoch_only():
+    loader = InMemoryLoader(numbers(), 5, sampler=RandomSampler(range(10)))
+    state = {"position": 1, "epoch": 0, "seed": None, "order": torch.arange(10)}
+    loader.load_state_dict(state)
+    assert read_plain(loader) == [[5, 6, 7, 8, 9]]
+    assert sorted(sum(batches := read_plain(loader), [])) == list(range(10))  # noqa: RUF017
+    assert batches != [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    loader.load_state_dict(state)
+    loader.batch_sampler.sampler.set_epoch(1)
+    assert read_plain(loader)[0] != [0, 1, 2, 3, 4]
+
+
+def test_a_sampler_draws_what_it_does_under_a_dataloader():
+    for options in ({"replacement": True, "num_samples": 40}, {}):
+        runs = []
+        for kind in (InMemoryLoader, DataLoader):
+            sampler = RandomSampler(range(10), generator=torch.Generator().manual_seed(1), **options)
+            loader = kind(TensorDataset(*numbers()), 4, sampler=sampler)
+            runs.append([read_plain(loader) for _ in range(3)])
+            assert loader.sampler is sampler
+        assert runs[0] == runs[1]
 
 
 def test_a_given_seed_beats_the_checkpoints():

@@ -102,7 +102,7 @@ def test_each_epoch_has_the_samples_drawn_from_the_last_losses_in_the_samplers_o
         numbers, own = module.of_epoch(epoch)
         assert numbers == order
         losses[numbers] = own
-    assert subset.mean_loss == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert subset.mean_loss == (None if method == "random" else pytest.approx(float(losses.mean()), rel=1e-6))
     assert subset.samples_saved == 4 * 10
     assert subset.kept == 1.0
 
@@ -425,6 +425,27 @@ def test_a_fraction_of_an_open_end_is_refused_and_none_is_not():
         fit(max_epochs=-1, max_steps=5)
     module, *_ = fit(max_epochs=-1, max_steps=9, subset=SubsetTraining(keep=0.5, stop_at=1.0, seed=3))
     assert [len(module.of_epoch(epoch)[0]) for epoch in range(4)] == [32, 16, 16, 8]
+
+
+class Contrasts(Numbered):
+    """Compares the samples of a batch; none has a loss of its own."""
+
+    def training_step(self, batch, batch_idx):
+        self.numbers.append(batch[2].tolist())
+        features = F.normalize(self.backbone(batch[0]), dim=1)
+        likeness = features @ features.T
+        return (likeness.logsumexp(1) - likeness.diagonal()).mean()
+
+
+def test_a_random_choice_needs_no_losses_and_no_numbers_of_samples():
+    for data in (replay(), DataLoader(Keyed(), 8, sampler=[f"k{i}" for i in range(32)])):
+        module, subset, run = fit(Contrasts(), data, subset=SubsetTraining(0.5, method="random", seed=3, log=True))
+        assert [len(numbers) for numbers in module.numbers] == [8] * (4 + 2 + 2 + 2 + 4)
+        assert all(len({*module.numbers[i], *module.numbers[i + 1]}) == 16 for i in (4, 6, 8))
+        assert (subset.mean_loss, subset.samples_saved) == (None, 48)
+        assert "subset_samples_saved" in run.callback_metrics
+    with pytest.raises(MisconfigurationException, match="mean_over_samples"):
+        fit(Contrasts())
 
 
 class Keyed(Dataset):

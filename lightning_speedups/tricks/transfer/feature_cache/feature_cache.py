@@ -138,7 +138,7 @@ class FeatureCache(BatchTrick):
         check_place("inputs", inputs)
         self.folder, self.max_gib, self.inputs = folder, max_gib, inputs
         self.hits = self.misses = 0
-        self._source = LoaderGrip(self)
+        self._source = LoaderGrip(self, reads_rows=True)
         self.grips = (self._source,)
 
     def _cannot(self, what: str, way_out: str) -> MisconfigurationException:
@@ -221,7 +221,7 @@ class FeatureCache(BatchTrick):
 
     def _samples(self, inputs: Any) -> Tensor:
         """Return the batch's indices in the dataset; refuse inputs that are not of these."""
-        samples = self._source.require_numbers(self._source.samples_of_batch())
+        samples = self._source.rows_of_batch()
         found = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         if not found or any(shape[:1] != (len(samples),) for shape in found):
             raise self.refusal(
