@@ -203,6 +203,8 @@ def draw_lambda(alpha: float, size: int, generator: torch.Generator) -> Tensor:
     """
     # torch.distributions.Beta draws from this same operator but takes no generator.
     pair = torch._sample_dirichlet(torch.full((size, 2), alpha, dtype=torch.float64), generator=generator)
+    if alpha < 0.01:  # where both parts underflow torch says one half, but λ is 0 or 1
+        pair = torch.where(pair == 0.5, torch.rand(size, 1, generator=generator).round(), pair)
     return complementary(pair[:, 0].float())
 
 

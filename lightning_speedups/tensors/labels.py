@@ -282,8 +282,7 @@ def _put(soft: Tensor, dim: int, classes: Tensor, mass: Tensor) -> Tensor:
         if not len(wrong):
             raise
         raise ValueError(
-            f"Expected class labels from 0 to {soft.shape[dim] - 1} (`num_classes` is {soft.shape[dim]}) or the "
-            f"`ignore_index` of the loss, but got {wrong[0]}."
+            f"Expected class labels from 0 to {soft.shape[dim] - 1}, or the `ignore_index`, but got {wrong[0]}."
         ) from error
 
 

@@ -348,3 +348,11 @@ def test_a_batch_that_keeps_all_of_itself_is_not_mixed():
     kept = [draw_mixture((4, 3), generator_for(i), alpha=0.02, cutmix_alpha=0.0) for i in range(60)]
     assert {mixture.method for mixture in kept} == {"none", "mixup"}
     assert all(0 < mixture.lam < 1 for mixture in kept if mixture.method == "mixup")
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-4, 1e-3, 9e-3])
+def test_hardly_any_alpha_hardly_mixes(alpha):
+    lam = draw_lambda(alpha, 4000, generator_for(0)).double()
+    inside = ((lam > 0.01) & (lam < 0.99)).double().mean().item()
+    expected = float(np.diff(scipy.stats.beta(alpha, alpha).cdf([0.01, 0.99]))[0])
+    assert inside == pytest.approx(expected, abs=3 * math.sqrt(expected / 4000) + 1e-3)

@@ -185,7 +185,11 @@ class MixupCallback(SeededBatchTrick):
             if self.num_classes is None:
                 what = "needs `num_classes` to turn integer labels into probabilities"
                 raise self.refusal(what, "Give it.", targets="soft")
-            targets = soft_targets(targets, self.num_classes)[0]
+            try:
+                targets = soft_targets(targets, self.num_classes)[0]
+            except ValueError as error:
+                what, way_out = f"takes labels below `num_classes`: {error}", "Ignored ones are -100 here."
+                raise self.refusal(what[:-1], way_out, targets="soft", num_classes=self.num_classes) from error
         for place, part in zip(self._places, inputs, strict=True):
             if mixture.method != "none":
                 batch = replace_part(batch, place, mix_values(part, mixture))
