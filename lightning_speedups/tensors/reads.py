@@ -31,6 +31,7 @@ class Reads:
         self.count, self.is_used = 0, False
         self.misread: list[str] = []
         self.written: list[Tensor] = []
+        self.selections: list[Tensor] = []
 
     def close(self) -> None:
         """Follow nothing any more; tensors into which something was written are plain again."""
@@ -76,6 +77,7 @@ class OneOfTwo(Tensor):
 
     def settle(self) -> None:
         """Make it one that does not depend on the targets, as it selects targets along with their scores."""
+        self.reads.selections.append(self._labels)
         self._other, self._roots = None, ()
 
 
@@ -197,8 +199,11 @@ def _tell(reads: Reads, name: str, sources: Sequence[OneOfTwo], gradient: Tensor
     """Note, in a backward pass, a function through which the loss depends on the targets that were taken."""
     if name in reads.misread:
         return
-    if not all(torch.equal(root._labels, root._other) for root in _roots_of(sources)):  # type: ignore[arg-type]
-        reads.misread.append(name)
+    for root in _roots_of(sources):
+        # A mask that is written twice, for the scores and for the labels, is two tensors.
+        if not any(torch.equal(root._labels, same) for same in (root._other, *reads.selections) if same is not None):
+            reads.misread.append(name)
+            return
 
 
 def _takes_form_only(func: Callable[..., Any], args: Sequence[Any]) -> bool:

@@ -356,3 +356,14 @@ def test_hardly_any_alpha_hardly_mixes(alpha):
     inside = ((lam > 0.01) & (lam < 0.99)).double().mean().item()
     expected = float(np.diff(scipy.stats.beta(alpha, alpha).cdf([0.01, 0.99]))[0])
     assert inside == pytest.approx(expected, abs=3 * math.sqrt(expected / 4000) + 1e-3)
+
+
+def test_a_box_without_pixels_leaves_targets_as_they_were_whatever_their_partners_hold():
+    x, targets, kept = torch.randn(6, 1, 4, 4), torch.tensor([0.5, torch.nan, 2.0, torch.nan, 1.0, 3.0]), 0
+    for seed in range(100):
+        mixture = draw_mixture(x.shape, generator_for(seed), alpha=0.0, cutmix_alpha=1.0)
+        if mixture.lam == 1:
+            kept += 1
+            assert torch.equal(mix_targets(targets, mixture).nan_to_num(7), targets.nan_to_num(7))
+            assert torch.equal(mix_values(x, mixture), x)
+    assert kept > 3

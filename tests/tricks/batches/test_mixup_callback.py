@@ -836,3 +836,13 @@ def test_a_label_that_soft_targets_have_no_place_for_is_named(wrong):
     for generator in (None, generator_for(1)):
         with pytest.raises(MisconfigurationException, match=rf"num_classes=4\) .* 0 to 3, .* but got {wrong}\."):
             callback.mix((torch.randn(4, 2), labels), generator)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo looks there
+def test_a_compiled_loss_of_dominant_labels_stops_the_run():
+    torch._dynamo.reset()
+    picked = torch.compile(lambda s, y: -s.log_softmax(1).gather(1, y.unsqueeze(1)).mean(), backend="eager")
+    with pytest.raises(MisconfigurationException, match=r"nothing in WithLoss\.training_step read"):
+        trainer(callbacks=[MixupCallback(alpha=1.0)]).fit(WithLoss(lambda s, y, _: picked(s, y)), loader(16))
