@@ -82,9 +82,14 @@ def draw_mixture(
         return Mixture("none")
     frame = (int(shape[-2]), int(shape[-1])) if "cutmix" in methods else None
     kept, boxes = _draw_shares(ways, {"mixup": alpha, "cutmix": cutmix_alpha}, frame or (0, 0), generator)
+    if not frame and all(share == 1 for share in kept):
+        return Mixture("none")
+    lam = torch.tensor(kept)
+    if 1.0 in kept:  # what keeps all of itself takes nothing of another, be it infinite
+        partner = torch.where(lam == 1, torch.arange(shape[0]), partner)
     return Mixture(
         "both" if len(methods) > 1 else methods.pop(),
-        complementary(torch.tensor(kept)).to(device, non_blocking=True),
+        (complementary(lam) if frame else lam).to(device, non_blocking=True),
         partner.to(device, non_blocking=True),
         tuple(boxes) if frame else (),
         frame,
@@ -110,6 +115,8 @@ def _draw_shares(
         elif way == "cutmix":
             boxes[i] = cut_box(*frame, drawn[way][i], generator)
             kept[i] = kept_share(boxes[i], *frame)
+        if kept[i] == 0:  # exchanged for its partner, which leaves it as pure as it was
+            kept[i], boxes[i] = 1.0, NO_BOX
     return kept, boxes
 
 
@@ -196,6 +203,8 @@ def draw_lambda(alpha: float, size: int, generator: torch.Generator) -> Tensor:
     """
     # torch.distributions.Beta draws from this same operator but takes no generator.
     pair = torch._sample_dirichlet(torch.full((size, 2), alpha, dtype=torch.float64), generator=generator)
+    if alpha < 0.01:  # where both parts underflow torch says one half, but λ is 0 or 1
+        pair = torch.where(pair == 0.5, torch.rand(size, 1, generator=generator).round(), pair)
     return complementary(pair[:, 0].float())
 
 
@@ -259,7 +268,8 @@ def blend(values: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
     Args:
         values: ``(N, ...)``; integers are rounded back to their type, half precision is mixed in float32.
         partner: int64, ``(N,)``, on the same device.
-        lam: float32, ``(N,)`` or ``(1,)``, on the same device.
+        lam: float32, ``(N,)`` in [0, 1], or ``(1,)`` between 0 and 1 (a mixture with one of these is none), on the
+            same device.
 
     Returns:
         A new tensor of the same shape and type.
@@ -271,10 +281,19 @@ def blend(values: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
     """
     wide = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
     share = lam.to(wide).view(-1, *[1] * (values.ndim - 1))
-    mixed = torch.lerp(values[partner].to(wide), values.to(wide), share)
+    own, other = values.to(wide), values[partner].to(wide)
+    if len(lam) == 1:
+        mixed = torch.addcmul(other * (1 - share), own, share)  # not `lerp`, which makes NaN of two infinities
+    else:
+        mixed = _portion(own, share) + _portion(other, 1 - share)
     if not values.is_floating_point():
         mixed = mixed.round()
     return mixed.to(values.dtype)
+
+
+def _portion(values: Tensor, share: Tensor) -> Tensor:
+    """Return a share of some values; one of 0 is nothing, also of what is infinite."""
+    return (values * share).masked_fill_(share == 0, 0)
 
 
 def paste(images: Tensor, source: Tensor, partner: Tensor, boxes: Sequence[Box]) -> Tensor:

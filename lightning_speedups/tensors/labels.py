@@ -13,22 +13,19 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.utils._pytree import tree_map, tree_map_only
 
-from lightning_speedups.core.mixing import Mixture, blended_share, boxes_in, complementary, mix_values, paste
+from lightning_speedups.core.mixing import Mixture, blended_share, boxes_in, mix_values, paste
+from lightning_speedups.tensors.reads import WRITES, OneOfTwo, Reads, call_plain, follow, on_part
 
 
-class Reads:
-    """Counts how often a loss has read a mixture; shared by all labels made from one batch."""
-
-    count = 0
-
-
-class MixedLabels(Tensor):
+class MixedLabels(OneOfTwo):
     """Integer labels in which each sample belongs to two classes by shares.
 
     They *are* the dominant labels: they index, compare and go into metrics as a plain integer tensor. Only
     ``F.cross_entropy``, ``F.nll_loss``, ``F.one_hot`` (and so ``nn.CrossEntropyLoss``, ``nn.NLLLoss`` and this
-    package's losses) read the mixture. Selecting, joining, reshaping, casting to another integer type and moving keep
-    it; writing into it is refused, as it would change one label of two; any other operation gives plain tensors.
+    package's losses) read the mixture; the losses of numbers (``F.binary_cross_entropy``, with logits or not,
+    ``F.mse_loss``, ``F.l1_loss``, ``F.smooth_l1_loss``, ``F.huber_loss``) read the blend of both labels. Selecting,
+    joining, reshaping, casting to another number type and moving keep the mixture; writing into it is refused, as it
+    would change one label of two; any other operation gives plain tensors.
 
     Make them with [mix][lightning_speedups.tensors.labels.MixedLabels.mix].
 
@@ -36,10 +33,8 @@ class MixedLabels(Tensor):
         reads: Where reads are counted.
     """
 
-    _labels: Tensor
     _other: Tensor
     _share: Tensor
-    reads: Reads
 
     @staticmethod
     def mix(first: Tensor, second: Tensor, lam: Tensor, reads: Reads | None = None) -> MixedLabels:
@@ -56,9 +51,10 @@ class MixedLabels(Tensor):
             >>> labels.tolist(), F.one_hot(labels, 3).tolist()
             ([0, 2], [[0.75, 0.0, 0.25], [0.25, 0.0, 0.75]])
         """
-        lam = complementary(lam).view(-1, *[1] * (first.ndim - 1))
+        rest = 1 - lam.view(-1, *[1] * (first.ndim - 1))
+        lam = 1 - rest  # both are exact, as `complementary` says
         leads = lam >= 0.5
-        share = torch.maximum(lam, 1 - lam).expand(first.shape).contiguous()  # as the labels are, so that `view` works
+        share = torch.maximum(lam, rest).expand(first.shape).contiguous()  # as the labels are, so that `view` works
         return _wrap(torch.where(leads, first, second), torch.where(leads, second, first), share, reads or Reads())
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,16 +79,65 @@ class MixedLabels(Tensor):
         kwargs = kwargs or {}
         if func in _READS_MIXTURE:
             return _READS_MIXTURE[func](*args, **kwargs)
-        if func.__name__ in _WRITES and args and isinstance(args[0], MixedLabels):
+        if func in _READS_BLEND:
+            return func(*tree_map_only(MixedLabels, _blended, args), **tree_map_only(MixedLabels, _blended, kwargs))
+        if func.__name__ in WRITES and args and isinstance(args[0], MixedLabels):
             raise ValueError(
                 f"`{func.__name__}` would change mixed labels in place, but only the dominant one of each two. Change"
                 ' them in the dataset or the transfer hooks, or use MixupCallback(targets="soft", num_classes=...).'
             )
         if func in _KEEPS_MIXTURE and (mixed := _all_mixed(args, kwargs)) is not None:
-            labels, other = (_on_part(part, func, args, kwargs) for part in ("_labels", "_other"))
-            share = mixed._share if func in _CASTS else _on_part("_share", func, args, kwargs)
-            return tree_map(partial(_wrap_result, mixed.reads), labels, other, share)
-        return _on_part("_labels", func, args, kwargs)
+            if OneOfTwo in types:
+                args, kwargs = tree_map_only(OneOfTwo, _settled, (args, kwargs))
+            labels, other = (on_part(part, func, args, kwargs) for part in ("_labels", "_other"))
+            share = mixed._share if func in _CASTS else on_part("_share", func, args, kwargs)
+            return tree_map(partial(_wrap_result, func, mixed), labels, other, share)
+        return call_plain(func, args, kwargs)
+
+
+class BlendedTargets(OneOfTwo):
+    """Floating-point targets that were blended, and are plain tensors, but tell when a loss takes them for classes.
+
+    Half of class 0 and half of class 2 is no class 1: where they are cast to whole numbers, or their largest class is
+    taken, the result is followed as [OneOfTwo][lightning_speedups.tensors.reads.OneOfTwo] is.
+    """
+
+    @staticmethod
+    def of(blended: Tensor, reads: Reads) -> BlendedTargets:
+        """Mark targets.
+
+        Args:
+            blended: The targets, plain.
+            reads: Who is told, unless all of them are whole numbers.
+
+        Example:
+            >>> reads = Reads(follows=True)
+            >>> targets = BlendedTargets.of(torch.tensor([1.5]), reads)
+            >>> scores = torch.zeros(1, 3, requires_grad=True)
+            >>> ((scores.sum(1) - targets) ** 2).sum().backward(), reads.misread
+            (None, [])
+            >>> F.cross_entropy(scores, targets.long()).backward(), reads.misread
+            (None, ['cross_entropy'])
+        """
+        marked = blended.as_subclass(BlendedTargets)
+        marked._labels, marked._other, marked.reads = blended, blended.ceil(), reads
+        return marked
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Compute on the plain tensor, and see what gives whole numbers."""
+        kwargs = kwargs or {}
+        result = on_part("_labels", func, args, kwargs)
+        watched = func in _KEEPS_MIXTURE or func.__name__ in _GIVES_CLASSES
+        if torch.compiler.is_compiling() or not (watched and args and isinstance(args[0], BlendedTargets)):
+            return result
+        return tree_map(partial(_mark_result, func, args[0]), result, on_part("_other", func, args, kwargs))
 
 
 def mix_targets(targets: Tensor, mixture: Mixture) -> Tensor:
@@ -149,16 +194,15 @@ def soft_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> 
     if not isinstance(labels, MixedLabels):
         classes, ignored = _classes(labels, ignore_index)
         mass = (~ignored).float()
-        return mass.new_zeros(size).scatter_(dim, classes.unsqueeze(dim), mass.unsqueeze(dim)), mass
+        return _put(mass.new_zeros(size), dim, classes, mass), mass
     labels.reads.count += 1
     classes, ignored = _classes(labels._labels, ignore_index)
     others, other_ignored = _classes(labels._other, ignore_index)
     share = labels._share.masked_fill(ignored, 0.0)
     share_other = (1 - labels._share).masked_fill(other_ignored, 0.0)
-    soft = share.new_zeros(size).scatter_(dim, others.unsqueeze(dim), share_other.unsqueeze(dim))
+    soft = _put(share.new_zeros(size), dim, others, share_other)
     # The dominant class is written last: it may be the other one as well.
-    own = torch.where(classes == others, share + share_other, share)
-    return soft.scatter_(dim, classes.unsqueeze(dim), own.unsqueeze(dim)), share + share_other
+    return _put(soft, dim, classes, torch.where(classes == others, share + share_other, share)), share + share_other
 
 
 def smooth_targets(targets: Tensor, mass: Tensor, smoothing: float | Tensor) -> Tensor:
@@ -181,6 +225,26 @@ def smooth_targets(targets: Tensor, mass: Tensor, smoothing: float | Tensor) -> 
         smoothing = smoothing.view(-1, *[1] * (targets.ndim - 2))
         return targets * (1 - smoothing) + (targets * smoothing).sum(dim, keepdim=True) / targets.shape[dim]
     return targets * (1 - smoothing) + mass.unsqueeze(dim) * (smoothing / targets.shape[dim])
+
+
+def shielded(scores: Tensor, targets: Tensor) -> Tensor:
+    """Return scores, or log-probabilities, in which nothing is infinite or NaN that no probability falls on.
+
+    A loss multiplies each class's probability with a logarithm, and nothing times infinity is NaN. Classes of score −∞
+    get one so low that the softmax stays as it was; scores of a target without any probability become all the same.
+
+    Args:
+        scores: ``(N, C, ...)`` or ``(C,)``.
+        targets: Class probabilities, of the same shape.
+
+    Example:
+        >>> scores, targets = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[1.0, 0.0]])
+        >>> F.cross_entropy(scores, targets), F.cross_entropy(shielded(scores, targets), targets)
+        (tensor(nan), tensor(-0.))
+    """
+    empty = targets == 0
+    without_target = empty.all(min(scores.ndim - 1, 1), keepdim=True)
+    return scores.masked_fill(empty & (scores.isneginf() | without_target), torch.finfo(scores.dtype).min / 2)
 
 
 def label_weights(labels: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -209,6 +273,19 @@ def _classes(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     return labels.masked_fill(ignored, 0), ignored
 
 
+def _put(soft: Tensor, dim: int, classes: Tensor, mass: Tensor) -> Tensor:
+    """Write each label's probability to its class; a class that is not there is told, but on a CPU only."""
+    try:
+        return soft.scatter_(dim, classes.unsqueeze(dim), mass.unsqueeze(dim))
+    except RuntimeError as error:
+        wrong = classes[(classes < 0) | (classes >= soft.shape[dim])]
+        if not len(wrong):
+            raise
+        raise ValueError(
+            f"Expected class labels from 0 to {soft.shape[dim] - 1}, or the `ignore_index`, but got {wrong[0]}."
+        ) from error
+
+
 def _wrap(labels: Tensor, other: Tensor, share: Tensor, reads: Reads) -> MixedLabels:
     mixed = labels.as_subclass(MixedLabels)
     # The plain tensors beside it: torch.compile cannot strip a subclass, but it can read an attribute.
@@ -216,11 +293,28 @@ def _wrap(labels: Tensor, other: Tensor, share: Tensor, reads: Reads) -> MixedLa
     return mixed
 
 
-def _wrap_result(reads: Reads, labels: Any, other: Any, share: Any) -> Any:
-    """Wrap what came of the three parts; what is no whole-number tensor any more is handed out as it is."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+def _wrap_result(func: Callable[..., Any], mixed: MixedLabels, labels: Any, other: Any, share: Any) -> Any:
+    """Wrap what came of the three parts; what is no number any more is handed out as it is."""
+    if not isinstance(labels, Tensor):
         return labels
-    return _wrap(labels, other, share.to(labels.device), reads)
+    if labels.dtype == torch.bool:
+        return labels if torch.compiler.is_compiling() else follow(func, (mixed,), other, labels)
+    return _wrap(labels, other, share.to(labels.device), mixed.reads)
+
+
+def _settled(one: OneOfTwo) -> OneOfTwo:
+    if not isinstance(one, MixedLabels):
+        one.settle()
+    return one
+
+
+def _mark_result(func: Callable[..., Any], source: BlendedTargets, result: Any, rounded: Any) -> Any:
+    """Go on watching what is blended, and follow classes."""
+    if not isinstance(result, Tensor) or result.dtype == torch.bool:
+        return result
+    if result.is_floating_point():
+        return BlendedTargets.of(result, source.reads)
+    return follow(func, (source,), rounded, result)
 
 
 def _all_mixed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> MixedLabels | None:
@@ -230,10 +324,13 @@ def _all_mixed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> MixedLabels | 
     return operands[0] if operands and all(isinstance(one, MixedLabels) for one in operands) else None
 
 
-def _on_part(part: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call with one plain part in the place of all mixed labels."""
-    args, kwargs = tree_map_only(MixedLabels, lambda mixed: getattr(mixed, part), (args, kwargs))
-    return func(*args, **kwargs)
+def _blended(labels: MixedLabels) -> Tensor:
+    """Return the blend of both labels, floating point."""
+    labels.reads.count += 1
+    own, other, share = labels.parts()
+    wide = torch.promote_types(own.dtype, torch.float32)
+    mixed = torch.lerp(other.to(wide), own.to(wide), share.to(wide))
+    return mixed.to(own.dtype) if own.is_floating_point() else mixed
 
 
 def _mixed_loss(
@@ -253,7 +350,7 @@ def _mixed_loss(
     soft, mass = soft_targets(target, input.shape[min(target.ndim, 1)], ignore_index)
     if label_smoothing > 0.0:  # here, not in torch, which would smooth ignored samples as well
         soft = smooth_targets(soft, mass, label_smoothing)
-    result = loss(input, soft, weight, reduction="sum" if reduction == "mean" else reduction)
+    result = loss(shielded(input, soft), soft, weight, reduction="sum" if reduction == "mean" else reduction)
     return result / mass.sum() if reduction == "mean" else result
 
 
@@ -289,7 +386,11 @@ _READS_MIXTURE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.one_hot: _mixed_one_hot,
     Tensor.__iter__: lambda labels: iter(labels.unbind()),  # for a loss of each sample apart
 }
-_CASTS = {Tensor.to, Tensor.long, Tensor.int, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as}
+_READS_BLEND = {
+    F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss,
+}  # fmt: skip
+_CASTS = {Tensor.to, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as}
+_CASTS |= {Tensor.long, Tensor.int, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
 _KEEPS_MIXTURE = _CASTS | {
     Tensor.__getitem__, torch.cat, torch.stack,
     *(getattr(owner, name) for owner in (Tensor, torch) for name in (
@@ -298,5 +399,4 @@ _KEEPS_MIXTURE = _CASTS | {
     )),
     *(getattr(Tensor, name) for name in ("view", "contiguous", "repeat", "expand")),
 }  # fmt: skip
-_WRITES = {name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {"__setitem__"}
-_WRITES |= {name for name in dir(Tensor) if name.startswith("__i") and hasattr(Tensor, name.replace("__i", "__", 1))}
+_GIVES_CLASSES = {"byte", "char", "short", "argmax"}

@@ -51,10 +51,11 @@ def test_lambda_is_a_number_however_small_or_large_alpha_is(alpha):
 @pytest.mark.parametrize("alpha", [0.4, 2.0])
 def test_a_mixture_has_that_lambda(alpha, per_element):
     size, batches = (40, 50) if per_element else (2, 2000)
-    drawn = [
-        draw_mixture((size, 3), generator_for(i), alpha=alpha, cutmix_alpha=0.0, per_element=per_element).lam
+    mixtures = [
+        draw_mixture((size, 3), generator_for(i), alpha=alpha, cutmix_alpha=0.0, per_element=per_element)
         for i in range(batches)
     ]
+    drawn = [torch.ones(1) if mixture.method == "none" else mixture.lam for mixture in mixtures]
     assert all(len(lam) == (size if per_element else 1) for lam in drawn)
     drawn = torch.cat(drawn).double().numpy()
     assert scipy.stats.kstest(drawn, scipy.stats.beta(alpha, alpha).cdf).pvalue > 0.001
@@ -293,3 +294,76 @@ def test_a_mixture_needs_few_operations():
         mix_values(x, mixture)
         mix_targets(y, mixture)
     assert counter.count <= 26
+
+
+def blended_by_hand(values, partner, lam):
+    """The same in Python's numbers, where a share of 0 is not multiplied at all."""
+    rows = []
+    for i, j in enumerate(partner.tolist()):
+        share = lam[i if len(lam) > 1 else 0].item()
+        parts = [(share, values[i]), (1 - share, values[j])]
+        rows.append(torch.stack([share * part.double() for share, part in parts if share > 0]).sum(0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("worst", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2, 3)])
+def test_a_share_of_nothing_spoils_nothing(worst, shape):
+    values = torch.randn(5, *shape)
+    values[1] = values[4] = worst
+    partner, lam = torch.tensor([1, 0, 1, 0, 1]), torch.tensor([1.0, 0.0, 0.75, 1.0, 0.25])
+    values.requires_grad_()
+    mixed = blend(values, partner, lam)
+    torch.testing.assert_close(mixed.double(), blended_by_hand(values, partner, lam), equal_nan=True)
+    assert torch.equal(mixed[[0, 1]], values[[0, 0]])
+    gradient = torch.autograd.grad(mixed[:2].sum(), values)[0]
+    assert torch.equal(gradient.flatten(1)[:, 0] if shape else gradient, torch.tensor([2.0, 0, 0, 0, 0]))
+
+
+def test_two_infinities_of_one_sign_are_one():
+    values, partner = torch.tensor([-torch.inf, -torch.inf, 1.0]), torch.tensor([1, 2, 0])
+    for lam in (torch.tensor([0.25]), torch.tensor([0.75]), torch.tensor([0.25, 0.5, 0.75])):
+        assert blend(values, partner, lam).tolist() == [-torch.inf] * 3
+
+
+@pytest.mark.parametrize("options", [{"prob": 0.5}, {"alpha": 0.02}, {"cutmix_alpha": 0.02, "prob": 0.7}])
+def test_unmixed_samples_are_those_that_were_given_whatever_their_partners_hold(options):
+    x, y, unmixed = torch.randn(16, 1, 8, 8), torch.arange(16) % 4, 0
+    x[::3], ignored = torch.nan, y.clone()
+    ignored[::3] = -100
+    for seed in range(20):
+        mixture = draw_mixture(
+            x.shape, generator_for(seed), **{"alpha": 0.4, "cutmix_alpha": 0.0, **options}, per_element=True
+        )
+        pure = torch.ones(16, dtype=torch.bool) if mixture.lam is None else mixture.lam == 1
+        unmixed += int(pure.sum())
+        assert torch.equal(mix_values(x, mixture)[pure].nan_to_num(7), x[pure].nan_to_num(7))
+        targets = mix_targets(ignored, mixture)
+        assert torch.equal(torch.as_tensor(targets.tolist())[pure], ignored[pure])
+        assert mixture.lam is None or bool((mixture.lam > 0).all())
+    assert 0 < unmixed < 320
+
+
+def test_a_batch_that_keeps_all_of_itself_is_not_mixed():
+    kept = [draw_mixture((4, 3), generator_for(i), alpha=0.02, cutmix_alpha=0.0) for i in range(60)]
+    assert {mixture.method for mixture in kept} == {"none", "mixup"}
+    assert all(0 < mixture.lam < 1 for mixture in kept if mixture.method == "mixup")
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-4, 1e-3, 9e-3])
+def test_hardly_any_alpha_hardly_mixes(alpha):
+    lam = draw_lambda(alpha, 4000, generator_for(0)).double()
+    inside = ((lam > 0.01) & (lam < 0.99)).double().mean().item()
+    expected = float(np.diff(scipy.stats.beta(alpha, alpha).cdf([0.01, 0.99]))[0])
+    assert inside == pytest.approx(expected, abs=3 * math.sqrt(expected / 4000) + 1e-3)
+
+
+def test_a_box_without_pixels_leaves_targets_as_they_were_whatever_their_partners_hold():
+    x, targets, kept = torch.randn(6, 1, 4, 4), torch.tensor([0.5, torch.nan, 2.0, torch.nan, 1.0, 3.0]), 0
+    for seed in range(100):
+        mixture = draw_mixture(x.shape, generator_for(seed), alpha=0.0, cutmix_alpha=1.0)
+        if mixture.lam == 1:
+            kept += 1
+            assert torch.equal(mix_targets(targets, mixture).nan_to_num(7), targets.nan_to_num(7))
+            assert torch.equal(mix_values(x, mixture), x)
+    assert kept > 3

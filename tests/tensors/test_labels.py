@@ -121,7 +121,8 @@ def test_they_are_the_dominant_labels_for_everything_else():
     assert torch.equal(labels == dominant, torch.ones(N, dtype=torch.bool))
     assert torch.equal(WEIGHT[labels], WEIGHT[dominant])
     assert labels.sum().item() == dominant.sum().item()
-    assert type(labels + 1) is type(labels.float()) is torch.Tensor
+    assert type(labels + 1) is type(labels == 1) is torch.Tensor
+    assert labels.float().tolist() == dominant.tolist()
     assert torch.equal(torch.bincount(labels, minlength=C), torch.bincount(dominant, minlength=C))
     assert repr(labels).startswith("tensor([")
     assert torch.equal(pickle.loads(pickle.dumps(labels)), dominant)
@@ -312,10 +313,17 @@ def test_one_smoothing_is_the_same_as_a_number_or_a_tensor_or_for_each_class():
     assert torch.equal(smooth_targets(targets, mass, torch.full((C,), 0.25)), expected)
 
 
-def test_a_class_that_is_not_there_is_refused():
-    for labels in (torch.tensor([0, 5]), MixedLabels.mix(torch.tensor([0, 1]), torch.tensor([5, 0]), torch.ones(1))):
-        with pytest.raises(RuntimeError, match="index 5 is out of bounds"):
+@pytest.mark.parametrize("wrong", [5, 255, -1, -2])
+def test_a_class_that_is_not_there_is_refused_by_name(wrong):
+    told = rf"Expected class labels from 0 to 4, or the `ignore_index`, but got {wrong}\."
+    for labels in (
+        torch.tensor([0, wrong]),
+        MixedLabels.mix(torch.tensor([0, 1]), torch.tensor([wrong, 0]), torch.tensor([0.75])),
+        MixedLabels.mix(torch.tensor([wrong, 1]), torch.tensor([2, 0]), torch.tensor([0.75])),
+    ):
+        with pytest.raises(ValueError, match=told):
             soft_targets(labels, 5)
+        assert soft_targets(labels, 5, ignore_index=wrong)[0].shape == (2, 5)
 
 
 def test_the_parts_are_plain_and_reading_them_is_no_loss():
@@ -408,3 +416,78 @@ def test_a_mixed_map_stays_a_tensor_that_can_be_viewed(per_element):
 def test_what_is_not_mixed_is_handed_back():
     labels = torch.tensor([0, 1])
     assert mix_targets(labels, Mixture("none")) is labels
+
+
+@pytest.mark.parametrize("trailing", [(), (3,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("loss", [F.cross_entropy, lambda x, y, **options: F.nll_loss(x.log_softmax(1), y, **options)])
+def test_scores_of_minus_infinity_for_classes_without_a_share(loss, ignored, dtype, trailing):
+    """A mixture of two index losses, which touch no other class; classes 3 and 4 are not in the task."""
+    _, _, first, second, _ = mixture((N, *trailing))
+    first, second = first % 3, second % 3
+    lam = draw_lambda(0.5, N, generator_for(5))
+    if ignored:
+        first[::5], second[::5] = -100, -100
+    share = lam.view(-1, *[1] * len(trailing)).to(dtype)
+    ours, theirs = (scores(*trailing, dtype=dtype).requires_grad_() for _ in range(2))
+
+    def masked(x):
+        x = x.masked_fill((torch.arange(C) >= 3).view(-1, *[1] * len(trailing)), -torch.inf)
+        return torch.where((first == -100).unsqueeze(1), torch.inf, x) if ignored and loss is F.cross_entropy else x
+
+    mean = loss(masked(ours), MixedLabels.mix(first, second, lam))
+    a, b = (loss(masked(theirs), labels, reduction="none") for labels in (first, second))
+    expected = (share * a + (1 - share) * b).sum() / (first != -100).sum()
+    rounding = {torch.bfloat16: 0.03, torch.float16: 5e-3}.get(dtype, 1e-5)
+    torch.testing.assert_close(mean, expected, rtol=rounding, atol=rounding, check_dtype=False)
+    gradient = torch.autograd.grad(mean, ours)[0]
+    assert gradient.isfinite().all()
+    if not ignored:
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, theirs)[0], rtol=rounding, atol=rounding)
+
+
+def test_a_label_of_minus_infinity_costs_infinitely_much():
+    labels = MixedLabels.mix(torch.tensor([0]), torch.tensor([1]), torch.tensor([0.75]))
+    assert F.cross_entropy(torch.tensor([[0.0, -torch.inf, 0.0]]), labels) == torch.inf
+
+
+CASTS = {
+    "float": lambda y, x: y.float(),
+    "type_as": lambda y, x: y.view(-1, 1).type_as(x).squeeze(1),
+    "to": lambda y, x: y.unsqueeze(1).to(x)[:, 0],
+    "to a type": lambda y, x: y.to(dtype=torch.float64),
+    "double": lambda y, x: y.double()[None][0],
+    "half": lambda y, x: y.half(),
+    "none": lambda y, x: y,
+}
+LOSSES_OF_NUMBERS = {
+    "bce": lambda x, y: F.binary_cross_entropy(x.sigmoid(), y.to(x.dtype)),
+    "bce with logits": F.binary_cross_entropy_with_logits,
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth l1": F.smooth_l1_loss,
+    "huber": F.huber_loss,
+    "BCEWithLogitsLoss": nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("loss", LOSSES_OF_NUMBERS)
+def test_losses_of_numbers_read_the_blend_of_both_labels(loss, cast):
+    _, _, first, second, lam = mixture()
+    first, second = first % 2, second % 2
+    labels, x = MixedLabels.mix(first, second, lam), scores()[:, 0].requires_grad_()
+    seen = CASTS[cast](labels, x)
+    assert seen.tolist() == labels.tolist()  # to a metric, the dominant ones
+    assert labels.reads.count == 0
+    blended = lam * first + (1 - lam) * second
+    rounding = 2e-3 if cast == "half" else 1e-6
+    ours, expected = LOSSES_OF_NUMBERS[loss](x, seen), LOSSES_OF_NUMBERS[loss](x, blended)
+    torch.testing.assert_close(ours.float(), expected, rtol=rounding, atol=rounding)
+    assert labels.reads.count == 1
+
+
+def test_labels_cast_to_numbers_and_back_are_the_same_mixture():
+    labels, soft, *_ = mixture()
+    assert torch.equal(F.cross_entropy(scores(), labels.float().long()), F.cross_entropy(scores(), soft))

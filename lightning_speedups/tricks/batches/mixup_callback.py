@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick, batch_number
@@ -15,20 +16,21 @@ from lightning_speedups.attach.run_length import run_length
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import Place, check_places, get_part, is_map_of, replace_part
 from lightning_speedups.core.mixing import NO_BOX, Mixture, draw_mixture, mix_values
-from lightning_speedups.tensors.labels import MixedLabels, Reads, mix_targets, soft_targets
+from lightning_speedups.tensors.labels import MixedLabels, mix_targets, soft_targets
+from lightning_speedups.tensors.watching import Watch
 
 
 @dataclass
-class Mixing:
+class Mixing(Watch):
     """What belongs to a run.
 
     Attributes:
         mixed_batches: How many batches are mixed, from the first one on.
-        reads: What tells whether something reads the mixture, since the first batch that was mixed.
+        has_warned: Whether the user was told of a step that does not, after others did.
     """
 
     mixed_batches: float = math.inf
-    reads: Reads | None = None
+    has_warned: bool = False
 
 
 class MixupCallback(SeededBatchTrick):
@@ -36,8 +38,10 @@ class MixupCallback(SeededBatchTrick):
 
     ``training_step`` receives blended inputs and, with ``targets="labels"``, labels that are still an integer tensor:
     they index, compare, and enter metrics as the label with the larger share. Only ``F.cross_entropy``, ``F.nll_loss``,
-    ``F.one_hot``, the modules built on them and ``LabelSmoothingLoss`` see the mixture. If nothing reads it in the
-    first step, the run stops with an error rather than train on the wrong target. Targets that are floating point
+    ``F.one_hot``, the modules built on them and ``LabelSmoothingLoss`` see the mixture, and losses of numbers, such as
+    ``F.binary_cross_entropy``, the blend of 0 and 1. If the loss of the first step depends on dominant labels, in whole
+    or in part, the run stops with an error rather than train on the wrong target; if that of a later step does, it
+    warns. Inside ``torch.compile`` it is only seen whether anything reads the mixture. Targets that are floating point
     (regression, multi-label, one-hot) are mixed directly. With class weights take ``LabelSmoothingLoss``: torch divides
     the loss of mixed and of unmixed labels by different sums.
 
@@ -72,8 +76,8 @@ class MixupCallback(SeededBatchTrick):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: If the batch has no such parts, if nothing reads the mixture, or if ``training_step``
-            fetches its own batches.
+        MisconfigurationException: If the batch has no such parts, if the loss does not read the mixture, or if
+            ``training_step`` fetches its own batches.
 
     Source:
         Zhang et al., arXiv:1710.09412; Yun et al., arXiv:1905.04899.
@@ -140,11 +144,13 @@ class MixupCallback(SeededBatchTrick):
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Mix inputs and labels."""
         mixes = batch_number(trainer) < self.run.mixed_batches
-        batch, self.last = self.mix(batch, self.generator(trainer) if mixes else None)
-        is_read = self.run.reads is not None and self.run.reads.count > 0
-        if not is_read and isinstance(labels := get_part(batch, self.labels), MixedLabels):
-            self.run.reads = labels.reads
-        return batch
+        mixed, self.last = self.mix(batch, self.generator(trainer) if mixes else None)
+        self.run.reads = None
+        targets = get_part(mixed, self.labels)
+        if targets is get_part(batch, self.labels):
+            return mixed
+        seen = self.run.begin(targets, trainer.current_epoch)
+        return mixed if seen is targets else replace_part(mixed, self.labels, seen)
 
     def mix(self, batch: Any, generator: torch.Generator | None) -> tuple[Any, Mixture]:
         """Mix a batch without a Trainer.
@@ -181,7 +187,11 @@ class MixupCallback(SeededBatchTrick):
             if self.num_classes is None:
                 what = "needs `num_classes` to turn integer labels into probabilities"
                 raise self.refusal(what, "Give it.", targets="soft")
-            targets = soft_targets(targets, self.num_classes)[0]
+            try:
+                targets = soft_targets(targets, self.num_classes)[0]
+            except ValueError as error:
+                what, way_out = f"takes labels below `num_classes`: {error}", "Ignored ones are -100 here."
+                raise self.refusal(what[:-1], way_out, targets="soft", num_classes=self.num_classes) from error
         for place, part in zip(self._places, inputs, strict=True):
             if mixture.method != "none":
                 batch = replace_part(batch, place, mix_values(part, mixture))
@@ -201,18 +211,20 @@ class MixupCallback(SeededBatchTrick):
     ) -> None:
         """Stop a run whose loss does not see the mixture."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.run.reads is None or self.run.reads.count:
-            return
-        if pl_module.automatic_optimization and not outputs:
-            self.run.reads = None  # training_step skipped the batch: the next one will tell
-            return
-        step = f"{type(pl_module).__name__}.training_step"
-        raise self.refusal(
-            f"mixed the inputs, but nothing in {step} read the mixed labels: its loss used the dominant labels only, "
-            "which is the wrong target",
-            "Use F.cross_entropy, F.nll_loss, F.one_hot or LabelSmoothingLoss on the labels as they come, or "
-            'MixupCallback(targets="soft", num_classes=...) with a loss that takes class probabilities.',
-        )
+        reads = self.run.end()
+        if reads is None or (pl_module.automatic_optimization and not outputs):
+            return  # nothing mixed, or training_step skipped the batch: the next one will tell
+        fault = self.run.fault(reads, f"{type(pl_module).__name__}.training_step")
+        if fault and not self.run.is_right:
+            raise self.refusal(*fault, labels=self.labels)
+        if fault and not self.run.has_warned:  # so late it is not for a trick to end the run
+            self.run.has_warned = True
+            rank_zero_warn(f"From epoch {trainer.current_epoch} on: {self.refusal(*fault, labels=self.labels)}")
+
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow nothing any more."""
+        self.run.end()
+        super().undo(trainer, pl_module)
 
     def _input(self, batch: Any, place: Place, labels: Tensor) -> Tensor:
         part = self.tensor_of(batch, place, "inputs")

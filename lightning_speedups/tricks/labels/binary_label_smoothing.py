@@ -36,10 +36,11 @@ class BinaryLabelSmoothing(Smoothing):
     """Binary cross-entropy of logits with smoothed labels, for several yes-or-no labels at once (multi-label).
 
     Equal to ``F.binary_cross_entropy_with_logits`` on targets ``t (1 − ε) + ε / 2``: the two classes of each label are
-    yes and no. Labels that ``MixupCallback`` mixed are read as the shares of yes, and half-precision scores give a
-    float32 loss. Unlike ``LabelSmoothingLoss`` it cannot tell targets that are smoothed already: one between 0 and 1
-    may as well be mixed, and that must be smoothed like the two that it came from. So it smooths everything, once; for
-    a teacher's probabilities take ``smoothing=0``.
+    yes and no; but a score of −∞ whose label is a plain no costs nothing, where torch's loss is NaN. Labels that
+    ``MixupCallback`` mixed are read as the shares of yes, and half-precision scores give a float32 loss. Unlike
+    ``LabelSmoothingLoss`` it cannot tell targets that are smoothed already: one between 0 and 1 may as well be mixed,
+    and that must be smoothed like the two that it came from. So it smooths everything, once; for a teacher's
+    probabilities take ``smoothing=0``.
 
     When not to use it: with targets that are smoothed already, with many rare labels (ε/2 should stay well below a
     label's frequency: give each its own ε), or when calibrated probabilities are the product. It saves no time by
@@ -96,6 +97,8 @@ class BinaryLabelSmoothing(Smoothing):
         if isinstance(target, MixedLabels):
             target = F.one_hot(target.long(), 2)[..., 1]
         target = smooth_binary(target.to(input.dtype), self.epsilon(input))
+        largest = torch.finfo(input.dtype).max / 2
+        input = input.clamp(-largest, largest)  # torch multiplies it by 1 - target, and 0 times infinity is NaN
         weight, pos_weight = (part if part is None else part.to(input.dtype) for part in (self.weight, self.pos_weight))
         return F.binary_cross_entropy_with_logits(
             input, target, weight, pos_weight=pos_weight, reduction=self.reduction

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.tensors.labels import MixedLabels, label_weights, smooth_targets, soft_targets
+from lightning_speedups.tensors.labels import MixedLabels, label_weights, shielded, smooth_targets, soft_targets
 from lightning_speedups.tricks.labels.base import Reduction, Smoothing
 
 
@@ -126,13 +126,13 @@ class LabelSmoothingLoss(Smoothing):
                 input, target, weight, ignore_index=self.ignore_index, reduction="none", label_smoothing=smoothing
             )
             return losses, label_weights(target, weight, self.ignore_index)
-        # One call of torch's for the whole loss: SubsetTraining reads and weighs each sample's there.
         if soft:
-            losses = F.cross_entropy(input, smooth(target, smoothing), weight, reduction="none")
+            smoothed = smooth(target, smoothing)
         else:
             target, mass = soft_targets(target, input.shape[1], self.ignore_index)
-            losses = F.cross_entropy(input, smooth_targets(target, mass, smoothing), weight, reduction="none")
-            losses = losses.masked_fill(mass == 0, 0.0)  # also where the scores are infinite
+            smoothed = smooth_targets(target, mass, smoothing)
+        # One call of torch's for the whole loss: SubsetTraining reads and weighs each sample's there.
+        losses = F.cross_entropy(shielded(input, smoothed), smoothed, weight, reduction="none")
         return losses, target if weight is None else target * weight.view(-1, *[1] * (input.ndim - 2))
 
     def extra_repr(self) -> str:

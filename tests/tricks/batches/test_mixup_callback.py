@@ -628,3 +628,221 @@ def test_a_module_with_a_compiled_network_and_a_compiled_loss():
     for module in (compiled, plain):
         trainer(callbacks=[MixupCallback(seed=3)], max_epochs=1).fit(module, loader())
     assert compiled.losses == plain.losses
+
+
+class WithLoss(Classifier):
+    """Any loss of scores and labels."""
+
+    def __init__(self, loss, epochs=1):
+        super().__init__()
+        self.loss = loss
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(self.head(self.backbone(batch[0])), batch[1], self)
+        self.losses.append(loss.item())
+        return loss
+
+
+def by_masks(scores, labels, _=None):
+    return -(torch.stack([labels == c for c in range(CLASSES)], 1) * scores.log_softmax(1)).sum(1).mean()
+
+
+def by_scatter(scores, labels, _=None):
+    hot = torch.zeros_like(scores).scatter_(1, labels.unsqueeze(1), 1)
+    return F.cross_entropy(scores - 0.3 * hot, labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"per_element": True}, {"alpha": 0.0, "cutmix_alpha": 1.0}])
+@pytest.mark.parametrize(
+    ("loss", "through"),
+    [
+        (lambda s, y, _: F.cross_entropy(s, y) + F.multi_margin_loss(s, y), "`multi_margin_loss`"),
+        (lambda s, y, _: F.cross_entropy(s, y) + 0.1 * by_masks(s, y), "`mul`"),
+        (by_scatter, "`sub`"),
+    ],
+)
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_loss_that_sees_half_of_the_mixture_stops_in_the_first_step(loss, through, options, manual):
+    class Manual(WithLoss):
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+
+    module = (Manual if manual else WithLoss)(loss)
+    module.automatic_optimization = not manual
+    told = rf"a part of the loss in .*\.training_step used the dominant labels only \(through {through}\)"
+    with pytest.raises(MisconfigurationException, match=told):
+        trainer(callbacks=[MixupCallback(**{"alpha": 1.0, **options})]).fit(module, loader(16))
+    assert len(module.losses) == 1
+
+
+@pytest.mark.parametrize("later", [by_masks, lambda s, y, _: F.multi_margin_loss(s, y)])
+def test_a_later_step_that_does_not_see_the_mixture_warns_once(later):
+    module = WithLoss(lambda s, y, self: F.cross_entropy(s, y) if self.current_epoch < 2 else later(s, y, self))
+    with pytest.warns(UserWarning, match=r"From epoch 2 on: MixupCallback\(labels=1\).* the dominant labels") as told:
+        trainer(callbacks=[MixupCallback(alpha=1.0)], max_epochs=4).fit(module, loader(16))
+    assert len([one for one in told if "MixupCallback" in str(one.message)]) == 1
+    assert len(module.losses) == 8
+
+
+class Watched(Classifier):
+    """A loss that reads the mixture, and everything beside it that may look at labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.metrics = torchmetrics.MetricCollection(
+            {
+                "accuracy": torchmetrics.Accuracy("multiclass", num_classes=CLASSES),
+                "f1": torchmetrics.F1Score("multiclass", num_classes=CLASSES, average="macro"),
+                "hinge": torchmetrics.HingeLoss("multiclass", num_classes=CLASSES),
+            }
+        )
+        self.auroc = torchmetrics.AUROC("multiclass", num_classes=CLASSES)
+        self.register_buffer("counts", torch.zeros(CLASSES))
+        self.hits = []
+
+    def training_step(self, batch, batch_idx):
+        scores, labels = self.head(self.backbone(batch[0])), batch[1]
+        self.log_dict(self.metrics(scores, labels), on_step=True)
+        self.auroc.update(scores, labels)
+        each = F.cross_entropy(scores, labels, reduction="none")
+        for c in range(CLASSES):
+            self.log(f"loss_{c}", each[labels == c].sum())
+        self.hits.append(scores.argmax(1) == labels)
+        self.counts[labels] += 1
+        self.losses.append(labels.cpu().tolist())
+        return {"loss": each.mean(), "hits": self.hits[-1], "labels": labels}
+
+    def on_train_epoch_end(self):
+        self.log("auroc", self.auroc.compute())
+        self.auroc.reset()
+
+
+@pytest.mark.parametrize("options", [{}, {"per_element": True, "prob": 0.5}, {"prob": 0.0}, {"alpha": 1e-3}])
+def test_looks_at_labels_beside_the_loss_do_not_stop_a_run(options):
+    module, run = Watched(), trainer(callbacks=[MixupCallback(**{"alpha": 1.0, "seed": 3, **options})], max_epochs=3)
+    run.fit(module, loader(24))
+    assert type(module.counts) is torch.Tensor
+    assert module.counts.sum() > 0
+    assert len(torch.cat(module.hits)) == 72
+    assert type(torch.cat(module.hits)) is torch.Tensor
+    assert all(type(state) is torch.Tensor for state in run.model.state_dict().values())
+
+
+@pytest.mark.parametrize("options", [{"prob": 0.0}, {"alpha": 1e-6}, {"stop_after": 0.0}])
+def test_a_run_that_mixes_nothing_takes_any_loss(options):
+    module = WithLoss(by_masks)
+    trainer(callbacks=[MixupCallback(**{"alpha": 1.0, "seed": 1, **options})], max_epochs=2).fit(module, loader(16))
+    assert len(module.losses) == 4
+
+
+def test_a_step_that_reads_no_labels_is_told_so():
+    module = WithLoss(lambda s, y, _: s.square().mean() + 0 * len(y))
+    with pytest.raises(
+        MisconfigurationException, match=r"reads no labels at all\. Name the place.*`mix_values`"
+    ) as told:
+        trainer(callbacks=[MixupCallback()]).fit(module, loader(8))
+    assert "dominant" not in str(told.value)
+
+
+def test_what_was_written_into_is_plain_again_after_an_exception():
+    def fails(scores, labels, module):
+        module.counts.index_add_(0, labels, torch.ones(len(labels)))
+        assert type(module.counts) is not torch.Tensor
+        raise KeyError("x")
+
+    module = WithLoss(fails)
+    module.register_buffer("counts", torch.zeros(CLASSES))
+    with pytest.raises(KeyError):
+        trainer(callbacks=[MixupCallback()]).fit(module, loader(8))
+    assert type(module.counts) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda y, x: y.view(-1, 1).type_as(x),
+        lambda y, x: y.unsqueeze(1).float(),
+        lambda y, x: y.float()[:, None],
+        lambda y, x: y.to(x)[:, None],
+    ],
+)
+def test_integers_of_yes_and_no_are_blended_in_a_binary_loss(cast):
+    x, y = images(8)[0], torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
+    seen = []
+
+    def binary(scores, labels, module):
+        scores = scores[:, :1]
+        loss = F.binary_cross_entropy_with_logits(scores, cast(labels, scores))
+        seen.append(((scores > 0).squeeze(1) == labels, scores.detach()))
+        return loss
+
+    module = WithLoss(binary)
+    trainer(callbacks=[MixupCallback(alpha=1.0, seed=3)], max_epochs=3).fit(module, Batches((x, y)))
+    for number, loss in enumerate(module.losses):
+        _, partner, lam = redraw(x, number, alpha=1.0)
+        blend = (lam * y + (1 - lam) * y[partner]).unsqueeze(1)
+        assert loss == pytest.approx(F.binary_cross_entropy_with_logits(seen[number][1], blend).item(), rel=1e-5)
+
+
+def as_classes(kind):
+    labels = torch.arange(24) % 2 * 2.0
+    return labels if kind == "labels" else labels.view(24, 1, 1, 1).expand(24, 1, 8, 8).clone()
+
+
+@pytest.mark.parametrize("kind", ["labels", "maps"])
+@pytest.mark.parametrize("classes", [lambda y: y.long(), lambda y: y.to(torch.uint8).long(), lambda y: y.int().long()])
+def test_classes_in_floating_point_are_refused_where_the_blend_is_cast(kind, classes):
+    def loss(scores, labels, _):
+        return F.cross_entropy(scores, classes(labels.squeeze(1) if kind == "maps" else labels))
+
+    module = WithLoss(loss)
+    if kind == "maps":
+        module.backbone, module.head = nn.Conv2d(2, CLASSES, 1), nn.Identity()
+    data = DataLoader(TensorDataset(images(24)[0], as_classes(kind)), batch_size=8)
+    with pytest.raises(MisconfigurationException, match=r"makes classes of them .*`cross_entropy`.*as integers"):
+        trainer(callbacks=[MixupCallback(alpha=1.0, seed=3)]).fit(module, data)
+    assert len(module.losses) == 1
+
+
+def test_maps_in_floating_point_that_are_only_pasted_stay_classes():
+    module = WithLoss(lambda s, y, _: F.cross_entropy(s, y.squeeze(1).long()))
+    module.backbone, module.head = nn.Conv2d(2, CLASSES, 1), nn.Identity()
+    data = DataLoader(TensorDataset(images(24)[0], as_classes("maps")), batch_size=8)
+    trainer(callbacks=[MixupCallback(alpha=0.0, cutmix_alpha=1.0, seed=3)]).fit(module, data)
+    assert len(module.losses) == 9
+
+
+def test_regression_on_whole_numbers_is_blended_and_may_count_exact_hits():
+    ages = torch.randint(0, 90, (8,)).float()
+    seen = []
+
+    def loss(scores, targets, module):
+        known = targets > 0
+        module.log("exact", (scores[:, 0].round().long() == targets.long()).float().mean())
+        seen.append(targets * 1)
+        return F.mse_loss(scores[known, 0], targets[known])
+
+    x = images(8)[0]
+    trainer(callbacks=[MixupCallback(alpha=1.0, seed=3)], max_epochs=4).fit(WithLoss(loss), Batches((x, ages)))
+    for number, targets in enumerate(seen):
+        _, partner, lam = redraw(x, number, alpha=1.0)
+        torch.testing.assert_close(targets, lam * ages + (1 - lam) * ages[partner])
+
+
+@pytest.mark.parametrize("wrong", [255, -1, CLASSES])
+def test_a_label_that_soft_targets_have_no_place_for_is_named(wrong):
+    labels = torch.tensor([0, 1, wrong, 2])
+    callback = MixupCallback(targets="soft", num_classes=CLASSES)
+    for generator in (None, generator_for(1)):
+        with pytest.raises(MisconfigurationException, match=rf"num_classes=4\) .* 0 to 3, .* but got {wrong}\."):
+            callback.mix((torch.randn(4, 2), labels), generator)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo looks there
+def test_a_compiled_loss_of_dominant_labels_stops_the_run():
+    torch._dynamo.reset()
+    picked = torch.compile(lambda s, y: -s.log_softmax(1).gather(1, y.unsqueeze(1)).mean(), backend="eager")
+    with pytest.raises(MisconfigurationException, match=r"nothing in WithLoss\.training_step read"):
+        trainer(callbacks=[MixupCallback(alpha=1.0)]).fit(WithLoss(lambda s, y, _: picked(s, y)), loader(16))

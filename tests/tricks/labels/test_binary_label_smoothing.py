@@ -246,3 +246,21 @@ def test_mixup_of_several_labels_for_each_sample_equals_soft_targets(dtype):
 def test_mixup_with_class_labels_alone_says_what_is_wrong():
     with pytest.raises((ValueError, MisconfigurationException), match=r"F\.one_hot"):
         trainer(callbacks=[MixupCallback(seed=1)]).fit(Classifier(BinaryLabelSmoothing(0.1)), loader())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, [0.0, 0.0, 0.0]])
+def test_infinite_scores_that_are_right_cost_nothing(smoothing):
+    x = torch.tensor([[-torch.inf, 0.5, torch.inf], [1.0, -torch.inf, -2.0]], requires_grad=True)
+    target = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    finite = x.detach().isfinite()
+    loss = BinaryLabelSmoothing(smoothing, reduction="none")(x, target)
+    expected = F.binary_cross_entropy_with_logits(x[finite], target[finite], reduction="none")
+    torch.testing.assert_close(loss[finite], expected)
+    assert torch.equal(loss[~finite], torch.zeros(3))
+    ours, theirs = (torch.autograd.grad(one.sum(), x)[0] for one in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("score", "label"), [(-torch.inf, 1.0), (torch.inf, 0.0)])
+def test_infinite_scores_that_are_wrong_cost_more_than_anything_else(score, label):
+    assert BinaryLabelSmoothing(0.0)(torch.tensor([[score]]), torch.tensor([[label]])) > 1e38

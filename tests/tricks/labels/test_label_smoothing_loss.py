@@ -268,7 +268,7 @@ def test_a_number_of_classes_that_does_not_fit_is_refused():
 
 def test_a_label_that_is_no_class_is_an_error():
     for label in (7, -1):
-        with pytest.raises(RuntimeError, match="out of bounds"):
+        with pytest.raises(ValueError, match=f"Expected class labels from 0 to .* but got {label}"):
             LabelSmoothingLoss(EACH)(torch.randn(2, C), torch.tensor([0, label]))
 
 
@@ -307,3 +307,41 @@ def test_a_compiled_loss_is_compiled_twice_for_all_strengths(smoothing):
 
 def test_the_smoothing_of_each_class_shows():
     assert "smoothing=tensor([0.0000, 0.1000, 0.3000, 0.7000])" in repr(LabelSmoothingLoss(EACH))
+
+
+@pytest.mark.parametrize("trailing", [(), (3,)])
+@pytest.mark.parametrize("smoothing", [0.0, [0.0] * C, "to nothing"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "mixed"])
+def test_classes_that_are_masked_away_cost_nothing(kind, smoothing, trailing):
+    """Without smoothing it is torch's loss of indices, which touches no other class."""
+    loss = LabelSmoothingLoss(0.3 if smoothing == "to nothing" else smoothing)
+    if smoothing == "to nothing":
+        loss.strength = torch.tensor(0.0)
+    first, second = torch.randint(0, 2, (2, 6, *trailing))
+    lam = torch.linspace(0, 1, 6)
+    share = lam.view(-1, *[1] * len(trailing))
+    one_hot = F.one_hot(first, C).movedim(-1, 1).float()
+    target = {"indices": first, "probabilities": one_hot, "mixed": MixedLabels.mix(first, second, lam)}[kind]
+    x = torch.randn(6, C, *trailing, requires_grad=True)
+    scores = x.masked_fill((torch.arange(C) >= 2).view(-1, *[1] * len(trailing)), -torch.inf)
+    expected = F.cross_entropy(scores, first, reduction="none")
+    if kind == "mixed":
+        expected = share * expected + (1 - share) * F.cross_entropy(scores, second, reduction="none")
+    torch.testing.assert_close(loss(scores, target), expected.mean())
+    (ours,) = torch.autograd.grad(loss(scores, target), x, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected.mean(), x)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("smoothing", [0.3, EACH, 0.0])
+@pytest.mark.parametrize("kind", ["indices", "mixed"])
+def test_an_ignored_target_may_have_any_scores(kind, smoothing):
+    target = torch.tensor([-100, 1, 2, -100])
+    target = MixedLabels.mix(target, target, torch.tensor([0.7])) if kind == "mixed" else target
+    x = torch.randn(4, C)
+    x[0], x[3, 1] = torch.nan, torch.inf
+    x.requires_grad_()
+    loss = LabelSmoothingLoss(smoothing)(x, target)
+    loss.backward()
+    torch.testing.assert_close(loss, LabelSmoothingLoss(smoothing)(x[1:3], target[1:3]))
+    assert x.grad[1:3].isfinite().all()

@@ -1,0 +1,103 @@
+"""Whether the losses of a run see that their targets are mixed, and what to tell the user where they do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_speedups.tensors.labels import BlendedTargets, MixedLabels
+from lightning_speedups.tensors.reads import Reads
+
+
+@dataclass
+class Watch:
+    """Judges each step of a run that has mixed targets.
+
+    Each step is judged by what it reads and by what its loss depends on directly. What is computed from one of two
+    targets is followed to the loss as well in the first mixed batch of an epoch and in the 1st, 2nd, 4th, 8th … of the
+    run, as it costs a little for each function that is called on it.
+
+    Attributes:
+        batches: How many batches had mixed targets.
+        epoch: The epoch of the last one.
+        reads: What the step has made of its targets; None where they are not mixed.
+        are_labels: Whether these are mixed labels, and not blended numbers.
+        is_right: Whether any step that was judged had no fault.
+    """
+
+    batches: int = 0
+    epoch: int = -1
+    reads: Reads | None = None
+    are_labels: bool = False
+    is_right: bool = False
+
+    def begin(self, targets: Tensor, epoch: int) -> Tensor:
+        """Return the mixed targets of a batch as a step is to see them.
+
+        Args:
+            targets: Mixed labels, or floating point.
+            epoch: The epoch.
+        """
+        self.reads = None
+        self.batches += 1
+        follows = epoch != self.epoch or self.batches & (self.batches - 1) == 0
+        self.epoch, self.are_labels = epoch, isinstance(targets, MixedLabels)
+        if isinstance(targets, MixedLabels):
+            self.reads = targets.reads
+        elif follows and targets.is_floating_point():
+            self.reads = Reads()
+            targets = BlendedTargets.of(targets, self.reads)
+        if self.reads is not None:
+            self.reads.follows = follows
+        return targets
+
+    def end(self) -> Reads | None:
+        """Follow nothing any more; return what the step made of its targets, None where there is nothing to judge."""
+        reads, self.reads = self.reads, None
+        if reads is not None:
+            reads.close()
+        return reads
+
+    def fault(self, reads: Reads, step: str) -> tuple[str, str] | None:
+        """Return what is wrong with the loss of a step, and the way out; None where it is right.
+
+        A step that reads nothing is wrong as long as no earlier one was right: it may be one of several kinds.
+
+        Args:
+            reads: What it made of its targets, after its backward pass.
+            step: Its name.
+
+        Example:
+            >>> import torch
+            >>> watch, scores = Watch(), torch.zeros(1, 3, requires_grad=True)
+            >>> labels = watch.begin(MixedLabels.mix(torch.tensor([0]), torch.tensor([2]), torch.tensor([0.75])), 0)
+            >>> scores.gather(1, labels.unsqueeze(1)).sum().backward()
+            >>> watch.fault(watch.end(), "training_step")[0].split(": ")[1]
+            'its loss used the dominant labels only (through `gather`), which is the wrong target'
+        """
+        through = " and ".join(f"`{name}`" for name in reads.misread)
+        if not through and (reads.count or self.is_right or not self.are_labels):
+            self.is_right = True
+            return None
+        if not self.are_labels:
+            return (
+                f"blended the targets, but {step} makes classes of them for its loss (through {through}), and half of "
+                "class 0 with half of class 2 is no class 1",
+                "Give class labels as integers (by `.long()` in the dataset or a transfer hook): these keep both.",
+            )
+        if not (through or reads.is_used):
+            return (
+                f"mixed the inputs, but {step} reads no labels at all",
+                "Name the place of the labels with `labels=`. A step that learns without any mixes its inputs by "
+                "itself: `draw_mixture` and `mix_values` in `lightning_speedups.core.mixing`.",
+            )
+        whose = f"a part of the loss in {step}" if reads.count else f"nothing in {step} read the mixed labels: its loss"
+        return (
+            f"mixed the inputs, but {whose} used the dominant labels only{through and f' (through {through})'}, which "
+            "is the wrong target",
+            "Use F.cross_entropy, F.nll_loss, F.one_hot or LabelSmoothingLoss on the labels as they come; or "
+            'MixupCallback(targets="soft", num_classes=...) with a loss that takes class probabilities; or, for yes or '
+            "no and for numbers, F.binary_cross_entropy_with_logits or F.mse_loss on `labels.float()`, or labels that "
+            "are floating point in the dataset, which are blended for any loss.",
+        )
