@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick, batch_number
 from lightning_speedups.attach.run_length import run_length
 from lightning_speedups.core.arguments import check_choice, check_number
-from lightning_speedups.core.batch import Place, check_places, get_part, is_map_of, replace_part
+from lightning_speedups.core.batch import Place, check_places, get_part, is_map_of
 from lightning_speedups.core.mixing import NO_BOX, Mixture, draw_mixture, mix_values
 from lightning_speedups.tensors.labels import MixedLabels, mix_targets, soft_targets
 from lightning_speedups.tensors.watching import Watch
@@ -150,7 +150,7 @@ class MixupCallback(SeededBatchTrick):
         if targets is get_part(batch, self.labels):
             return mixed
         seen = self.run.begin(targets, trainer.current_epoch)
-        return mixed if seen is targets else replace_part(mixed, self.labels, seen)
+        return mixed if seen is targets else self.with_part(mixed, self.labels, seen, "labels")
 
     def mix(self, batch: Any, generator: torch.Generator | None) -> tuple[Any, Mixture]:
         """Mix a batch without a Trainer.
@@ -194,8 +194,8 @@ class MixupCallback(SeededBatchTrick):
                 raise self.refusal(what[:-1], way_out, targets="soft", num_classes=self.num_classes) from error
         for place, part in zip(self._places, inputs, strict=True):
             if mixture.method != "none":
-                batch = replace_part(batch, place, mix_values(part, mixture))
-        return batch if targets is labels else replace_part(batch, self.labels, targets), mixture
+                batch = self.with_part(batch, place, mix_values(part, mixture), "inputs")
+        return batch if targets is labels else self.with_part(batch, self.labels, targets, "labels"), mixture
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log what was mixed."""
@@ -241,7 +241,7 @@ class MixupCallback(SeededBatchTrick):
         if len(part) != len(labels):
             shapes = f"{tuple(part.shape)} and {tuple(labels.shape)}"
             what = f"expected as many inputs as labels, but got shapes {shapes}"
-            raise self.refusal(what, "Name their places in the batch with `inputs=` and `labels=`.", inputs=place)
+            raise self.misplaced(what, batch, "", inputs=place)
         return part
 
     def _labels(self, batch: Any) -> Tensor:

@@ -191,7 +191,7 @@ class FeatureCache(BatchTrick):
         if run.phase is Phase.TRUST and run.store is not None and run.store.has(samples):
             self.hits += 1
             run.step = Replay(samples, run.cuts, run.store, self._cannot)
-            return replace_part(batch, self.inputs, run.step.stand_ins(inputs))
+            return self.with_part(batch, self.inputs, run.step.stand_ins(inputs), "inputs")
         self.misses += 1
         states, watches = partial(random_states, trainer), run.phase is Phase.WATCH
         run.step = Recording(samples, batch, run.cuts, watches, states, self._cannot)
