@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -25,21 +27,39 @@ def run_length(trainer: Trainer) -> RunLength:
     Args:
         trainer: A fitting Trainer, in ``on_train_start`` or later.
     """
-    epochs, steps = trainer.max_epochs, trainer.max_steps
+    epochs, steps, loop, before = trainer.max_epochs, trainer.max_steps, trainer.fit_loop, trainer.global_step
+    progress: Any = loop.epoch_progress.current
+    if progress.started > progress.processed:  # an epoch is under way
+        before -= loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.current.completed
+    # In manual optimization all optimizers' steps are counted together, and say nothing of the length.
+    automatic = trainer.lightning_module.automatic_optimization
     return RunLength(
         None if epochs is None or epochs < 0 else epochs,
         None if steps < 0 else steps,
-        lambda epoch: batches_in_epoch(trainer, epoch),
-        lambda epoch: accumulation(trainer, epoch),
+        _batches_by_epoch(trainer),
+        _accumulation_by_epoch(trainer),
+        *((progress.processed, before) if automatic else ()),
     )
+
+
+def _batches_by_epoch(trainer: Trainer) -> Callable[[int], int | None]:
+    if (selection := find_selection(trainer)) is not None:
+        return selection.batches_in_epoch
+    batches = trainer.num_training_batches
+    return lambda _: None if batches == float("inf") else int(batches)
+
+
+def _accumulation_by_epoch(trainer: Trainer) -> Callable[[int], int]:
+    for callback in callbacks_of(trainer):
+        if is_a(callback, "GradientAccumulationScheduler"):
+            return callback.get_accumulate_grad_batches  # type: ignore[attr-defined,no-any-return]
+    batches = trainer.accumulate_grad_batches
+    return lambda _: batches
 
 
 def batches_in_epoch(trainer: Trainer, epoch: int) -> int | None:
     """Return the number of training batches in an epoch, or None when the loader does not know."""
-    if (selection := find_selection(trainer)) is not None:
-        return selection.batches_in_epoch(epoch)
-    batches = trainer.num_training_batches
-    return None if batches == float("inf") else int(batches)
+    return _batches_by_epoch(trainer)(epoch)
 
 
 def accumulation(trainer: Trainer, epoch: int) -> int:
@@ -47,10 +67,7 @@ def accumulation(trainer: Trainer, epoch: int) -> int:
 
     ``trainer.accumulate_grad_batches`` follows a ``GradientAccumulationScheduler`` only once that had its turn.
     """
-    for callback in callbacks_of(trainer):
-        if is_a(callback, "GradientAccumulationScheduler"):
-            return callback.get_accumulate_grad_batches(epoch)  # type: ignore[attr-defined,no-any-return]
-    return trainer.accumulate_grad_batches
+    return _accumulation_by_epoch(trainer)(epoch)
 
 
 def loader_batch_size(trainer: Trainer) -> int | None:
@@ -82,4 +99,5 @@ def facts(trainer: Trainer, pl_module: LightningModule) -> RunFacts:
         steps_in_epochs=length.steps_in_epochs,
         batch_size=size and size * trainer.world_size * accumulation(trainer, trainer.current_epoch),
         optimizers=tuple(type(optimizer).__name__ for optimizer in raw_optimizers(trainer)),
+        told=replace(length, epoch=0, before=0).steps,
     )
