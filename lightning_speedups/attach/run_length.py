@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_speedups.attach.loaders import find_selection
 from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.run_length import RunLength
+from lightning_speedups.core.schedules import is_cut_off
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -101,3 +103,25 @@ def facts(trainer: Trainer, pl_module: LightningModule) -> RunFacts:
         optimizers=tuple(type(optimizer).__name__ for optimizer in raw_optimizers(trainer)),
         told=replace(length, epoch=0, before=0).steps,
     )
+
+
+def warn_of_schedulers(trainer: Trainer, name: str) -> None:
+    """Say so if schedulers of the module's own, stepped in each step, count on epochs that tricks make shorter.
+
+    Args:
+        trainer: A fitting Trainer, in ``on_train_start`` or later.
+        name: Who makes them shorter.
+    """
+    length, selection = run_length(trainer), find_selection(trainer)
+    if selection is None or length.steps is None or not trainer.lightning_module.automatic_optimization:
+        return
+    told = replace(length, batches_in=lambda _: selection.batches_in_epoch(None), epoch=0, before=0).steps or 0
+    for config in trainer.lr_scheduler_configs:
+        counts = config.interval == "step" and not config.reduce_on_plateau
+        if counts and is_cut_off(config.scheduler, length.steps // config.frequency, told // config.frequency):
+            rank_zero_warn(
+                f"{name}: the run has {length.steps} optimizer steps, where `trainer.estimated_stepping_batches` says "
+                f"{told}, so that the scheduler {type(config.scheduler).__name__} from configure_optimizers does not "
+                f"come to its end. Give it {length.steps} steps, or use a schedule of this package instead, which "
+                "knows the length."
+            )

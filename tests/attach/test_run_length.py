@@ -1,12 +1,24 @@
 """The run's length as it is really trained, and the batch size as it really comes."""
 
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
+from lightning_speedups import ProgressiveResizing, SubsetTraining
 from lightning_speedups.attach.run_length import (
     accumulation,
     batches_in_epoch,
@@ -176,6 +188,88 @@ def test_optimizers_come_without_lightnings_wrapper():
     (optimizers, callbacks), one = looked(lambda one: (raw_optimizers(one), callbacks_of(one)), max_epochs=1)
     assert [type(optimizer) for optimizer in optimizers] == [torch.optim.SGD]
     assert callbacks == one.callbacks
+
+
+# ---- schedulers of the module's own, beside tricks that make epochs shorter
+
+
+class Decays(Classifier):
+    """Has a scheduler that is built from the run's length, as told by the Trainer or given."""
+
+    def __init__(self, make, interval="step", steps=None, **config):
+        super().__init__()
+        self.make, self.steps, self.config = make, steps, {"interval": interval, **config}
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        self.told = self.trainer.estimated_stepping_batches
+        return [optimizer], [{"scheduler": self.make(optimizer, self.steps or self.told), **self.config}]
+
+
+def linear(optimizer, steps):
+    return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+
+
+def warmed_up(optimizer, steps):
+    return SequentialLR(
+        optimizer, [LinearLR(optimizer, 0.1, total_iters=5), CosineAnnealingLR(optimizer, steps - 5)], [5]
+    )
+
+
+MAKES = {
+    "LambdaLR": linear,
+    "OneCycleLR": lambda optimizer, steps: OneCycleLR(optimizer, 0.1, steps),
+    "CosineAnnealingLR": CosineAnnealingLR,
+    "PolynomialLR": PolynomialLR,
+    "SequentialLR": warmed_up,
+}
+SHORTER = {
+    "SubsetTraining": lambda: [SubsetTraining(0.5, method="random")],
+    "ProgressiveResizing": lambda: [ProgressiveResizing(fill_batch=True, multiple=2, probe=False)],
+}
+
+
+def warned(module, tricks, **arguments):
+    """Fit; return the warnings that schedulers were the reason for, and the steps."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        one = trainer(callbacks=tricks, **({"max_epochs": 8} | arguments))
+        one.fit(module, loader(64, 8))
+    return [
+        str(warning.message) for warning in record if "configure_optimizers" in str(warning.message)
+    ], one.global_step
+
+
+@pytest.mark.parametrize("name", SHORTER)
+@pytest.mark.parametrize("kind", MAKES)
+def test_a_scheduler_that_counts_on_full_epochs_is_told_the_true_number_of_steps(kind, name):
+    module = Decays(MAKES[kind])
+    (said,), steps = warned(module, SHORTER[name]())
+    assert module.told == 64 > steps
+    assert said.startswith(
+        f"{name}: the run has {steps} optimizer steps, where `trainer.estimated_stepping_batches` says 64"
+    )
+    assert f"the scheduler {kind} from configure_optimizers does not come to its end. Give it {steps} steps" in said
+    assert warned(Decays(MAKES[kind], steps=steps), SHORTER[name]())[0] == []  # it was given it
+
+
+@pytest.mark.parametrize(
+    ("module", "tricks", "arguments"),
+    [
+        (lambda: Decays(linear), lambda: [], {}),
+        (lambda: Decays(linear), lambda: [SubsetTraining(1.0)], {}),
+        (lambda: Decays(linear), lambda: [ProgressiveResizing(multiple=2, probe=False)], {}),
+        (lambda: Decays(linear), SHORTER["SubsetTraining"], {"max_steps": 9}),
+        (lambda: Decays(lambda optimizer, _: CosineAnnealingLR(optimizer, 8), "epoch"), SHORTER["SubsetTraining"], {}),
+        (lambda: Decays(lambda optimizer, _: ExponentialLR(optimizer, 0.99)), SHORTER["SubsetTraining"], {}),
+        (lambda: Decays(lambda optimizer, _: LinearLR(optimizer, 0.1, total_iters=5)), SHORTER["SubsetTraining"], {}),
+        (lambda: Decays(lambda optimizer, _: LambdaLR(optimizer, lambda step: min(1, step / 5))), SHORTER["SubsetTraining"], {}),
+        (lambda: Decays(lambda optimizer, _: ReduceLROnPlateau(optimizer), monitor="train_loss", strict=False), SHORTER["SubsetTraining"], {}),
+        (lambda: Decays(lambda optimizer, told: CosineAnnealingLR(optimizer, told // 8), frequency=4), SHORTER["SubsetTraining"], {}),
+    ],
+)  # fmt: skip
+def test_of_other_schedulers_nothing_is_said(module, tricks, arguments):
+    assert warned(module(), tricks(), **arguments)[0] == []
 
 
 class SeesBatches(Callback):
