@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_speedups.attach.loaders import find_selection
 from lightning_speedups.attach.packages import is_a
-from lightning_speedups.attach.trick import callbacks_of
+from lightning_speedups.attach.trick import Grip, callbacks_of
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.run_length import RunLength
 from lightning_speedups.core.schedules import is_cut_off
@@ -105,23 +105,41 @@ def facts(trainer: Trainer, pl_module: LightningModule) -> RunFacts:
     )
 
 
-def warn_of_schedulers(trainer: Trainer, name: str) -> None:
-    """Say so if schedulers of the module's own, stepped in each step, count on epochs that tricks make shorter.
+def steps_until_it_may_stop(trainer: Trainer) -> int | None:
+    """Return how many more steps the Trainer must do for its ``min_epochs`` and ``min_steps``, or None if nobody knows.
 
     Args:
         trainer: A fitting Trainer, in ``on_train_start`` or later.
-        name: Who makes them shorter.
     """
-    length, selection = run_length(trainer), find_selection(trainer)
-    if selection is None or length.steps is None or not trainer.lightning_module.automatic_optimization:
-        return
-    told = replace(length, batches_in=lambda _: selection.batches_in_epoch(None), epoch=0, before=0).steps or 0
-    for config in trainer.lr_scheduler_configs:
-        counts = config.interval == "step" and not config.reduce_on_plateau
-        if counts and is_cut_off(config.scheduler, length.steps // config.frequency, told // config.frequency):
-            rank_zero_warn(
-                f"{name}: the run has {length.steps} optimizer steps, where `trainer.estimated_stepping_batches` says "
-                f"{told}, so that the scheduler {type(config.scheduler).__name__} from configure_optimizers does not "
-                f"come to its end. Give it {length.steps} steps, or use a schedule of this package instead, which "
-                "knows the length."
-            )
+    if trainer.fit_loop._can_stop_early:
+        return 0
+    epochs = run_length(trainer).steps_in_epochs(trainer.min_epochs or 0)
+    if epochs is None or not trainer.lightning_module.automatic_optimization:
+        return None
+    return max(epochs, trainer.min_steps or 0) - trainer.global_step
+
+
+class ShorterRun(Grip):
+    """Says so if schedulers of the module's own, stepped in each step, count on epochs that a trick makes shorter."""
+
+    def join(self, trainer: Trainer) -> None:
+        """Wait for the run."""
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Compare what the schedulers count on with what will be."""
+        length, selection = run_length(trainer), find_selection(trainer)
+        if selection is None or length.steps is None or not trainer.lightning_module.automatic_optimization:
+            return
+        told = replace(length, batches_in=lambda _: selection.batches_in_epoch(None), epoch=0, before=0).steps or 0
+        for config in trainer.lr_scheduler_configs:
+            counts = config.interval == "step" and not config.reduce_on_plateau
+            if counts and is_cut_off(config.scheduler, length.steps // config.frequency, told // config.frequency):
+                rank_zero_warn(
+                    f"{self.trick.name}: the run has {length.steps} optimizer steps, where "
+                    f"`trainer.estimated_stepping_batches` says {told}, so that the scheduler "
+                    f"{type(config.scheduler).__name__} from configure_optimizers does not come to its end. Give it "
+                    f"{length.steps} steps, or use a schedule of this package instead, which knows the length."
+                )
+
+    def leave(self, trainer: Trainer) -> None:
+        """Leave nothing behind."""

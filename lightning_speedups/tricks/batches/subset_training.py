@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchOrder, Seed, SeededBatchTrick
 from lightning_speedups.attach.loaders import LoaderGrip
-from lightning_speedups.attach.run_length import warn_of_schedulers
+from lightning_speedups.attach.run_length import ShorterRun
 from lightning_speedups.attach.sample_losses import LossGrip
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.randomness import generator_for
@@ -177,7 +177,7 @@ class SubsetTraining(SeededBatchTrick):
         self.logs_facts = log
         self.kept = 1.0
         self.loader = _Selects(self)
-        self.grips = (self.loader, LossGrip(self))
+        self.grips = (self.loader, LossGrip(self), ShorterRun(self))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join loader, batch pipeline and training step; settle which epochs are shortened."""
@@ -275,11 +275,6 @@ class _Selects(LoaderGrip):
         if epoch == 0 or epoch >= self.trick.run.full_from:
             return samples
         return min(samples, max(1, round(self.trick.keep * samples)))
-
-    def on_train_start(self, trainer: Trainer) -> None:
-        """Catch up with a resumed run; warn of schedulers that count on longer epochs."""
-        super().on_train_start(trainer)
-        warn_of_schedulers(trainer, self.name)
 
     def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
         """Make room for the losses of the loader's dataset."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_speedups.attach.loaders import LoaderGrip, take_batch
 from lightning_speedups.attach.randomness import same_randomness
-from lightning_speedups.attach.run_length import loader_batch_size, raw_optimizers, warn_of_schedulers
+from lightning_speedups.attach.run_length import loader_batch_size, raw_optimizers
 from lightning_speedups.attach.steps import Driver, ValueOrder
 from lightning_speedups.attach.trick import Trick
 from lightning_speedups.core.batch_scaling import Rule, scaling_factor
@@ -37,11 +37,6 @@ class FilledBatches(LoaderGrip):
         """Join those who see the loader, and those who set the rate."""
         super().join(trainer)
         Driver.of(trainer).join(self)
-
-    def on_train_start(self, trainer: Any) -> None:
-        """Catch up with a resumed run; warn of schedulers that count on longer epochs."""
-        super().on_train_start(trainer)
-        warn_of_schedulers(trainer, self.name)
 
     def change_loader(self, trainer: Any, loader: Any, epoch: int) -> None:
         """See how large full images are, before anyone lets the loader make small ones, and scale the rate."""

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import WarningCache
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick
 from lightning_speedups.attach.copies import NoCopyError
 from lightning_speedups.attach.rehearsal import Statistics, swap_statistics
+from lightning_speedups.attach.run_length import ShorterRun
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import Place
 from lightning_speedups.core.batch_scaling import Rule
@@ -168,7 +169,7 @@ class ProgressiveResizing(BatchTrick):
         self.loader = LoaderSizes(self, self.sizes, (*self.images.inputs, *self.images.maps), in_loader is True)
         self.grips = (self.sizes,)
         if fill_batch:
-            self.grips += (FilledBatches(self, self.sizes, self.images.size_in, rule),)
+            self.grips += (FilledBatches(self, self.sizes, self.images.size_in, rule), ShorterRun(self))
         if in_loader:
             self.grips += (self.loader,)
         if scale_regularization is not None:
