@@ -94,11 +94,11 @@ class Leaders:
 
     Attributes:
         leading: Rate of each optimizer's first group before the schedule; empty before training.
-        warned: Whether it was said that the run is not as long as planned.
+        off_plan: Whether it was said that the run is not as long as planned.
     """
 
     leading: list[float] = field(default_factory=list)
-    warned: bool = False
+    off_plan: bool = False
 
 
 class ScheduleTrick(OptimizerTrick):
@@ -301,9 +301,9 @@ class ScheduleTrick(OptimizerTrick):
             )
 
     def _warn(self, what: str) -> None:
-        if not self.run.warned:
+        if not self.run.off_plan:
             rank_zero_warn(f"{self.name}: {what}. Give the true number as `total_steps=` if it is known.")
-        self.run.warned = True
+        self.run.off_plan = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return what checkpoints hold, of the courses their fields."""
