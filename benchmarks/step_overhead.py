@@ -131,12 +131,13 @@ class Direct(Callback):
         before = list(trick.steps_done)
 
         def step():
-            driver.step(inner, optimizer, nothing)
-            for hook in (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()):
-                hook(optimizer, (), {})
+            driver.step(lightning, optimizer, nothing)
 
-        def inner(*args):
-            driver.read(nothing)
+        def lightning(optimizer, closure):
+            driver.work(0, arithmetic, closure)
+
+        def arithmetic(closure):
+            closure()
 
         def hooks():
             trick.on_train_batch_start(trainer, pl_module, batch, batch_idx)

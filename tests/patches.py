@@ -16,6 +16,7 @@ def patched(trainer: Trainer) -> set[str]:
         "precision": [trainer.precision_plugin],
         "loops": [loop, loop.epoch_loop, loop.epoch_loop.automatic_optimization],
         "module": [] if module is None else module.modules(),
+        "optimizers": [getattr(one, "_optimizer", one) for one in trainer.strategy.optimizers],
         "monitors": [callback for callback in trainer.callbacks if isinstance(callback, LearningRateMonitor)],
     }
     found = {
@@ -23,7 +24,7 @@ def patched(trainer: Trainer) -> set[str]:
         for kind, members in owners.items()
         for owner in members
         for name in vars(owner)
-        if callable(getattr(type(owner), name, None))
+        if callable(getattr(type(owner), name, None)) and not hasattr(vars(owner)[name], "_wrapped_by_lr_sched")
     }
     if Optimizer.add_param_group is not ADD_PARAM_GROUP:
         found.add("Optimizer.add_param_group")

@@ -9,6 +9,7 @@ Most tricks put everything back after a run. Those whose changes to the module s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -28,10 +29,12 @@ from patches import patched
 from torch import nn
 
 from lightning_speedups.attach.lasting import LastingTrick
+from lightning_speedups.attach.steps import OptimizerTrick
 from zoo import (
     Classifier,
     Interrupted,
     ReplayLoader,
+    Wrapper,
     assert_same_weights,
     fit_interrupted,
     loader,
@@ -128,6 +131,66 @@ def test_two_steps_train(name):
     assert torch.isfinite(torch.tensor(setup.module.losses)).all()
     assert len(setup.module.losses) == 2
     assert not torch.equal(start["head.weight"], setup.module.head.weight)
+
+
+class WithoutRate(torch.optim.Optimizer):
+    """Has no learning rate, or None in its place."""
+
+    def __init__(self, params, **defaults):
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure):
+        with torch.enable_grad():
+            loss = closure()
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            parameter.sub_(parameter.grad.sign(), alpha=0.01)
+        return loss
+
+
+def change_optimizer(module, change):
+    """Let a module configure what becomes of its optimizer."""
+    own = module.configure_optimizers
+    module.configure_optimizers = lambda: change(own())
+
+
+@every_trick
+def test_an_optimizer_that_runs_none_of_torchs_hooks_trains_to_the_same_bits(name):
+    plain, wrapped = Setup(name), Setup(name)
+    plain.trainer().fit(plain.module, ReplayLoader())
+    change_optimizer(wrapped.module, Wrapper)
+    wrapped.trainer().fit(wrapped.module, ReplayLoader())
+    assert_same_weights(weights(plain.module), weights(wrapped.module))
+
+
+@every_trick
+def test_one_tensor_as_the_rate_of_all_groups_trains_as_numbers_do(name):
+    def share(optimizer):
+        rate = torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return optimizer
+
+    plain, shared = Setup(name), Setup(name)
+    plain.trainer().fit(plain.module, ReplayLoader())
+    change_optimizer(shared.module, share)
+    run = shared.trainer()
+    run.fit(shared.module, ReplayLoader())
+    for key, value in weights(plain.module).items():
+        torch.testing.assert_close(weights(shared.module)[key], value, rtol=1e-4, atol=1e-6)
+    (rate,) = {group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups}
+    assert rate.item() == plain.module.lr
+
+
+@pytest.mark.parametrize("without", [{}, {"lr": None}])
+@every_trick
+def test_an_optimizer_without_a_rate_trains_or_is_refused_at_the_start(name, without):
+    setup = Setup(name)
+    change_optimizer(setup.module, lambda _: WithoutRate(setup.module.parameters(), **without))
+    sets_rates = [one for one in setup.callbacks if isinstance(one, OptimizerTrick) and "lr" in one.keys]
+    with pytest.raises(MisconfigurationException, match="`lr`") if sets_rates else contextlib.nullcontext():
+        setup.trainer().fit(setup.module, ReplayLoader())
+    assert bool(setup.module.losses) != bool(sets_rates)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 6, 8])

@@ -141,6 +141,20 @@ class Classifier(LightningModule):
         self.values.append([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
 
 
+class Wrapper(torch.optim.Optimizer):
+    """Around another optimizer, without torch's hooks: `Optimizer.__init__` never ran."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.param_groups, self.defaults = base, base.param_groups, base.defaults
+        self.state = base.state
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+
 class SometimesInfinite(Classifier):
     """Its loss is infinite in some batches, so that GradScaler skips their steps."""
 

@@ -84,6 +84,17 @@ class Station:
                 self._call = partial(act, self._call)
         return self._call(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what the method itself carries, as torch's schedulers mark the steps of their optimizers."""
+        if name.startswith("__"):  # asked by those who copy and pickle
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """The function of a bound method, which torch's schedulers wrap."""
+        return lambda owner, *args, **kwargs: self(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds the owner's methods: a copy of the owner has its own."""
         return {**vars(self), "_call": None}

@@ -1,22 +1,26 @@
 """Values on the optimizers' parameter groups for the time of a step, and a count of the steps that really happened.
 
-Lightning has no hook after ``optimizer.step``, counts a step that GradScaler skipped, and lets schedulers and
-checkpoints read whatever stands in the groups. So a trick's values are put on before the step and taken off before
-anyone could build on them.
+Lightning has no hook after ``optimizer.step``, counts a step that GradScaler skipped, and lets schedulers, checkpoints
+and the module's own hooks read whatever stands in the groups. So a trick's values are on while the optimizer itself
+works, and no longer: not in the closure that it calls, where training step, backward and gradient hooks run.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
-from typing import Any, Protocol
+from numbers import Real
+from typing import Any, ClassVar, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,6 +32,7 @@ from lightning_speedups.core.durations import Duration, RunFacts
 
 Shown = tuple[dict[str, Any], str, Any, Any]
 """A parameter group, a key in it, the value before, and the one that was put there."""
+Closure = Callable[..., Any]
 GIVE_STEPS = "Give `total_steps=`, in optimizer steps, or `Trainer(max_steps=...)`."
 """What to do when the length of a run is unknown."""
 
@@ -64,9 +69,21 @@ class SetsValues(Protocol):
     def rests(self, optimizer: Optimizer) -> bool:
         """Tell whether an optimizer has nothing to step, which GradScaler takes for a mistake."""
 
+    def stepped(self, optimizer: int) -> None:
+        """Note that an optimizer has really stepped.
+
+        Args:
+            optimizer: Its index.
+        """
+
     def settle_groups(self, pl_module: LightningModule) -> Callable[[Tensor], str | None] | None:
         """Settle, before ``configure_optimizers``, which parameters need a group of their own; return what names that
         of a parameter, or gives None. None for no need at all.
+        """
+
+    def meet(self, trainer: Trainer) -> None:
+        """Get to know the run's optimizers, at fit start and when others take their place; refuse what cannot be
+        driven.
         """
 
 
@@ -91,10 +108,10 @@ class OptimizerTrick(Trick):
     saved_as = Steps
     saved: Steps
     order: ValueOrder
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._handles: list[Any] = []
+    keys: tuple[str, ...] = ("lr",)
+    """Names of the values that it sets; ``"momentum"`` is ``betas[0]`` in the Adam family."""
+    way_without: ClassVar[Mapping[str, str]] = {}
+    """What to do when an optimizer lacks a value that it sets."""
 
     @property
     def steps_done(self) -> list[int]:
@@ -120,6 +137,15 @@ class OptimizerTrick(Trick):
     def rests(self, optimizer: Optimizer) -> bool:
         """Tell whether an optimizer has nothing to step."""
         return False
+
+    def stepped(self, optimizer: int) -> None:
+        """Count."""
+        if optimizer < len(self.saved.steps_done):
+            self.saved.steps_done[optimizer] += 1
+
+    def drives(self, optimizer: int) -> bool:
+        """Tell whether it sets values of an optimizer."""
+        return True
 
     def settle_groups(self, pl_module: LightningModule) -> Callable[[Tensor], str | None] | None:
         """Settle which parameters need a group of their own: none."""
@@ -172,6 +198,18 @@ class OptimizerTrick(Trick):
         if stage == "fit":
             Driver.of(trainer).join(self)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse optimizers that lack what it sets."""
+        super().on_fit_start(trainer, pl_module)
+        self.meet(trainer)
+
+    def meet(self, trainer: Trainer) -> None:
+        """Refuse optimizers that lack what it sets."""
+        for i, optimizer in enumerate(raw_optimizers(trainer)):
+            if self.drives(i):
+                ways_out = {"lr": "Give the optimizer a learning rate.", **self.way_without}
+                require_values(self, optimizer, self.keys, ways_out)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count, and settle the plan."""
         super().on_train_start(trainer, pl_module)
@@ -180,21 +218,60 @@ class OptimizerTrick(Trick):
             # A checkpoint made without this trick: Lightning's own count, which takes all optimizers together.
             self.saved.steps_done = [trainer.global_step // max(len(optimizers), 1)] * len(optimizers)
         self.plan(facts(trainer, pl_module))
-        for i, optimizer in enumerate(optimizers):
-            self._handles.append(optimizer.register_step_post_hook(partial(self._count, trainer, i)))
         Driver.of(trainer).watch()
 
-    def _count(self, trainer: Trainer, i: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.is_active(trainer) and has_stepped(optimizer):
-            self.saved.steps_done[i] += 1
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether a callback has put other optimizers into the Trainer."""
+        super().on_train_epoch_start(trainer, pl_module)
+        Driver.of(trainer).watch()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if no step was seen."""
+        super().on_train_epoch_end(trainer, pl_module)
+        Driver.of(trainer).look_back()
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the values off and leave the driver."""
         super().undo(trainer, pl_module)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
         Driver.of(trainer).leave(self)
+
+
+def get_value(group: Mapping[str, Any], key: str) -> Any:
+    """Return a value of a parameter group; ``"momentum"`` is ``betas[0]`` in the Adam family.
+
+    Args:
+        group: The parameter group.
+        key: The value's name.
+
+    Raises:
+        KeyError: If the group has no such value.
+
+    Example:
+        >>> get_value({"lr": 0.1, "betas": (0.9, 0.999)}, "momentum")
+        0.9
+    """
+    return group["betas"][0] if key == "momentum" and "betas" in group else group[key]
+
+
+def require_values(trick: Trick, optimizer: Optimizer, keys: Iterable[str], ways_out: Mapping[str, str]) -> None:
+    """Refuse an optimizer that lacks a value, or has something there that is no number.
+
+    Args:
+        trick: Who sets it.
+        optimizer: Torch's optimizer.
+        keys: Names of the values.
+        ways_out: What the user can do without one, as a sentence.
+    """
+    kind = type(optimizer).__name__
+    for key, group in itertools.product(keys, optimizer.param_groups):
+        try:
+            value = get_value(group, key)
+        except KeyError as error:
+            what = f"drives `{key}`, but {kind} has none, only {[name for name in group if name != 'params']}"
+            raise trick.refusal(what, ways_out.get(key, "Name one of these.")) from error
+        if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+            what = f"drives `{key}`, which must be a number, but {kind} has {value!r} there"
+            raise trick.refusal(what, ways_out.get(key, "Name another one."))
 
 
 def has_stepped(optimizer: Optimizer) -> bool:
@@ -210,17 +287,19 @@ class Driver:
     """Stands where optimizers of one Trainer are made and step, where rates are read for the user, and where they are
     saved.
 
-    The values are on while one of these runs and no longer: whoever builds on the groups in a hook (``group["lr"] *=
-    0.5``) builds on the base values.
+    The values are on while an optimizer works or a monitor reads, and no longer: whoever builds on the groups in a hook
+    (``group["lr"] *= 0.5``), or in the closure, builds on the base values.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.members: list[SetsValues] = []
         self.stations: list[Station] = []
+        self.watched: list[Optimizer] = []
+        self.at_steps: list[Station] = []  # of those
         self.shown: list[Shown] = []
-        self.handles: list[Any] = []
-        self.bare = False  # whether a step that did not come through Lightning shows them
+        self.worked = False  # whether any has stepped in this epoch
+        self.warned = False
 
     @staticmethod
     def of(trainer: Trainer) -> Driver:
@@ -233,9 +312,8 @@ class Driver:
             strategy = self.trainer.strategy
             places: list[tuple[Any, str, Callable[..., Any]]] = [
                 (strategy, "setup_optimizers", self.make),
-                (strategy, "training_step", self.read),
                 (strategy, "optimizer_step", self.step),
-                (strategy, "optimizer_state", self.save),
+                (strategy, "optimizer_state", self.aside),
             ]
             monitors = [callback for callback in callbacks_of(self.trainer) if is_a(callback, "LearningRateMonitor")]
             for owner, method, act in [*places, *((monitor, "_extract_stats", self.show) for monitor in monitors)]:
@@ -251,29 +329,54 @@ class Driver:
         self.hide()
         self.members.remove(member)
         if not self.members:
-            for handle in self.handles:
-                handle.remove()
-            for station in self.stations:
+            for station in [*self.stations, *self.at_steps]:
                 station.leave(self)
+            self.watched = []
 
     def watch(self) -> None:
-        """Notice steps that do not come through Lightning (``self.optimizers(use_pl_optimizer=False)``)."""
-        if not self.handles:
-            for optimizer in raw_optimizers(self.trainer):
-                self.handles.append(optimizer.register_step_pre_hook(self.before_bare_step))
-                self.handles.append(optimizer.register_step_post_hook(self.after_bare_step))
+        """Stand where the optimizers themselves step, which no step can miss: neither one that does not come through
+        Lightning, nor that of a wrapper or of an optimizer that somebody has put in place of another.
+        """
+        self.worked = False
+        optimizers = raw_optimizers(self.trainer)
+        if self.watched == optimizers:
+            return
+        if self.watched:
+            self.take_over(optimizers)
+        for station in self.at_steps:
+            station.leave(self)
+        self.watched, self.at_steps = optimizers, [Station.of(optimizer, "step") for optimizer in optimizers]
+        for i, station in enumerate(self.at_steps):
+            station.join(self, partial(self.work, i))
 
-    def before_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Show the values, unless they are shown already."""
-        if not self.shown:
-            self.bare = True
-            self.put_on(optimizer)
+    def look_back(self) -> None:
+        """Say so if an epoch has passed and no step was seen, as of optimizers with other methods than `step`."""
+        if not self.worked and not self.warned and self.watched and self.trainer.fit_loop.epoch_loop.batch_idx >= 0:
+            self.warned = True
+            rank_zero_warn(
+                f"{self.names} saw no step of an optimizer in a whole epoch, and so stood still. Steps are seen, and "
+                "counted, in the method `step` of the optimizers from `configure_optimizers`. Step there."
+            )
 
-    def after_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Take them off again."""
-        if self.bare:
-            self.bare = False
-            self.hide()
+    @property
+    def names(self) -> str:
+        """The members' names in messages."""
+        return ", ".join(type(member).__name__ for member in self.members)
+
+    def take_over(self, optimizers: list[Optimizer]) -> None:
+        """Let the members go on with optimizers that somebody has put in place of the run's own."""
+        if len(optimizers) != len(self.watched):
+            raise MisconfigurationException(
+                f"{self.names}: the Trainer's {len(self.watched)} optimizers became {len(optimizers)} in mid-run, and "
+                "nobody can say which goes on for which. Put as many in their place, or make them all in "
+                "`configure_optimizers`."
+            )
+        for optimizer in (one for one in optimizers if one not in self.watched):
+            for member in self.members:
+                if label_of := member.settle_groups(self.trainer.lightning_module):
+                    regroup(optimizer, label_of)
+        for member in self.members:
+            member.meet(self.trainer)
 
     def make(self, original: Callable[..., Any], trainer: Trainer) -> None:
         """Make the optimizers, with the parameter groups that members need."""
@@ -291,64 +394,89 @@ class Driver:
                 raise
 
     def step(
-        self, original: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any
+        self, original: Callable[..., Any], optimizer: Optimizer, closure: Closure, *args: Any, **kwargs: Any
     ) -> Any:
-        """Step with the values on the groups."""
+        """Step, unless there is nothing to step."""
+        self.worked = True
         raw = getattr(optimizer, "_optimizer", optimizer)
+        if self.watched and raw not in self.watched:
+            self.watch()
         for member in self.members:  # not by any(), which takes longer than all that it asks
             if member.rests(raw):
                 return closure()
-        return self.show(partial(original, optimizer, closure), *args, only=raw, **kwargs)
+        return original(optimizer, closure, *args, **kwargs)
 
-    def read(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Let the training step read the values."""
-        # In manual optimization training_step steps the schedulers too: there only the step sees the values.
-        if self.trainer.lightning_module.automatic_optimization:
-            return self.show(original, *args, **kwargs)
-        return original(*args, **kwargs)
-
-    def show(self, original: Callable[..., Any], *args: Any, only: Optimizer | None = None, **kwargs: Any) -> Any:
-        """Call a method with the values on the groups, of all optimizers or of one."""
-        if self.shown:  # by a call around this one, which takes them off
+    def work(self, i: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let an optimizer work with the values on its groups, and count the step."""
+        if self.shown:  # one that calls its own step
             return original(*args, **kwargs)
+        self.worked = True
+        optimizer = self.watched[i]
+        members = [member for member in self.members if member.is_active(self.trainer)]
+        if args and callable(args[0]):
+            args = (partial(self.unshown, i, members, args[0]), *args[1:])
+        elif callable(closure := kwargs.get("closure")):
+            kwargs["closure"] = partial(self.unshown, i, members, closure)
         try:
-            self.put_on(only)
+            self.put_on(i, optimizer, members)
+            result = original(*args, **kwargs)
+        finally:
+            self.hide()
+        if has_stepped(optimizer):
+            for member in members:
+                member.stepped(i)
+        return result
+
+    def unshown(self, i: int, members: list[SetsValues], closure: Closure, *args: Any, **kwargs: Any) -> Any:
+        """Call the closure in the middle of a step, with the groups' own values: the module's code runs in it."""
+        taken = self.hide()
+        try:
+            return closure(*args, **kwargs)
+        finally:
+            if all(group[key] is before and not isinstance(before, Tensor) for group, key, before, _ in taken):
+                self.put_back(taken)
+            else:  # the closure has written
+                self.put_on(i, self.watched[i], members)
+
+    def show(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method with the values on the groups of all optimizers."""
+        if self.shown:  # by a step around this, which takes them off
+            return original(*args, **kwargs)
+        members = [member for member in self.members if member.is_active(self.trainer)]
+        try:
+            for i, optimizer in enumerate(raw_optimizers(self.trainer)):
+                self.put_on(i, optimizer, members)
             return original(*args, **kwargs)
         finally:
             self.hide()
 
-    def save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def aside(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let a checkpoint have the groups' own values."""
         taken = self.hide()
         try:
             return original(*args, **kwargs)
         finally:
-            for group, key, _, value in taken:
-                self.put(group, key, value)
+            self.put_back(taken)
 
-    def put_on(self, only: Optimizer | None) -> None:
-        """Put the tricks' values on the groups; this runs at every step, and is written to be quick."""
-        members = [member for member in self.members if member.is_active(self.trainer)]
-        for i, wrapper in enumerate(self.trainer.strategy.optimizers):
-            optimizer: Optimizer = getattr(wrapper, "_optimizer", wrapper)
-            if only is not None and optimizer is not only:
-                continue
-            for g, group in enumerate(optimizer.param_groups):
-                values: dict[str, Any] = {}
-                for member in members:
-                    values |= member.values_now(i, g, ChainMap(values, group) if values else group)
-                for key, value in values.items():
-                    self.put(group, key, value)
+    def put_on(self, i: int, optimizer: Optimizer, members: list[SetsValues]) -> None:
+        """Put the members' values on an optimizer's groups; this runs at every step, and is written to be quick."""
+        for g, group in enumerate(optimizer.param_groups):
+            values: dict[str, Any] = {}
+            for member in members:
+                values |= member.values_now(i, g, ChainMap(values, group) if values else group)
+            for key, value in values.items():
+                before = group[key]
+                if isinstance(before, Tensor):
+                    # Another tensor: several groups may share this one, and a number put into it would be rounded.
+                    value = torch.as_tensor(value, dtype=before.dtype, device=before.device)
+                self.shown.append((group, key, before, value))
+                group[key] = value
 
-    def put(self, group: dict[str, Any], key: str, value: Any) -> None:
-        """Put a value on a group."""
-        before = group[key]
-        if isinstance(before, Tensor):
-            self.shown.append((group, key, before.clone(), value))
-            before.copy_(torch.as_tensor(value))  # in place: a compiled or captured step holds this very tensor
-        else:
-            self.shown.append((group, key, before, value))
+    def put_back(self, taken: list[Shown]) -> None:
+        """Put values on again that were taken off."""
+        for group, key, _, value in taken:
             group[key] = value
+        self.shown.extend(taken)
 
     def hide(self) -> list[Shown]:
         """Give the groups their own values back, except where someone else has written; return what was taken off."""
@@ -356,22 +484,24 @@ class Driver:
         taken = []
         for entry in shown:
             group, key, before, value = entry
-            current = group[key]
-            if isinstance(current, Tensor):
-                if current != torch.as_tensor(value, dtype=current.dtype, device=current.device):
-                    continue
-                current.copy_(before)
-            elif current is value or current == value:
+            if (current := group[key]) is value or (type(current) is float and current == value):
                 group[key] = before
-            else:
-                continue
-            taken.append(entry)
+                taken.append(entry)
+            elif not self.warned:
+                self.warned = True
+                rank_zero_warn(
+                    f"{self.names}: the optimizer itself, or one of its hooks, wrote `{key}` of a parameter group "
+                    "during `step`, where it holds the value of that step. What it wrote is the base value from now "
+                    "on: a factor would multiply up. Write it in a hook of the module or of a callback instead."
+                )
         return taken
 
 
 @contextmanager
-def split_groups(label_of: Callable[[Tensor], str | None]) -> Iterator[None]:
+def split_groups(label_of: Callable[[Tensor], str | None]) -> Iterator[dict[int, list[dict[str, Any]]]]:
     """While it lasts, optimizers are built with the parameters of each label in groups of their own.
+
+    It gives the groups that are split off and still to be added, by the ``id`` of those optimizers that are being made.
 
     Schedulers that are made in the meantime so see the groups from the start.
 
@@ -411,6 +541,22 @@ def split_groups(label_of: Callable[[Tensor], str | None]) -> Iterator[None]:
 
     Optimizer.__init__, Optimizer.add_param_group = __init__, add_param_group  # type: ignore[method-assign]
     try:
-        yield
+        yield split_off
     finally:
         Optimizer.__init__, Optimizer.add_param_group = init, add  # type: ignore[method-assign]
+
+
+def regroup(optimizer: Optimizer, label_of: Callable[[Tensor], str | None]) -> None:
+    """Split the parameter groups of an optimizer that was made without `split_groups`.
+
+    Args:
+        optimizer: Torch's optimizer.
+        label_of: Says of a parameter which group it is split off into, or None.
+    """
+    given, optimizer.param_groups[:] = list(optimizer.param_groups), []
+    with split_groups(label_of) as waiting:
+        split_off = waiting[id(optimizer)] = []
+        for group in given:
+            optimizer.add_param_group(group)
+    for group in split_off:
+        optimizer.add_param_group(group)

@@ -13,10 +13,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Optimizer
 
-from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder
+from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder, get_value
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.durations import RunFacts
-from lightning_speedups.tricks.rates.base import ScheduleTrick, get_value
+from lightning_speedups.tricks.rates.base import ScheduleTrick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,5 +1,6 @@
 """A trick's values stand in the groups at the step, and the base values everywhere else; only real steps count."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import ADD_PARAM_GROUP, patched
+from timm.optim import Lookahead
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
 from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder, split_groups
-from zoo import trainer
+from zoo import Wrapper, trainer
 
 BASE = 0.5
 APPROX = {"rel": 1e-9, "abs": 0.0}
@@ -144,7 +147,8 @@ def test_the_value_of_each_step_is_the_schedule_times_the_factor(name, interval,
     expected = [schedule(count(t)) * factor(t) for t in range(steps_an_epoch * epochs)]
     assert module.stepped == pytest.approx(expected, **APPROX)
     assert module.moved == pytest.approx(expected, **APPROX)
-    assert module.shown == pytest.approx([value for value in expected for _ in range(accumulate)], **APPROX)
+    own = [schedule(count(t)) for t in range(steps_an_epoch * epochs)]
+    assert module.shown == pytest.approx([value for value in own for _ in range(accumulate)], **APPROX)
     assert module.rate() == pytest.approx(schedule(count(steps_an_epoch * epochs)), **APPROX)
 
 
@@ -235,8 +239,8 @@ def test_a_step_that_the_scaler_skips_is_none(optimizer):
     one = trainer(max_epochs=1, plugins=[scaled()], callbacks=[trick])
     one.fit(module, data(6))
     assert trick.steps_done == [3]
-    done = [0, 0, 1, 1, 1, 2]  # real steps before each batch
-    assert module.shown == pytest.approx([BASE * factor(t) for t in done])
+    done = [0, 0, 1, 1, 1, 2] if "fused" in optimizer else [0, 1, 2]  # fused ones are called to skip themselves
+    assert module.stepped == pytest.approx([BASE * factor(t) for t in done])
     assert one.global_step == 6  # Lightning counts them
     if "Adam" not in optimizer:
         assert -module.weight[0].item() == pytest.approx(sum(BASE * factor(t) for t in range(3)))
@@ -313,14 +317,14 @@ def test_manual_optimization_with_the_bare_torch_optimizer_gets_the_values_too()
     assert module.rate() == BASE * 0.5**2
 
 
-def test_a_rate_given_as_a_tensor_is_set_in_place():
+def test_a_rate_given_as_a_tensor_stays_a_tensor():
     rate = torch.tensor(0.25, dtype=torch.float64)
     module = Probe(lambda m: Adam(m.parameters(), lr=rate, foreach=False, capturable=False))
     one = trainer(max_epochs=1, callbacks=[Times()])
     one.fit(module, data(4))
     expected = [0.25 * factor(t) for t in range(4)]
     assert module.stepped == pytest.approx(expected, **APPROX)
-    assert module.shown == pytest.approx(expected, **APPROX)
+    assert module.shown == [0.25] * 4
     assert module.moved == pytest.approx(expected, rel=1e-6)  # Adam with a constant gradient moves by its rate
     assert one.strategy.optimizers[0].param_groups[0]["lr"] is rate
     assert float(rate) == 0.25
@@ -368,6 +372,7 @@ def test_someone_elses_rate_stays(where):
     module = WritesRate(where)
     trainer(max_epochs=1, callbacks=[Times()]).fit(module, data(6))
     assert module.stepped[:2] == pytest.approx([BASE * factor(t) for t in range(2)], **APPROX)
+    assert module.moved[2] == pytest.approx((BASE if where == "on_train_batch_end" else 7.0) * factor(2), **APPROX)
     assert module.stepped[3:] == pytest.approx([7.0 * factor(t) for t in range(3, 6)], **APPROX)
     assert module.rate() == 7.0
 
@@ -404,7 +409,7 @@ def test_a_rate_written_at_the_epochs_start_is_the_base_of_its_first_batch_alrea
     one.fit(module, data(4))
     expected = [1.0 * factor(0), 1.0 * factor(1), 0.1 * factor(2), 0.1 * factor(3)]
     assert module.stepped == pytest.approx(expected, **APPROX)
-    assert module.shown == pytest.approx([value for value in expected for _ in range(2)], **APPROX)
+    assert module.shown == pytest.approx([1.0] * 4 + [0.1] * 4, **APPROX)
     logged = [metrics["lr-SGD"] for _, metrics in logger.metrics if "lr-SGD" in metrics]
     assert logged == pytest.approx([value for value in expected for _ in range(2)], **APPROX)
 
@@ -490,7 +495,7 @@ def test_skipped_steps_stay_uncounted_over_a_resume():
     assert saved["callbacks"][trick.state_key] == {"steps_done": [3]}
     again, module = Times(), Overflows(set())
     trainer(max_epochs=2, plugins=[scaled()], callbacks=[again]).fit(module, data(5), ckpt_path="last.ckpt")
-    assert module.shown == pytest.approx([BASE * factor(t) for t in range(3, 8)])
+    assert module.stepped == pytest.approx([BASE * factor(t) for t in range(3, 8)])
     assert again.steps_done == [8]
 
 
@@ -658,6 +663,9 @@ def test_one_of_two_tricks_that_leaves_early_leaves_the_other_at_work():
     assert patched(one) == set()
 
 
+IN_THE_CLOSURE = ["training_step", "backward", "on_before_zero_grad", "on_before_optimizer_step", "clipping"]
+
+
 class DecaysItself(Probe):
     """A decay written by hand, in place, in one of the module's hooks."""
 
@@ -667,7 +675,8 @@ class DecaysItself(Probe):
 
     def decay(self, where):
         if where == self.where:
-            self.trainer.optimizers[0].param_groups[0]["lr"] *= 0.5
+            group = self.trainer.optimizers[0].param_groups[0]
+            group["lr"] = group["lr"] * 0.5
 
     def on_train_epoch_start(self):
         self.decay("on_train_epoch_start")
@@ -681,7 +690,25 @@ class DecaysItself(Probe):
     def on_train_epoch_end(self):
         self.decay("on_train_epoch_end")
 
+    def training_step(self, batch, batch_idx):
+        self.decay("training_step")
+        return super().training_step(batch, batch_idx)
 
+    def on_before_zero_grad(self, optimizer):
+        self.decay("on_before_zero_grad")
+
+    def backward(self, loss):
+        super().backward(loss)
+        self.decay("backward")
+
+    def on_before_optimizer_step(self, optimizer):
+        self.decay("on_before_optimizer_step")
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.decay("clipping")
+
+
+@pytest.mark.parametrize("make", ["floats", "one tensor for all groups", "a scaler"])
 @pytest.mark.parametrize(
     ("where", "halvings"),
     [
@@ -689,12 +716,20 @@ class DecaysItself(Probe):
         ("on_train_batch_start", lambda t: t + 1),
         ("on_train_batch_end", lambda t: t),
         ("on_train_epoch_end", lambda t: t // 3),
+        *((hook, lambda t: t + 1) for hook in IN_THE_CLOSURE),
     ],
 )
-def test_a_decay_written_by_hand_does_not_compound(where, halvings):
-    module = DecaysItself(where)
-    trainer(max_epochs=2, callbacks=[Times()]).fit(module, data(3))
-    assert module.stepped == pytest.approx([BASE * 0.5 ** halvings(t) * factor(t) for t in range(6)], **APPROX)
+def test_a_decay_written_by_hand_does_not_compound(where, halvings, make):
+    module, rate = DecaysItself(where), BASE if make == "floats" else torch.tensor(BASE, dtype=torch.float64)
+    if make == "a scaler":
+        module.weight, rate = nn.Parameter(torch.zeros(2)), BASE
+    module.configure = lambda m: SGD([{"params": [m.weight]}, {"params": [m.second]}], lr=rate)
+    module.second = nn.Parameter(torch.zeros(1))  # in a group that shares the rate, and is at rest
+    one = trainer(max_epochs=2, callbacks=[Times()], plugins=[scaled()] if make == "a scaler" else [])
+    one.fit(module, data(3))
+    rates = [BASE * 0.5 ** halvings(t) * factor(t) for t in range(6)]
+    assert module.moved == pytest.approx(rates, rel=1e-4 if make == "a scaler" else 1e-9)  # in float32 there
+    assert math.log2(BASE / module.rate()) == pytest.approx(halvings(6 if where.endswith("_end") else 5), abs=1e-9)
 
 
 class ReadsRates(Callback):
@@ -800,9 +835,17 @@ class WithoutOptimizers(Probe):
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 def test_a_module_without_optimizers_trains_as_it_did():
     one, module = trainer(max_epochs=1, callbacks=[Times()]), WithoutOptimizers()
-    one.fit(module, data(3))
+    with pytest.warns(UserWarning, match="Times saw no step of an optimizer in a whole epoch, and so stood still"):
+        one.fit(module, data(3))
     assert module.weight[0].item() == -3.0
     assert patched(one) == set()
+
+
+def test_an_optimizer_that_reads_its_rate_before_the_closure_gets_the_steps_own():
+    module = Probe(lambda m: LBFGS(m.parameters(), lr=BASE, max_iter=1))
+    trainer(max_epochs=1, callbacks=[Times()]).fit(module, data(3))
+    # Its first direction is the gradient by min(1, 1 / |gradient|) = 1/2; then the curvature is 0, and it goes on.
+    assert module.moved[0] == pytest.approx(BASE * factor(0) / 2)
 
 
 def test_an_optimizer_that_evaluates_several_times_a_step_counts_one():
@@ -960,3 +1003,221 @@ def test_split_groups_keep_torchs_own_checks():
         with pytest.raises(TypeError, match="can only optimize Tensors"):
             SGD([{"params": [1.0]}], lr=0.1)
     assert Optimizer.add_param_group is ADD_PARAM_GROUP
+
+
+# ---- steps that torch's hooks do not see, and optimizers that change places
+
+
+class SharpnessAware(Wrapper):
+    """Evaluates twice and steps its base once, from the gradient of the second place."""
+
+    def step(self, closure):
+        with torch.enable_grad():
+            closure()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(p.grad, alpha=0.05)
+        with torch.enable_grad():
+            loss = closure()
+        with torch.no_grad():
+            for p in parameters:
+                p.sub_(p.grad, alpha=0.05)
+        self.base.step()
+        return loss
+
+
+class Moves(Callback):
+    """How far the probe's weight moves from one batch to the next."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.at, self.moves = pl_module.weight[0].item(), []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.moves.append(self.at - pl_module.weight[0].item())
+        self.at = pl_module.weight[0].item()
+
+
+def unhooked(wrap):
+    """Configure a wrapped SGD on whose steps nobody hangs."""
+    return lambda module: {"optimizer": wrap(SGD(module.parameters(), lr=BASE))}
+
+
+class Quiet(Probe):
+    def configure_optimizers(self):
+        return self.configure(self)
+
+
+WRAPPERS = {"a wrapper": Wrapper, "SAM": SharpnessAware, "Lookahead": lambda base: Lookahead(base, k=1000)}
+
+
+@pytest.mark.parametrize(("name", "accumulate"), [("a wrapper", 1), ("a wrapper", 2), ("Lookahead", 2), ("SAM", 1)])
+def test_steps_of_optimizers_without_hooks_count(name, accumulate):
+    trick, moves, module = Times(), Moves(), Quiet(unhooked(WRAPPERS[name]))
+    one = trainer(max_epochs=2, callbacks=[trick, moves], accumulate_grad_batches=accumulate)
+    one.fit(module, data(2 * accumulate))
+    assert [move for move in moves.moves if move] == pytest.approx([BASE * factor(t) for t in range(4)], **APPROX)
+    assert trick.steps_done == [4]
+    assert patched(one) == set()
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_with_lookahead_resumes_exactly():
+    def run(callbacks, **options):
+        moves, module = Moves(), Quiet(unhooked(WRAPPERS["Lookahead"]))
+        with contextlib.suppress(Stop):
+            trainer(max_epochs=2, callbacks=[Times(), *callbacks, moves]).fit(module, data(4), **options)
+        return moves.moves
+
+    whole = run([])
+    run([StopAfter(3)])
+    assert run([], ckpt_path="mid.ckpt", weights_only=False) == pytest.approx(whole[3:], **APPROX)
+
+
+class Swaps(Callback):
+    """Puts other optimizers into the Trainer at the start of the second epoch."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.make(trainer, pl_module)
+
+
+def assign(trainer, module):
+    trainer.optimizers = [SGD(module.parameters(), lr=2 * BASE)]
+
+
+SWAPS = {
+    "assigned": assign,
+    "assigned to the strategy": lambda trainer, module: setattr(
+        trainer.strategy, "optimizers", [SGD(module.parameters(), lr=2 * BASE)]
+    ),
+    "configured again": lambda trainer, module: trainer.strategy.setup_optimizers(trainer),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("way", SWAPS)
+def test_another_optimizer_goes_on_where_the_last_one_stood(way, first):
+    trick, moves, swaps, module = Times(), Moves(), Swaps(SWAPS[way]), Quiet()
+    one = trainer(max_epochs=2, callbacks=[swaps, trick, moves] if first else [trick, swaps, moves])
+    one.fit(module, data(3))
+    base = [BASE] * 3 + [BASE if way == "configured again" else 2 * BASE] * 3
+    assert moves.moves == pytest.approx([rate * factor(t) for t, rate in enumerate(base)], **APPROX)
+    assert trick.steps_done == [6]
+    assert patched(one) == set()
+
+
+def test_another_optimizer_gets_the_groups_that_a_trick_needs():
+    module = TwoLayers(lambda m: SGD(m.parameters(), lr=0.1))
+    swaps = Swaps(
+        lambda trainer, module: setattr(
+            trainer,
+            "optimizers",
+            [SGD([{"params": [module.second.bias, *module.first.parameters()]}, {"params": [module.second.weight]}])],
+        )
+    )
+    one = trainer(max_epochs=2, callbacks=[Splits(), swaps])
+    one.fit(module, data(1))
+    names = [module.names(group) for group in one.optimizers[0].param_groups]
+    assert names == [FIRST, ["second.weight"], ["second.bias"]]
+
+
+def test_more_or_fewer_optimizers_in_mid_run_are_refused():
+    two = Swaps(lambda t, m: setattr(t, "optimizers", [SGD([m.weight], lr=BASE), SGD([m.weight], lr=BASE)]))
+    with pytest.raises(MisconfigurationException, match="Times: the Trainer's 1 optimizers became 2 in mid-run"):
+        trainer(max_epochs=2, callbacks=[Times(), two]).fit(Quiet(), data(1))
+
+
+class CyclesItself(Probe):
+    """Writes the rate in a hook of the optimizer, where it holds that of the step."""
+
+    def _after(self, optimizer, *_):
+        optimizer.param_groups[0]["lr"] *= 0.5
+
+
+def test_a_rate_written_while_the_optimizer_works_is_told():
+    with pytest.warns(UserWarning, match="Times: the optimizer itself, or one of its hooks, wrote `lr`"):
+        trainer(max_epochs=1, callbacks=[Times()]).fit(CyclesItself(), data(2))
+
+
+class TwoGroups(Probe):
+    """Two parameters in groups of their own, with one tensor as the rate of both."""
+
+    def __init__(self, rate):
+        super().__init__(lambda m: SGD([{"params": [m.weight]}, {"params": [m.other]}], lr=rate))
+        self.other = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight.sum() + self.other.sum()
+
+
+class ByGroup(Times):
+    """Another factor for each group."""
+
+    def group_values(self, optimizer, group, step, values):
+        return {"lr": values["lr"] * self.factor(step) * (group + 1)}
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # the monitor's own, of rates that are tensors
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_tensor_as_the_rate_of_several_groups_gives_each_its_own(dtype):
+    rate, logger = torch.tensor(0.3, dtype=dtype), Memory()
+    module, given = TwoGroups(rate), rate.clone()
+    monitor = LearningRateMonitor("step")
+    one = trainer(max_epochs=1, callbacks=[ByGroup(), monitor], logger=logger, log_every_n_steps=1)
+    one.fit(module, data(5))
+    close = {"rel": 1e-6 if dtype == torch.float32 else 1e-12}
+    assert module.moved == pytest.approx([0.3 * factor(t) for t in range(5)], **close)
+    assert -module.other.item() == pytest.approx(2 * sum(0.3 * factor(t) for t in range(5)), **close)
+    for g in (0, 1):
+        assert one.strategy.optimizers[0].param_groups[g]["lr"] is rate
+        logged = [
+            float(metrics[f"lr-SGD/pg{g + 1}"]) for _, metrics in logger.metrics if f"lr-SGD/pg{g + 1}" in metrics
+        ]
+        assert logged == pytest.approx([0.3 * factor(t) * (g + 1) for t in range(5)], **close)
+    assert torch.equal(rate, given)
+
+
+def without_rate(kind):
+    def configure(module):
+        optimizer = Adam(module.parameters(), lr=BASE)
+        if kind == "None":
+            optimizer.param_groups[0]["lr"] = None
+        else:
+            del optimizer.param_groups[0]["lr"]
+        return optimizer
+
+    return configure
+
+
+@pytest.mark.parametrize("kind", ["None", "missing"])
+def test_an_optimizer_without_a_rate_is_refused_at_the_start(kind):
+    with pytest.raises(MisconfigurationException, match=r"drives `lr`.* Give the optimizer a learning rate"):
+        trainer(max_epochs=1, callbacks=[Times()]).fit(Probe(without_rate(kind)), data(1))
+
+
+class StepsElsewhere(TwoOptimizers):
+    """Manual optimization with optimizers that have methods of their own in place of `step`."""
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.weight.sum())
+        self.optimizers()[0].optimizer.update()
+
+
+class Updates(SGD):
+    def update(self):
+        with torch.no_grad():
+            for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_epoch_without_a_step_is_told_once(epochs):
+    module = StepsElsewhere()
+    module.configure_optimizers = lambda: [Updates([module.weight], lr=BASE), Updates([module.other], lr=BASE)]
+    with pytest.warns(UserWarning, match="Times, Times saw no step") as told:
+        trainer(max_epochs=epochs, callbacks=[Times(), Times(state_key="other")]).fit(module, data(2))
+    assert sum("saw no step" in str(one.message) for one in told) == 1

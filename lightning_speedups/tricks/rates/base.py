@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.run_length import raw_optimizers, run_length
-from lightning_speedups.attach.steps import GIVE_STEPS, OptimizerTrick, Steps, ValueOrder
+from lightning_speedups.attach.steps import GIVE_STEPS, OptimizerTrick, Steps, ValueOrder, get_value
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.durations import RunFacts
@@ -24,23 +21,6 @@ from lightning_speedups.core.schedules import Course
 
 Rates = float | list[float]
 OnResume = Literal["stretch", "extend"]
-
-
-def get_value(group: Mapping[str, Any], key: str) -> Any:
-    """Return a value of a parameter group; ``"momentum"`` is ``betas[0]`` in the Adam family.
-
-    Args:
-        group: The parameter group.
-        key: The value's name.
-
-    Raises:
-        KeyError: If the group has no such value.
-
-    Example:
-        >>> get_value({"lr": 0.1, "betas": (0.9, 0.999)}, "momentum")
-        0.9
-    """
-    return group["betas"][0] if key == "momentum" and "betas" in group else group[key]
 
 
 def entry(group: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -94,10 +74,14 @@ class Leaders:
 
     Attributes:
         leading: Rate of each optimizer's first group before the schedule; empty before training.
-        off_plan: Whether it was said that the run is not as long as planned.
+        own: What the first group of each optimizer has of itself, where a schedule's first value stands.
+        warned: Whether the user knows that something else writes there.
+        off_plan: Whether the user knows that the run is not as long as planned.
     """
 
     leading: list[float] = field(default_factory=list)
+    own: dict[int, Any] = field(default_factory=dict)
+    warned: bool = False
     off_plan: bool = False
 
 
@@ -124,12 +108,8 @@ class ScheduleTrick(OptimizerTrick):
 
     ends_before: ClassVar[int] = 0
     """Steps between the curve's end and the end of the run: 1 if the last step stands at the end of the curve."""
-    way_without: ClassVar[Mapping[str, str]] = {}
-    """What to do when an optimizer lacks a value that it drives."""
     ways_out: ClassVar[str] = GIVE_STEPS
     """What to do when the length of the run is unknown."""
-    keys: tuple[str, ...]
-    """Names of the values that it owns."""
 
     def __init__(self, total_steps: int | None, optimizer: int | None, on_resume: OnResume, **rates: Rates) -> None:
         super().__init__()
@@ -160,6 +140,25 @@ class ScheduleTrick(OptimizerTrick):
         """Tell whether it owns the values of an optimizer."""
         return self.optimizer in (None, optimizer)
 
+    def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what to set for the next step; say so when something else writes there too."""
+        if group == 0 and self.drives(optimizer) and not self.run.warned:
+            own = get_value(values, self.keys[0])
+            if self.run.own.setdefault(optimizer, own) is not own and not isinstance(own, Tensor):
+                self._compare(self.run.own[optimizer], own)
+                self.run.own[optimizer] = own
+        return super().values_now(optimizer, group, values)
+
+    def _compare(self, before: float, own: float) -> None:
+        if before != own:
+            self.run.warned = True
+            what = "learning rate" if self.keys[0] == "lr" else self.keys[0]
+            rank_zero_warn(
+                f"{self.name} is not alone: something else wrote the {what}, too, from {before:g} to {own:g} (a "
+                "scheduler that the module steps itself?). Values of its own override what was written, factors "
+                "multiply with it. Remove one of them (WarmupLRScaler may stay: it multiplies)."
+            )
+
     def position(self, optimizer: int, step: int) -> float:
         """Return where the curve stands at a step of an optimizer, in the curve's own steps."""
         return self.saved.courses[optimizer].position(step)
@@ -180,22 +179,17 @@ class ScheduleTrick(OptimizerTrick):
             mine = "learning rate" if "lr" in self.keys else " and ".join(self.keys)
             what = f"sets the {mine} of every step, and so does {' and '.join(others)}"
             raise self.refusal(what, "Remove one of them (WarmupLRScaler may stay: it multiplies).")
-        for optimizer in (one for i, one in enumerate(optimizers) if self.drives(i)):
-            self._require_numbers(optimizer)
-        self.require_rates(trainer, **self.rates)
 
-    def _require_numbers(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that lacks one of the values."""
-        kind = type(optimizer).__name__
-        for key, group in itertools.product(self.keys, optimizer.param_groups):
-            try:
-                value = get_value(group, key)
-            except KeyError as error:
-                what = f"drives `{key}`, but {kind} has none, only {[name for name in group if name != 'params']}"
-                raise self.refusal(what, self.way_without.get(key, "Name one of these.")) from error
-            if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
-                what = f"drives `{key}`, which must be a number, but {kind} has {value!r} there"
-                raise self.refusal(what, "Name another one.")
+    def meet(self, trainer: Trainer) -> None:
+        """Refuse rates that do not fit the optimizers, and note what leads the groups that come later."""
+        super().meet(trainer)
+        self.require_rates(trainer, **self.rates)
+        self._settle_leading(trainer)
+
+    def _settle_leading(self, trainer: Trainer) -> None:
+        first = [optimizer.param_groups[0].get("lr") for optimizer in raw_optimizers(trainer)]
+        self.run.leading = [0.0 if rate is None else float(rate) for rate in first]
+        self.run.own = {}
 
     def require_rates(self, trainer: Trainer, **arguments: Any) -> None:
         """Refuse lists of rates that do not fit the parameter groups that the optimizers began with."""
@@ -227,7 +221,7 @@ class ScheduleTrick(OptimizerTrick):
         groups = [optimizer.param_groups for optimizer in raw_optimizers(trainer)]
         if len(self.saved.groups) != len(groups):
             self.saved.groups = [len(of_one) for of_one in groups]
-        self.run.leading = [float(of_one[0]["lr"]) for of_one in groups]
+        self._settle_leading(trainer)
         super().on_train_start(trainer, pl_module)
 
     def plan(self, run: RunFacts) -> None:

@@ -11,11 +11,12 @@ from typing import Any, ClassVar, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_speedups.attach.packages import is_a
+from lightning_speedups.attach.steps import get_value
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.schedules import Shape, anneal_between, join, pick_shape, with_ends
-from lightning_speedups.tricks.rates.base import Leaders, OnResume, Schedule, ScheduleTrick, entry, get_value
+from lightning_speedups.tricks.rates.base import Leaders, OnResume, Schedule, ScheduleTrick, entry
 
 
 @dataclass

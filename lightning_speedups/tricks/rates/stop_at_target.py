@@ -127,6 +127,7 @@ class StopAtTarget(OptimizerTrick):
         if not self.anneal.amount:
             raise ValueError(f"Expected `anneal` to be above 0, but got {anneal!r}. Use `finish='now'`.")
         self.monitor, self.target, self.mode, self.finish = monitor, target, mode, finish
+        self.keys = ("lr",) if finish == "anneal" else ()
 
     @property
     def reached(self) -> Reached | None:

@@ -142,11 +142,17 @@ class FreezingTrick(OptimizerTrick):
             if any(id(parameter) in layer_of for layer in others for parameter in layer.parameters()):
                 what = f"and {type(other).__name__} both freeze the same layers"
                 raise self.refusal(what, "Use one of them, or give them different backbones.")
+
+    def meet(self, trainer: Trainer) -> None:
+        """Find the layers in the optimizers' groups."""
+        super().meet(trainer)
+        layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
         self._settle_layer_of_group(layer_of, raw_optimizers(trainer))
 
     def _settle_layer_of_group(self, layer_of: dict[int, Layer], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         lacking = {id(p) for layer in self.layers for p in layer.parameters() if p.requires_grad}
-        if not lacking:
+        self.run.layer_of_group.clear()
+        if not lacking and not self.run.frozen:  # which are what it froze itself, in mid-run
             what = "finds that no parameter of the backbone can be trained at all"
             raise self.refusal(what, "Leave the freezing to this callback.")
         for i, optimizer in enumerate(optimizers):

@@ -18,8 +18,9 @@ from torch.optim import SGD, Adagrad, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_speedups import ProgressiveResizing, StopAtTarget, SubsetTraining
+from lightning_speedups.attach.steps import get_value
 from lightning_speedups.core.schedules import Course
-from lightning_speedups.tricks.rates.base import ScheduleTrick, entry, get_value
+from lightning_speedups.tricks.rates.base import ScheduleTrick, entry
 from zoo import (
     STOPS,
     Classifier,
@@ -660,21 +661,19 @@ def test_a_list_of_rates_is_for_the_groups_of_the_start_also_when_resumed_with_m
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-def test_a_rate_given_as_a_tensor_stays_the_same_tensor(kind):
-    rate = torch.tensor(0.25, dtype=kind)
-    place, seen = rate.data_ptr(), []
+def test_a_rate_given_as_a_tensor_is_a_tensor_in_each_step_and_the_users_own_afterwards(kind):
+    rate, seen = torch.tensor(0.25, dtype=kind), []
 
     def make(module):
         optimizer = AdamW(module.parameters(), lr=rate, foreach=False)
-        optimizer.register_step_pre_hook(
-            lambda o, *_: seen.append((o.param_groups[0]["lr"] is rate, rate.data_ptr(), float(rate)))
-        )
+        optimizer.register_step_pre_hook(lambda o, *_: seen.append((o.param_groups[0]["lr"].clone(), rate.clone())))
         return optimizer
 
-    module = With(make)
-    trainer(callbacks=[Place()]).fit(module, loader())
-    assert seen == [(True, place, 1.0 + t) for t in range(12)]
-    assert float(rate) == 0.25
+    module, one = With(make), trainer(callbacks=[Place()])
+    one.fit(module, loader())
+    assert [(float(shown), float(own)) for shown, own in seen] == [(1.0 + t, 0.25) for t in range(12)]
+    assert {shown.dtype for shown, _ in seen} == {kind}
+    assert one.strategy.optimizers[0].param_groups[0]["lr"] is rate
 
 
 # ---- what the user sees

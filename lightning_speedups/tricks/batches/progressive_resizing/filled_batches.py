@@ -8,7 +8,7 @@ from typing import Any
 from lightning_speedups.attach.loaders import LoaderGrip, take_batch
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.run_length import loader_batch_size, raw_optimizers
-from lightning_speedups.attach.steps import Driver, ValueOrder
+from lightning_speedups.attach.steps import Driver, ValueOrder, require_values
 from lightning_speedups.attach.trick import Trick
 from lightning_speedups.core.batch_scaling import Rule, scaling_factor
 from lightning_speedups.core.resizing import Size, filled_batch
@@ -59,7 +59,7 @@ class FilledBatches(LoaderGrip):
 
     def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Multiply the rate as the batch is larger."""
-        if "lr" not in values or not self.factors or self.factors[optimizer] == 1:
+        if not self.factors or self.factors[optimizer] == 1:
             return {}
         return {"lr": values["lr"] * self.factors[optimizer]}
 
@@ -67,8 +67,21 @@ class FilledBatches(LoaderGrip):
         """No optimizer rests."""
         return False
 
+    def stepped(self, optimizer: int) -> None:
+        """Steps are not counted."""
+
     def settle_groups(self, pl_module: Any) -> None:
         """No groups of their own."""
+
+    def on_fit_start(self, trainer: Any) -> None:
+        """Refuse optimizers without a rate to scale."""
+        super().on_fit_start(trainer)
+        self.meet(trainer)
+
+    def meet(self, trainer: Any) -> None:
+        """Refuse optimizers without a rate to scale."""
+        for optimizer in raw_optimizers(trainer):
+            require_values(self.trick, optimizer, ["lr"], {"lr": "Give it one, or `fill_batch=False`."})
 
     def leave(self, trainer: Any) -> None:
         """Give the loader and the rates back."""
