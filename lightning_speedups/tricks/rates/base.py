@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.run_length import raw_optimizers, run_length
@@ -171,10 +172,6 @@ class ScheduleTrick(OptimizerTrick):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse another owner of the same values, and optimizers that lack them."""
         super().on_fit_start(trainer, pl_module)
-        optimizers = raw_optimizers(trainer)
-        if self.optimizer is not None and self.optimizer >= len(optimizers):
-            what = f"counts from 0, but `configure_optimizers` returned {len(optimizers)} optimizers"
-            raise self.refusal(what, "Name one of these.", optimizer=self.optimizer)
         if others := list(self._other_owners(trainer)):
             mine = "learning rate" if "lr" in self.keys else " and ".join(self.keys)
             what = f"sets the {mine} of every step, and so does {' and '.join(others)}"
@@ -183,7 +180,7 @@ class ScheduleTrick(OptimizerTrick):
     def meet(self, trainer: Trainer) -> None:
         """Refuse rates that do not fit the optimizers, and note what leads the groups that come later."""
         super().meet(trainer)
-        self.require_rates(trainer, **self.rates)
+        self.require_rates(raw_optimizers(trainer), **self.rates)
         self._settle_leading(trainer)
 
     def _settle_leading(self, trainer: Trainer) -> None:
@@ -191,9 +188,14 @@ class ScheduleTrick(OptimizerTrick):
         self.run.leading = [0.0 if rate is None else float(rate) for rate in first]
         self.run.own = {}
 
-    def require_rates(self, trainer: Trainer, **arguments: Any) -> None:
-        """Refuse lists of rates that do not fit the parameter groups that the optimizers began with."""
-        for i, optimizer in enumerate(raw_optimizers(trainer)):
+    def require_rates(self, optimizers: Sequence[Optimizer], **arguments: Any) -> None:
+        """Refuse an optimizer that is not there, and lists of rates that do not fit the parameter groups that the
+        optimizers began with.
+        """
+        if self.optimizer is not None and self.optimizer >= len(optimizers):
+            what = f"counts from 0, but there are {len(optimizers)} optimizers"
+            raise self.refusal(what, "Name one of these.", optimizer=self.optimizer)
+        for i, optimizer in enumerate(optimizers):
             count = self.saved.groups[i] if i < len(self.saved.groups) else len(optimizer.param_groups)
             for name, rates in arguments.items():
                 if self.drives(i) and isinstance(rates, (list, tuple)) and len(rates) != count:

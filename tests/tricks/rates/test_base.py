@@ -18,6 +18,7 @@ from torch.optim import SGD, Adagrad, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_speedups import ProgressiveResizing, StopAtTarget, SubsetTraining
+from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.steps import get_value
 from lightning_speedups.core.schedules import Course
 from lightning_speedups.tricks.rates.base import ScheduleTrick, entry
@@ -425,7 +426,7 @@ def test_several_optimizers_extend_each_from_its_own_place():
 def test_a_curve_over_a_part_of_the_optimizers_names_a_missing_one():
     with pytest.raises(
         MisconfigurationException,
-        match=r"Place\(optimizer=2\) counts from 0, but `configure_optimizers` returned 2 optim",
+        match=r"Place\(optimizer=2\) counts from 0, but there are 2 optim",
     ):
         trainer(callbacks=[Place(total_steps=5, optimizer=2)]).fit(Adversaries(), loader())
 
@@ -629,7 +630,7 @@ def test_a_later_group_beside_a_first_one_at_rate_0_goes_by_the_curve_alone():
 class Lists(Place):
     def on_fit_start(self, trainer, pl_module):
         super().on_fit_start(trainer, pl_module)
-        self.require_rates(trainer, max_lr=[0.1])
+        self.require_rates(raw_optimizers(trainer), max_lr=[0.1])
 
 
 def test_a_list_of_rates_is_for_the_groups_of_its_own_optimizer():
