@@ -27,7 +27,7 @@ from lightning_speedups.attach.run_length import (
     run_length,
 )
 from lightning_speedups.attach.trick import callbacks_of
-from zoo import Classifier, images, loader, trainer
+from zoo import Classifier, ReplayLoader, fit_interrupted, images, loader, resume, trainer
 
 
 def steps_of(one):
@@ -96,6 +96,74 @@ def test_the_total_counts_from_the_start_of_the_run_after_a_resume():
     two.fit(Classifier(), loader(32, 8), ckpt_path="first.ckpt")
     assert eye.seen == [12]
     assert two.global_step == 12
+
+
+class Reloads(Classifier):
+    """Has a loader of another length in each epoch."""
+
+    batches = (2, 4, 6)
+
+    def train_dataloader(self):
+        return ReplayLoader(self.batches[self.trainer.current_epoch])
+
+
+class LooksAlways(Callback):
+    """Notes the total of each hook, and that of the epoch's end, which belongs to what comes."""
+
+    def __init__(self):
+        self.seen, self.at_ends = [], []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.seen.append((trainer.current_epoch, steps_of(trainer)))
+
+    on_train_start = on_train_epoch_start
+
+    def on_train_batch_end(self, trainer, *args):
+        self.seen.append((trainer.current_epoch, steps_of(trainer)))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.at_ends.append(steps_of(trainer))
+
+
+RELOAD = {"reload_dataloaders_every_n_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "totals", "at_ends", "stop"),
+    [
+        *(({}, (6, 10, 12), [6, 10, 12], stop) for stop in (None, 1, 3, 4)),
+        *(({"accumulate_grad_batches": 3}, (3, 5, 5), [3, 5, 5], stop) for stop in (None, 2)),
+        *(({"max_steps": 9}, (6, 9, 9), [6, 9], stop) for stop in (None, 1, 3, 4)),
+    ],
+)
+def test_the_total_is_what_is_done_and_what_is_left_by_the_present_loader(arguments, totals, at_ends, stop):
+    if stop is None:
+        eye = LooksAlways()
+        trainer(callbacks=[eye], **RELOAD, **arguments).fit(Reloads())
+        assert eye.at_ends[: len(at_ends) - 1] == at_ends[:-1]
+    else:
+        fit_interrupted(Reloads(), None, stop, [], **RELOAD, **arguments)
+        eye = LooksAlways()
+        resume(Reloads(), None, [eye], **RELOAD, **arguments)
+    assert set(eye.seen) <= set(enumerate(totals))
+    assert len(eye.seen) > 5
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 2.5])
+def test_epochs_that_are_over_count_as_they_were(epochs):
+    class Asks(LooksAlways):
+        def on_train_epoch_start(self, trainer, pl_module):
+            self.seen.append(run_length(trainer).steps_in_epochs(epochs))
+
+        def on_train_start(self, *args):
+            pass
+
+        on_train_batch_end = on_train_start
+
+    eye = Asks()
+    trainer(callbacks=[eye], **RELOAD).fit(Reloads())
+    # 2, then 2 and 4, then 2, 4 and 6 steps; of the first of two that are over, their mean
+    assert eye.seen == {1: [2, 2, 3], 2: [4, 6, 6], 2.5: [5, 8, 9]}[epochs]
 
 
 @pytest.mark.parametrize(
