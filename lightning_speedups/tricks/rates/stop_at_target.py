@@ -244,11 +244,7 @@ class StopAtTarget(OptimizerTrick):
         return [int(done + max(0, wait - steps)), int(steps)]
 
     def _stop_if_done(self, trainer: Trainer) -> None:
-        if (
-            self.saved.reached
-            and len(self.saved.last) == len(self.steps_done)
-            and all(
-                done >= since + steps for done, (since, steps) in zip(self.steps_done, self.saved.last, strict=True)
-            )
-        ):
+        settled = len(self.saved.last) == len(self.steps_done)
+        ends = zip(self.steps_done, self.saved.last, strict=False)
+        if self.saved.reached and settled and all(done >= since + steps for done, (since, steps) in ends):
             trainer.should_stop = True
