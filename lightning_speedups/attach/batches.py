@@ -7,21 +7,32 @@ a DataModule), and before any callback, metric or training_step does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from lightning_speedups.attach.stations import Station
-from lightning_speedups.attach.trick import Trick
+from lightning_speedups.attach.trick import Trick, callbacks_of
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.batch import Place, get_part
+from lightning_speedups.core.batch import (
+    Place,
+    get_part,
+    left_behind,
+    path_of,
+    replace_part,
+    say_places,
+    seems_channels_last,
+)
 from lightning_speedups.core.randomness import generator_for
 
 
@@ -40,12 +51,22 @@ class BatchOrder(IntEnum):
         return f"<Order.{self.name}: {self.value}>"
 
 
+class AbsentPartError(MisconfigurationException):
+    """A trick finds None where a part was to be."""
+
+
 class BatchTrick(Trick):
     """A trick that changes training batches. A subclass says when (``batch_order``) and how (``change_batch``)."""
 
     batch_order: BatchOrder
     strength: float = 1.0
     """Share of its full strength, in [0, 1], for a trick that distorts; ProgressiveResizing lets it grow."""
+    pixels: Mapping[str, tuple[Place, ...]] = MappingProxyType({})
+    """Of a trick that moves pixels: the places that it was given, by argument, those of images as ``inputs``."""
+    pixels_argument: ClassVar[str] = "maps"
+    """The argument that names what goes along with the images."""
+    has_changed: bool = False
+    """Whether it has changed a batch since ``setup``."""
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Return the changed batch, on the device; the incoming tensors may be the dataset's own memory: never write
@@ -56,9 +77,13 @@ class BatchTrick(Trick):
     def part_of(self, batch: Any, place: Place, argument: str) -> Any:
         """Return what stands at the place in a batch that the user named by an argument."""
         try:
-            return get_part(batch, place)
+            part = get_part(batch, place)
         except LookupError as error:
-            raise self.refusal(f"found {error.args[0]}", "Name the right place.", **{argument: place}) from error
+            raise self.misplaced(f"found {error.args[0]}", batch, "", **{argument: place}) from error
+        if part is None:
+            way_out = "Name a place that has a tensor in each batch."
+            raise AbsentPartError(self.refusal("found None", way_out, **{argument: place}).args[0])
+        return part
 
     def tensor_of(self, batch: Any, place: Place, argument: str) -> Tensor:
         """Return the tensor that stands there, of one dimension or more."""
@@ -67,13 +92,74 @@ class BatchTrick(Trick):
             return part
         found = "a tensor without dimensions" if isinstance(part, Tensor) else type(part).__name__
         what = f"expected a tensor with a batch dimension, but found {found}"
-        raise self.refusal(what, "Name the right place.", **{argument: place})
+        raise self.misplaced(what, batch, "", **{argument: place})
+
+    def with_part(self, batch: Any, place: Place, part: Any, argument: str) -> Any:
+        """Return a copy of a batch with another part at the place that the user named by an argument."""
+        try:
+            return replace_part(batch, place, part)
+        except ValueError as error:
+            raise self.refusal("changes a copy of each batch", error.args[0], **{argument: place}) from error
+
+    def misplaced(self, what: str, batch: Any, more: str, **given: Any) -> MisconfigurationException:
+        """Return the error that says what was found at a place, and which places there are.
+
+        Args:
+            what: As in ``refusal``.
+            batch: Where it was looked for.
+            more: Other ways out, as sentences.
+            **given: The argument that names the place, and others that matter.
+        """
+        way_out = f"Name the right place with `{next(iter(given))}=`{say_places(batch)}. {more}".strip()
+        return self.refusal(what, way_out, **given)
+
+    def left_behind(self, trainer: Trainer, batch: Any, *more: tuple[int, int]) -> tuple[list[Place], list[Place]]:
+        """Return the places of what goes with the images and no trick of this kind was given: maps that it could take,
+        and what it cannot change, such as points.
+
+        Args:
+            trainer: A fitting Trainer.
+            batch: A batch as it comes to the trick.
+            *more: Heights and widths that maps may have, besides those of the images.
+        """
+        alike = [one for one in callbacks_of(trainer) if isinstance(one, type(self))]
+        named = [place for one in alike for places in one.pixels.values() for place in places]
+        sides = [tuple(self.tensor_of(batch, place, "inputs").shape[-2:]) for place in self.pixels["inputs"]]
+        branches = [_branch(trainer, place) for place in self.pixels["inputs"]]
+        maps, fixed = (
+            [place for place in places if any(path_of(place)[: len(one)] == one for one in branches)]
+            for places in left_behind(batch, named, [*sides, *more])
+        )
+        if self.pixels_argument == "inputs":  # which takes no class ids
+            fixed += [place for place in maps if not get_part(batch, place).is_floating_point()]
+        return [place for place in maps if place not in fixed], fixed
+
+    def look(self, trainer: Trainer, batch: Any) -> None:
+        """Look at a first batch: refuse pixels in another order, and warn of what goes with them and stays behind."""
+        for place in self.pixels["inputs"]:
+            shape = tuple(self.tensor_of(batch, place, "inputs").shape)
+            if seems_channels_last(shape):
+                what = f"expected images (N, ..., H, W), but those of the shape {shape} seem to be (N, ..., H, W, C)"
+                way_out = "In the dataset, put the channels second: `image.permute(2, 0, 1)`."
+                raise self.refusal(what, way_out, inputs=place)
+        maps, fixed = self.left_behind(trainer, batch)
+        if maps:
+            rank_zero_warn(f"{self.name} changes images, but not the maps of their size. {self.naming(maps)}")
+        if fixed:
+            places = ", ".join(map(repr, fixed[:8]))
+            rank_zero_warn(f"{self.name} moves the pixels of images, but cannot move what is at {places} with them.")
+
+    def naming(self, maps: Sequence[Place]) -> str:
+        """Return the sentence that tells how to name more that goes with the images."""
+        places = [*self.pixels.get(self.pixels_argument, ()), *maps]
+        return f"If it belongs to them, name it: `{self.pixels_argument}={places if len(places) > 1 else places[0]!r}`."
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the pipeline."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self.has_changed = False
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise self.refusal(
                 f"changes batches on their way to `training_step`, but {type(pl_module).__name__}.training_step takes "
@@ -86,7 +172,19 @@ class BatchTrick(Trick):
         batch = transfer(batch, *args, **kwargs)
         if not trainer.training or batch is None or not self.is_active(trainer):
             return batch
-        return self.change_batch(trainer, trainer.lightning_module, batch)
+        try:
+            if not self.has_changed and self.pixels:
+                self.look(trainer, batch)
+            changed = self.change_batch(trainer, trainer.lightning_module, batch)
+        except AbsentPartError as error:
+            if not self.has_changed:
+                raise
+            rank_zero_warn(
+                f"{error} It leaves others as they are, such as those of a CombinedLoader's loader that ended."
+            )
+            return batch
+        self.has_changed = True
+        return changed
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the pipeline."""
@@ -167,6 +265,19 @@ def transferred(trainer: Trainer, batch: Any) -> Any:
 def batch_number(trainer: Trainer) -> int:
     """Return how many training batches came before this one in the whole run; the same after a resume."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def _branch(trainer: Trainer, place: Place) -> tuple[int | str, ...]:
+    """Return the beginning of a path that leads to the batch of one of several loaders."""
+    loaders, path = trainer.fit_loop._combined_loader.iterables, path_of(place)  # type: ignore[union-attr]
+    for depth, step in enumerate(path):
+        if not isinstance(loaders, (Mapping, list, tuple)):
+            return path[:depth]
+        try:
+            loaders = get_part(loaders, step)
+        except LookupError:  # a hook has made another batch of it
+            return ()
+    return path
 
 
 def _pipeline(trainer: Trainer) -> Station:

@@ -119,6 +119,15 @@ def steps_until_it_may_stop(trainer: Trainer) -> int | None:
     return max(epochs, trainer.min_steps or 0) - trainer.global_step
 
 
+def logger_step(trainer: Trainer) -> int:
+    """Return the step at which Lightning logs an epoch's metrics: it counts the batches that stepped, from 0.
+
+    Args:
+        trainer: A fitting Trainer, in ``on_validation_end`` or ``on_train_epoch_end``, where the count is one ahead.
+    """
+    return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - (not trainer.validating))
+
+
 class ShorterRun(Grip):
     """Says so if schedulers of the module's own, stepped in each step, count on epochs that a trick makes shorter."""
 

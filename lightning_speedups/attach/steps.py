@@ -298,7 +298,8 @@ class Driver:
         self.watched: list[Optimizer] = []
         self.at_steps: list[Station] = []  # of those
         self.shown: list[Shown] = []
-        self.worked = False  # whether any has stepped in this epoch
+        self.worked = False  # whether any has stepped
+        self.begun = 0  # since so many batches
         self.warned = False
 
     @staticmethod
@@ -337,7 +338,7 @@ class Driver:
         """Stand where the optimizers themselves step, which no step can miss: neither one that does not come through
         Lightning, nor that of a wrapper or of an optimizer that somebody has put in place of another.
         """
-        self.worked = False
+        self.worked, self.begun = False, self.batches
         optimizers = raw_optimizers(self.trainer)
         if self.watched == optimizers:
             return
@@ -351,12 +352,17 @@ class Driver:
 
     def look_back(self) -> None:
         """Say so if an epoch has passed and no step was seen, as of optimizers with other methods than `step`."""
-        if not self.worked and not self.warned and self.watched and self.trainer.fit_loop.epoch_loop.batch_idx >= 0:
+        if not self.worked and not self.warned and self.watched and self.batches > self.begun:
             self.warned = True
             rank_zero_warn(
                 f"{self.names} saw no step of an optimizer in a whole epoch, and so stood still. Steps are seen, and "
                 "counted, in the method `step` of the optimizers from `configure_optimizers`. Step there."
             )
+
+    @property
+    def batches(self) -> int:
+        """How many batches have begun, in all."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
     @property
     def names(self) -> str:

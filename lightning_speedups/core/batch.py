@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +15,8 @@ from torch import Tensor
 Place = int | str | tuple[int | str, ...]
 """Where a part stands in a batch: an index (list, tuple), a key (mapping) or an attribute (any object); a tuple of them
 is a path into a nested batch."""
+Way = tuple[Any, bool]
+"""How a container hands out a part: under which index, key or name, and whether as an attribute."""
 
 
 def check_place(name: str, place: Any) -> None:
@@ -89,6 +95,10 @@ def get_part(batch: Any, place: Place) -> Any:
         batch: A list, tuple, named tuple, mapping, dataclass or other object.
         place: An index, a key or an attribute name, or a tuple of these: a path.
 
+    Returns:
+        The part; None also where the path leads into None, which a CombinedLoader hands out for a loader that has
+        ended.
+
     Raises:
         LookupError: If the batch has no such part; the message says what it has.
 
@@ -100,6 +110,8 @@ def get_part(batch: Any, place: Place) -> Any:
     """
     part, path = batch, path_of(place)
     for depth, step in enumerate(path):
+        if part is None:
+            return None
         try:
             part = _step(part, step)
         except (LookupError, AttributeError):
@@ -152,12 +164,11 @@ def count_by_loader(loaders: Any, batch: Any) -> int | None:
     return None if None in counts else sum(count for count in counts if count)
 
 
-def tensors_in(part: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+def tensors_in(part: Any) -> Iterator[Tensor]:
     """Yield all tensors in something, nested as they may be, in objects' attributes too.
 
     Args:
         part: Where to look.
-        seen: Of what it is not to look into: the ids.
 
     Example:
         >>> class Batch: ...
@@ -166,14 +177,127 @@ def tensors_in(part: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         >>> list(tensors_in([batch]))
         [tensor([1., 1.]), tensor([0.])]
     """
+    return (tensor for _, tensor in places_of_tensors(part))
+
+
+def places_of_tensors(
+    part: Any, path: tuple[Any, ...] = (), seen: set[int] | None = None
+) -> Iterator[tuple[Place, Tensor]]:
+    """Yield the place of each tensor in something, nested as they may be, and the tensor.
+
+    Args:
+        part: Where to look.
+        path: Where that stands.
+        seen: Of what it is not to look into: the ids.
+
+    Example:
+        >>> [place for place, _ in places_of_tensors([(Tensor([1]), {"label": Tensor([2])}), Tensor([3]), "text"])]
+        [(0, 0), (0, 1, 'label'), 1]
+    """
     seen = set() if seen is None else seen
     if isinstance(part, Tensor):
-        yield part
+        yield path[0] if len(path) == 1 else path, part
     elif id(part) not in seen:
         seen.add(id(part))
-        several = part if isinstance(part, Mapping) else getattr(part, "__dict__", {})
-        for inner in part if isinstance(part, (list, tuple)) else [*several.values()]:
-            yield from tensors_in(inner, seen)
+        for step, inner in _steps(part):
+            yield from places_of_tensors(inner, (*path, step), seen)
+
+
+def _steps(part: Any) -> Iterable[tuple[Any, Any]]:
+    """Return what leads into a part, and where to; names in an object's store stand for themselves."""
+    if isinstance(part, (list, tuple)):
+        return enumerate(part)
+    if isinstance(part, Mapping):
+        return part.items()
+    held = [*getattr(part, "__dict__", {}).items()]
+    return [
+        step for name, inner in held for step in (inner.items() if _is_store(part, name, inner) else [(name, inner)])
+    ]
+
+
+def _is_store(part: Any, name: Any, inner: Any) -> bool:
+    """Tell whether an object keeps its attributes there."""
+    is_hidden = isinstance(inner, Mapping) and str(name).startswith("_")
+    return is_hidden and all(_hands_out(part, (key, True), value) for key, value in inner.items())
+
+
+def say_places(batch: Any, most: int = 8) -> str:
+    """Return where a batch has tensors, as the end of a sentence; nothing where none are found.
+
+    Args:
+        batch: As in [get_part][lightning_speedups.core.batch.get_part].
+        most: How many to name at most.
+
+    Example:
+        >>> say_places([(Tensor(8, 3, 4, 4), Tensor(8))])
+        ': the batch has tensors at (0, 0) of shape (8, 3, 4, 4), (0, 1) of shape (8,)'
+    """
+    places = [(place, tuple(one.shape)) for place, one in islice(places_of_tensors(batch), most + 1) if place != ()]
+    said = ", ".join(f"{place!r} of shape {shape}" for place, shape in places[:most])
+    return said and f": the batch has tensors at {said}{', …' * (len(places) > most)}"
+
+
+def seems_channels_last(shape: Sequence[int]) -> bool:
+    """Tell whether images of a shape seem to lie as ``(..., H, W, C)`` and not as ``(..., C, H, W)``.
+
+    Args:
+        shape: ``(N, ...)``. Channels are 1, 3 or 4 behind two larger sides, the one at most four times the other.
+
+    Example:
+        >>> [seems_channels_last(shape) for shape in [(8, 32, 48, 3), (8, 3, 32, 48), (8, 3, 4, 4), (8, 512, 8, 4)]]
+        [True, False, False, False]
+    """
+    if len(shape) < 3 or shape[-1] not in (1, 3, 4):
+        return False
+    shorter, longer = sorted(shape[-3:-1])
+    return shorter > 4 and longer <= 4 * shorter
+
+
+def left_behind(
+    batch: Any, named: Iterable[Place], sides: Collection[Sequence[int]]
+) -> tuple[list[Place], list[Place]]:
+    """Return the places of what goes with the pixels of moved images and stays behind: maps of their size, and points.
+
+    Args:
+        batch: As in [get_part][lightning_speedups.core.batch.get_part].
+        named: The places of what is moved.
+        sides: Height and width of the images; more than one pair where they may differ.
+
+    Returns:
+        Places of tensors of three dimensions or more with such sides, and of boxes or points, by their names or types.
+
+    Example:
+        >>> batch = {"image": Tensor(8, 3, 16, 16), "mask": Tensor(8, 16, 16), "boxes": Tensor(8, 2, 4), "y": Tensor(8)}
+        >>> left_behind(batch, ["image"], [(16, 16)])
+        (['mask'], ['boxes'])
+    """
+    known = set()
+    for place in named:
+        with suppress(LookupError):
+            known.add(id(get_part(batch, place)))  # there may be several ways to one part
+    rest = [(place, one) for place, one in places_of_tensors(batch) if id(one) not in known]
+    maps = [place for place, one in rest if one.ndim > 2 and tuple(one.shape[-2:]) in sides]
+    return maps, [place for place, one in rest if one.ndim > 1 and one.shape[-1] < 6 and _are_points(place, one)]
+
+
+def _are_points(place: Place, part: Tensor) -> bool:
+    names = str(path_of(place)[-1:]), type(part).__name__
+    return any(re.search(r"(box(es)?|key_?points?|landmarks?)\W*$", name, re.IGNORECASE) for name in names)
+
+
+def is_map_of(images: Sequence[int], shape: Sequence[int]) -> bool:
+    """Tell whether what has a shape may be a map of images, of their size or another with the same proportions.
+
+    Args:
+        images: The images' shape, ``(N, ..., H, W)``.
+        shape: ``(N, ..., h, w)``.
+
+    Example:
+        >>> [is_map_of((8, 3, 32, 48), shape) for shape in [(8, 32, 48), (8, 5, 8, 12), (8, 5, 10)]]
+        [True, True, False]
+    """
+    (height, width), (rows, columns) = images[-2:], shape[-2:]
+    return abs(rows * width - columns * height) < max(height, width)  # within a pixel
 
 
 def replace_part(batch: Any, place: Place, value: Any) -> Any:
@@ -185,7 +309,12 @@ def replace_part(batch: Any, place: Place, value: Any) -> Any:
         value: The new part.
 
     Returns:
-        A container of the same type; of a nested one, each container on the path is copied.
+        A container of the same type, which hands out the new part in every way in which it handed out the old one; of
+        a nested batch, each container on the path is copied.
+
+    Raises:
+        LookupError: If the batch has no such part.
+        ValueError: If there is no such copy of a container; the message says why, and the way out.
 
     Example:
         >>> replace_part((1, 2), 1, "b")
@@ -197,18 +326,91 @@ def replace_part(batch: Any, place: Place, value: Any) -> Any:
     get_part(batch, path)
     if not path:
         return value
-    step, rest = path[0], path[1:]
-    value = replace_part(get_part(batch, step), rest, value)
-    if hasattr(batch, "_fields"):
-        return batch._replace(**{step if isinstance(step, str) else batch._fields[step]: value})
-    if isinstance(batch, tuple) and isinstance(step, int):
-        return type(batch)(replace_part(list(batch), step, value))
-    changed = copy.copy(batch)
-    if isinstance(changed, (MutableMapping, list)):
-        changed[step] = value  # type: ignore[index]
-    else:
-        object.__setattr__(changed, str(step), value)  # a frozen dataclass refuses setattr
+    step, old = path[0], get_part(batch, path[0])
+    value = replace_part(old, path[1:], value)
+    if type(batch) in (list, tuple, dict):  # of others less is known
+        parts: Any = dict(batch) if type(batch) is dict else list(batch)
+        parts[step] = value
+        return tuple(parts) if type(batch) is tuple else parts
+    try:
+        return _copied(batch, step, old, value)
+    except Exception as error:
+        raise ValueError(
+            f"Expected a container of which a copy takes another part {step!r}, but got {type(batch).__name__} "
+            f"({error}). Let `collate_fn` or `on_after_batch_transfer` make a dict, list, tuple or dataclass of it."
+        ) from error
+
+
+def _ways(batch: Any, step: int | str, old: Any) -> list[Way]:
+    """Return how a container hands out a part: as an item, as an attribute, as attributes that repeat an item."""
+    repeats = [name for name, held in getattr(batch, "__dict__", {}).items() if held is old]
+    ways = [(step, False), *((name, True) for name in ([step] if isinstance(step, str) else repeats))]
+    # Who writes into a mapping writes its items; all others are asked to set an attribute before.
+    ways = ways if isinstance(batch, Mapping) else ways[::-1]
+    return [way for way in ways if _hands_out(batch, way, old)]
+
+
+def _hands_out(batch: Any, way: Way, part: Any) -> bool:
+    """Tell whether a container hands out this very part, or another wrapping of these very tensors."""
+    try:
+        found = getattr(batch, way[0]) if way[1] else batch[way[0]]
+    except Exception:
+        return False
+    if found is part or isinstance(part, Tensor):
+        return found is part
+    tensors = [id(one) for one in tensors_in(part)]
+    return tensors != [] and tensors == [id(one) for one in tensors_in(found)]
+
+
+def _write(batch: Any, way: Way, part: Any) -> None:
+    step, is_attribute = way
+    if not is_attribute:
+        batch[step] = part
+        return
+    try:
+        batch.__setattr__(step, part)
+    except Exception:  # as of a frozen dataclass
+        object.__setattr__(batch, step, part)
+
+
+def _copied(batch: Any, step: int | str, old: Any, value: Any) -> Any:
+    """Return a copy with the part written into it, which the batch itself must not notice."""
+    ways, changed = _ways(batch, step, old), _twin(batch, step, value)
+    try:
+        for way in ways:
+            if not _hands_out(changed, way, value):
+                _write(changed, way, value)
+    finally:
+        shared = [way for way in ways if not _hands_out(batch, way, old)]
+        for way in shared:
+            _write(batch, way, old)
+    if shared:
+        raise TypeError("its copy shares its parts with it")
+    if not ways or not all(_hands_out(changed, way, value) for way in ways):
+        raise TypeError("it does not hand out what it was given")
     return changed
+
+
+def _twin(batch: Any, step: int | str, value: Any) -> Any:
+    """Return a copy with stores of its own; a tuple's has the part already."""
+    fields = getattr(batch, "_fields", ())
+    if isinstance(batch, tuple) and (isinstance(step, int) or step in fields):
+        parts = list(batch)
+        parts[step if isinstance(step, int) else fields.index(step)] = value
+        twin = tuple.__new__(type(batch), parts)  # its own may take something else
+        if hasattr(batch, "__dict__"):
+            vars(twin).update(vars(batch))
+        return twin
+    twin = copy.copy(batch)
+    if twin is batch:
+        raise TypeError("its copy is itself")
+    held = getattr(twin, "__dict__", {})
+    for name, inner in [*held.items()]:
+        if isinstance(getattr(type(batch), name, None), cached_property):
+            del held[name]  # made of the old part
+        elif isinstance(inner, dict) and inner is vars(batch).get(name):
+            held[name] = copy.copy(inner)
+    return twin
 
 
 def _describe(part: Any) -> str:

@@ -110,8 +110,8 @@ def checked_stages(stages: Any) -> int | tuple[float, ...] | None:
         ValueError: Expected `stages` to be rising sizes, either shares in (0, 1] or pixels, but got [0.5, 128].
     """
     if not isinstance(stages, Sequence) or isinstance(stages, str):
-        check_number("stages", stages, 2, whole=True, optional=True)
-        return stages if stages is None else int(stages)
+        check_number("stages", stages, 1, whole=True, optional=True)
+        return (1.0,) if stages == 1 else stages if stages is None else int(stages)
     for size in stages:
         check_number("stages", size, 0, above=True)
     sizes = tuple(stages)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.core.batch import Place, check_place, check_places, get_part
+from lightning_speedups.core.batch import Place, check_place, check_places, get_part, say_places
 from lightning_speedups.core.mixing import NO_BOX, Mixture
 from lightning_speedups.tensors.labels import MixedLabels
 
@@ -110,12 +110,14 @@ def plot_batch(
 
 
 def _part(batch: Any, place: Place, argument: str) -> Tensor:
+    there = say_places(batch)
     try:
         part = get_part(batch, place)
     except LookupError as error:
-        raise ValueError(f"plot_batch({argument}={place!r}): {error.args[0]}. Name the right place.") from error
+        raise ValueError(f"plot_batch({argument}={place!r}): {error.args[0]}. Name the right place{there}.") from error
     if not isinstance(part, Tensor) or part.ndim == 0:
-        raise ValueError(f"plot_batch({argument}={place!r}) expected a tensor, but found {type(part).__name__}.")
+        found = f"expected a tensor, but found {type(part).__name__}"
+        raise ValueError(f"plot_batch({argument}={place!r}) {found}. Name the right place{there}.")
     return part
 
 

@@ -104,9 +104,9 @@ class _Workbench:
 
 
 def _images(data: ImageData | str | Path | None, settings: Settings) -> ImageData:
+    if settings.image_size is not None and (data is None or isinstance(data, ImageData)):
+        raise CompareError("`image_size` is for folders of images; it needs `data`, the path of a folder")
     if data is None:
-        if settings.image_size is not None:
-            raise CompareError("`image_size` is for folders of images; it needs `data`, the path of a folder")
         return digit_collages(*settings.collages)
     if not isinstance(data, ImageData):
         data = load_data(data, image_size=settings.image_size, samples=settings.samples)

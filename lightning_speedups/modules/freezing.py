@@ -1,10 +1,12 @@
-"""Frozen modules: no gradient, no running statistics that move, and all of it given back as it was."""
+"""Frozen modules: no gradient, no running statistics that move, no dropout, and all of it given back as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Set
+from itertools import chain
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_speedups.modules.layers import is_norm
 
@@ -31,7 +33,7 @@ class Frozen:
 
     def __init__(self, modules: Iterable[nn.Module], train_norm: bool = False) -> None:
         self.parameters: list[nn.Parameter] = []
-        self._in_eval: list[_StaysInEval] = []
+        keeping = []
         for module in modules:
             if train_norm and is_norm(module):
                 continue
@@ -41,21 +43,86 @@ class Frozen:
                     parameter.grad = None  # an optimizer would go on stepping with it
                     self.parameters.append(parameter)
             if is_norm(module) or any(True for _ in module.buffers(recurse=False)):
-                self._in_eval.append(_StaysInEval(module))
+                keeping.append(module)
+        self._in_eval = InEval(keeping)
 
     def undo(self) -> None:
         """Give everything back."""
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        for stand_in in self._in_eval:
+        self._in_eval.undo()
+        self.parameters = []
+
+
+class InEval:
+    """Keeps modules in eval mode after every ``.train()``, as long as it is not undone.
+
+    Recurrent ones are left alone: cuDNN has no way back through them in that mode.
+
+    Args:
+        modules: Which ones, without their children.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self._stand_ins = [_StaysInEval(module) for module in modules if not isinstance(module, nn.RNNBase)]
+
+    def undo(self) -> None:
+        """Give them their modes back."""
+        for stand_in in reversed(self._stand_ins):
             stand_in.undo()
-        self.parameters, self._in_eval = [], []
+        self._stand_ins = []
+
+
+def wholly_frozen(module: nn.Module, roots: Iterable[nn.Module], frozen: Set[nn.Module]) -> list[nn.Module]:
+    """Return the modules in which nothing trains, with the containers and dropouts that belong to them.
+
+    All that is in them is frozen, or they are in such a module; or they hold nothing at all and stand, in the order in
+    which modules were registered, between two that are frozen. What is also in a module that trains is none of them.
+
+    Args:
+        module: The whole.
+        roots: Where in it to look.
+        frozen: The modules in these that are frozen and hold parameters or buffers themselves.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
+        >>> wholly_frozen(net, [net], {net[0], net[2]}) == [net[0], net[1], net[2]]
+        True
+        >>> wholly_frozen(net, [net], {net[0], net[2], net[4]}) == [net, *net]
+        True
+    """
+    found = {part: None for root in roots for part in _frozen_in(root, frozen)}
+    parents = defaultdict[nn.Module, list[nn.Module]](list)
+    for parent in module.modules():
+        for child in parent.children():
+            parents[child].append(parent)
+    shared = (part for part in found if len(parents[part]) > 1 and not found.keys() >= {*parents[part]})
+    trains = {inner for part in shared for inner in part.modules()}
+    return [part for part in found if part not in trains]
+
+
+def _frozen_in(root: nn.Module, frozen: Set[nn.Module]) -> list[nn.Module]:
+    holders = {module for module in root.modules() if any(True for _ in _held(module))}
+    inner = {module: holders.intersection(module.modules()) for module in root.modules()}
+    found = {part for module, held in inner.items() if held and held <= frozen for part in module.modules()}
+    last_is_frozen, between = False, list[nn.Module]()
+    for module, held in inner.items():
+        if module in holders:
+            found.update(between if last_is_frozen and module in frozen else ())
+            last_is_frozen, between = module in frozen, []
+        elif not held:
+            between.append(module)
+    return [module for module in inner if module in found]
+
+
+def _held(module: nn.Module) -> Iterable[Tensor]:
+    return chain(module.parameters(recurse=False), module.buffers(recurse=False))
 
 
 class _StaysInEval:
     """Stands in for the ``train`` method of a frozen module, so that no ``model.train()`` moves its statistics.
 
-    Its children go with the call: they may be of the head, or dropouts.
+    Its children go with the call: they may be of the head.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -68,6 +68,32 @@ def owners(root: nn.Module, without: Collection[nn.Module] = ()) -> dict[str, nn
     }
 
 
+def tied_parameters(root: nn.Module, group_of: Mapping[nn.Module, str]) -> list[tuple[str, str]]:
+    """Return the names of parameters that are in several groups, or in one and outside of all, with another name each.
+
+    Those that are frozen already are left out.
+
+    Args:
+        root: Where to look.
+        group_of: The groups of the modules that are in one.
+
+    Example:
+        >>> net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+        >>> net[2].weight = net[0].weight
+        >>> tied_parameters(net, {net[0]: "body", net[1]: "body"})
+        [('2.weight', '0.weight')]
+    """
+    first: dict[int, tuple[str, str | None]] = {}
+    tied = []
+    held = sorted(owners(root).items(), key=lambda one: one[1] not in group_of)  # what is in a group comes first
+    for name, owner in held:
+        tensor, group = getattr(owner, name.rpartition(".")[2]), group_of.get(owner)
+        other, its_group = first.setdefault(id(tensor), (name, group))
+        if group != its_group and tensor.requires_grad:
+            tied.append((name, other))
+    return tied
+
+
 def layers_by_child(root: nn.Module, without: Collection[nn.Module] = ()) -> list[Layer]:
     """Take each child of a module for a layer, in the order in which they were registered.
 

@@ -12,12 +12,13 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import patched
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_speedups import MixupCallback, WarmupLRScaler
+from lightning_speedups import BatchAugmentation, MixupCallback, ProgressiveResizing, WarmupLRScaler
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick, batch_number, rest_of_pipeline, transferred
 from lightning_speedups.core.batch import get_part, replace_part
 from zoo import Batches, Classifier, loader, trainer, weights
@@ -515,3 +516,235 @@ def test_a_batch_comes_to_the_tricks_as_the_users_hooks_and_the_precision_leave_
     ((made, batch),) = trick.found
     assert torch.equal(made[0], torch.full((8, 2, 8, 8), 6.0, dtype=torch.float64))
     assert torch.equal(made[0], batch[0])
+
+
+class Stored:
+    """Its attributes live in a store, which it copies with itself, and are items too, as torch_geometric's Data."""
+
+    def __init__(self, **parts):
+        self.__dict__["_store"] = parts
+
+    def __getattr__(self, name):
+        if name == "_store" or name not in self._store:
+            raise AttributeError(name)
+        return self._store[name]
+
+    def __setattr__(self, name, part):
+        self._store[name] = part
+
+    def __getitem__(self, name):
+        return self._store[name]
+
+
+class ReadOnly:
+    def __init__(self, image, label):
+        self._image, self._label = image, label
+
+    image = property(lambda self: self._image)
+    label = property(lambda self: self._label)
+
+
+def pictures(count=8, *shape):
+    return torch.rand(count, *(shape or (3, 16, 16)), generator=torch.Generator().manual_seed(count))
+
+
+class Looks(LightningModule):
+    """Keeps its batches; learns nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Linear(1, 1), []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch)
+        return self.layer(torch.ones(1)).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+TRICKS = {
+    "augmentation": lambda **places: BatchAugmentation(crop=2, seed=1, **places),
+    "resizing": lambda **places: ProgressiveResizing(probe=False, **places),
+    "cutmix": lambda **places: MixupCallback(alpha=0, cutmix_alpha=1, seed=1, targets="soft", num_classes=2, **places),
+}
+
+
+def said(told, name):
+    return [str(one.message) for one in told if name in str(one.message)]
+
+
+def fit(trick, batch, **options):
+    module = Looks()
+    trainer(callbacks=[TRICKS[trick](**options)], max_epochs=1).fit(module, Batches(*[batch] * 3))
+    return module.seen
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_a_trick_changes_what_a_store_hands_out_as_attribute_and_as_item(trick):
+    image = pictures()
+    batch = Stored(image=image, label=torch.arange(8) % 2)
+    more = {"labels": "label"} if trick == "cutmix" else {}
+    seen = fit(trick, batch, inputs="image", **more)[0]
+    assert seen.image is seen["image"]
+    assert seen.image.shape != image.shape or not torch.equal(seen.image, image)
+    assert batch.image is batch["image"] is image
+
+
+@pytest.mark.parametrize("trick", ["augmentation", "resizing"])
+def test_a_container_that_cannot_be_changed_is_refused_with_the_names_of_both(trick):
+    with pytest.raises(
+        MisconfigurationException, match=r"inputs='image'\) .*'image', but got ReadOnly .*no setter.*collate_fn"
+    ):
+        fit(trick, ReadOnly(pictures(), torch.arange(8)), inputs="image")
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("last", [1, 3, 4])
+def test_images_with_their_channels_last_are_refused_with_the_way_out(trick, last):
+    with pytest.raises(
+        MisconfigurationException, match=r"\(8, 16, 16, \d\) seem .*\(N, ..., H, W, C\).*permute\(2, 0, 1\)"
+    ):
+        fit(trick, [pictures(8, 16, 16, last), torch.arange(8) % 2])
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 28, 28), (3, 6, 4), (16, 8, 8), (4, 8, 12)])
+def test_images_with_their_channels_second_are_not(trick, shape):
+    assert len(fit(trick, [pictures(8, *shape), torch.arange(8) % 2])) == 3
+
+
+def test_mixup_alone_does_not_ask_how_pixels_lie():
+    trick, module = MixupCallback(seed=1, targets="soft", num_classes=2), Looks()
+    trainer(callbacks=[trick], max_epochs=1).fit(module, Batches([pictures(8, 16, 16, 3), torch.arange(8) % 2]))
+    assert len(module.seen) == 1
+
+
+def test_labels_that_are_no_maps_of_the_images_are_not_cut():
+    with pytest.raises(MisconfigurationException, match=r"cutmix_alpha=1\) .*\(8, 3, 16, 16\), not \(8, 5, 10\)"):
+        fit("cutmix", [pictures(), torch.rand(8, 5, 10)])
+    assert len(fit("cutmix", [pictures(), torch.rand(8, 4, 4)])) == 3
+
+
+SCENE = {"image": pictures(), "mask": torch.zeros(8, 16, 16).long(), "label": torch.arange(8) % 2}
+POINTS = {"boxes": torch.full((8, 2, 4), 7.0), "targets": [{"keypoints": torch.full((5, 2), 3.0)}]}
+
+
+@pytest.mark.parametrize("trick", ["augmentation", "resizing"])
+def test_maps_that_nobody_named_are_told_once_in_the_words_that_name_them(trick):
+    with pytest.warns(UserWarning, match=r"maps of their size.*name it: `maps='mask'`") as told:
+        seen = fit(trick, SCENE, inputs="image")
+    assert len(said(told, "maps")) == 1
+    assert seen[0]["mask"] is SCENE["mask"]
+    with pytest.warns(UserWarning, match=r"name it: `maps=\['mask', 'edges'\]`"):
+        fit(trick, {**SCENE, "edges": torch.zeros(8, 1, 16, 16)}, inputs="image", maps="mask")
+    with pytest.warns(UserWarning, match=r"name it: `maps=\(1, 'mask'\)`"):
+        fit(trick, [SCENE["image"], {"mask": SCENE["mask"]}])
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_boxes_and_points_that_stay_behind_are_told(trick):
+    options = {"inputs": "image", "labels": "label"} if trick == "cutmix" else {"inputs": "image", "maps": "mask"}
+    scene = {**SCENE, **POINTS}
+    if trick == "cutmix":
+        del scene["mask"]
+    with pytest.warns(UserWarning, match=r"cannot move what is at 'boxes', \('targets', 0, 'keypoints'\)") as told:
+        fit(trick, scene, **options)
+    assert len(said(told, "cannot move")) == 1
+
+
+def test_boxes_given_as_shares_stay_right_where_images_are_resized_and_not_where_they_move():
+    scene = {"image": pictures(), "boxes": torch.rand(8, 2, 4)}
+    assert len(fit("resizing", scene, inputs="image")) == 3
+    with pytest.warns(UserWarning, match="cannot move what is at 'boxes'"):
+        fit("augmentation", scene, inputs="image")
+
+
+def test_cutmix_takes_more_images_as_inputs_and_no_class_ids():
+    scene = {**SCENE, "depth": pictures(8, 1, 16, 16)}
+    with pytest.warns(UserWarning, match="MixupCallback") as told:
+        fit("cutmix", scene, inputs="image", labels="label")
+    maps, fixed = said(told, "MixupCallback")
+    assert "name it: `inputs=['image', 'depth']`" in maps
+    assert "cannot move what is at 'mask'" in fixed
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_ordinary_batches_are_not_told_of(trick):
+    more = {"labels": "label"} if trick == "cutmix" else {}
+    metadata = {"label": torch.arange(8) % 2, "age": torch.rand(8), "place": torch.rand(8, 4), "text": ["a"] * 8}
+    assert fit(trick, {"image": pictures(), **metadata, "tokens": torch.zeros(8, 12, 16)}, inputs="image", **more)
+    assert fit(trick, [pictures(), torch.arange(8) % 2, torch.rand(8, 4), torch.zeros(8, 5)])
+
+
+def test_two_views_with_a_trick_each_are_not_told_of():
+    module, tricks = Looks(), [ProgressiveResizing(start=start, inputs=i) for i, start in enumerate((0.25, 0.5))]
+    trainer(callbacks=tricks, max_epochs=1).fit(module, Batches([pictures(), pictures()]))
+    assert [view.shape[-1] for view in module.seen[0]] == [4, 8]
+
+
+def test_what_an_object_hands_out_under_two_names_is_not_told_of_and_both_are_moved():
+    batch = ReadOnly(pictures(), torch.arange(8))
+    seen = fit("augmentation", batch, inputs="_image")[0]
+    assert seen.image is seen._image
+    assert not torch.equal(seen.image, batch.image)
+
+
+@pytest.mark.parametrize(
+    ("trick", "options", "batch", "argument"),
+    [
+        ("augmentation", {}, [(pictures(), torch.arange(8))], "inputs"),
+        ("augmentation", {"inputs": "image"}, [(pictures(), torch.arange(8))], "inputs"),
+        ("augmentation", {"inputs": (0, 1)}, [(pictures(), torch.arange(8))], "inputs"),
+        ("augmentation", {"inputs": (0, 0), "maps": [(0, 1)]}, [(pictures(), torch.arange(8))], "maps"),
+        ("resizing", {}, [(pictures(), torch.arange(8))], "inputs"),
+        ("resizing", {"inputs": (0, 1)}, [(pictures(), torch.arange(8))], "inputs"),
+        ("resizing", {"inputs": (0, 0), "maps": 1}, [(pictures(), torch.arange(8))], "maps"),
+        ("cutmix", {"inputs": (0, 0)}, [(pictures(), torch.arange(8))], "labels"),
+        ("cutmix", {}, [(pictures(), torch.arange(8))] * 2, "inputs"),
+    ],
+)
+def test_who_names_a_wrong_place_is_shown_those_that_there_are(trick, options, batch, argument):
+    places = (
+        rf"Name the right place with `{argument}=`: .*at \(0, 0\) of shape \(8, 3, 16, 16\), \(0, 1\) of shape \(8,\)"
+    )
+    with pytest.raises(MisconfigurationException, match=places):
+        fit(trick, batch, **options)
+
+
+def several(mode, **lengths):
+    made = {
+        name: Batches(*[[pictures(8), torch.arange(8) % 2] for _ in range(length)]) for name, length in lengths.items()
+    }
+    return CombinedLoader(made, mode)
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_a_loader_that_has_ended_leaves_batches_as_they_are_and_the_user_is_told(trick):
+    options = {"inputs": ("b", 0)} | ({"labels": ("b", 1)} if trick == "cutmix" else {})
+    module = Looks()
+    with pytest.warns(UserWarning, match=r"\('b', 0|1\)\) found None.* loader that ended"):
+        trainer(callbacks=[TRICKS[trick](**options)], max_epochs=2).fit(module, several("max_size", a=3, b=1))
+    assert [batch["b"] is None for batch in module.seen] == [False, True, True] * 2
+    assert not any(
+        batch["b"][0].shape == (8, 3, 16, 16) and torch.equal(batch["b"][0], pictures(8)) for batch in module.seen[::3]
+    )
+    assert all(torch.equal(batch["a"][0], pictures(8)) for batch in module.seen)
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
+def test_loaders_in_a_nest_are_reached_by_paths(mode):
+    module = Looks()
+    loaders = CombinedLoader({"a": [Batches([pictures()]), Batches([pictures()])], "b": Batches([pictures()])}, mode)
+    places = [("a", 0, 0), ("a", 1, 0)]
+    trainer(callbacks=[ProgressiveResizing(inputs=places, probe=False)], max_epochs=1).fit(module, loaders)
+    (batch,) = module.seen
+    assert batch["a"][0][0].shape == batch["a"][1][0].shape == (8, 3, 8, 8)
+    assert batch["b"][0].shape == (8, 3, 16, 16)
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_none_in_the_first_batch_is_refused(trick):
+    more = {"labels": "label"} if trick == "cutmix" else {}
+    with pytest.raises(MisconfigurationException, match=r"inputs='image'\) found None. Name a place that has a tensor"):
+        fit(trick, {"image": None, "label": torch.arange(8)}, inputs="image", **more)

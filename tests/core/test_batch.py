@@ -1,13 +1,28 @@
 """Every kind of batch is read and changed without being written into."""
 
+from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
-from types import SimpleNamespace
+from functools import cached_property
+from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from lightning_speedups.core.batch import check_place, check_places, count_samples, get_part, path_of, replace_part
+from lightning_speedups.core.batch import (
+    check_place,
+    check_places,
+    count_samples,
+    get_part,
+    is_map_of,
+    left_behind,
+    path_of,
+    places_of_tensors,
+    replace_part,
+    say_places,
+    seems_channels_last,
+    tensors_in,
+)
 
 
 class Pair(NamedTuple):
@@ -52,6 +67,251 @@ def test_one_part_is_replaced_in_a_copy_of_the_same_type(batch, place):
     assert get_part(batch, place) == 2
     assert repr(batch) == before
     assert type(changed) is type(batch)
+
+
+class Keeps:
+    """Keeps its attributes in a dict of its own, as detectron2's Instances."""
+
+    def __init__(self, **parts):
+        self.__dict__["_kept"] = parts
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name not in self.__dict__.get("_kept", ()):
+            raise AttributeError(name)
+        return self._kept[name]
+
+    def __setattr__(self, name, part):
+        self._kept[name] = part
+
+
+class Indexed(Keeps):
+    """Hands them out as items too, and copies itself, as torch_geometric's Data."""
+
+    def __getitem__(self, name):
+        return self._kept[name]
+
+    def __copy__(self):
+        return type(self)(**self._kept)
+
+
+class OwnDict(dict):
+    """The recipe by which a dict's items become attributes."""
+
+    def __init__(self, **parts):
+        super().__init__(parts)
+        self.__dict__ = self
+
+
+class Output(OrderedDict):
+    """Holds each part twice, as transformers' ModelOutput."""
+
+    def __init__(self, **parts):
+        super().__init__(parts)
+        vars(self).update(parts)
+
+    def __setitem__(self, name, part):
+        super().__setitem__(name, part)
+        vars(self)[name] = part
+
+
+class Encoding(UserDict):
+    def __init__(self, **parts):
+        super().__init__(parts)
+
+    def __getattr__(self, name):
+        if name == "data" or name not in self.data:
+            raise AttributeError(name)
+        return self.data[name]
+
+
+class Twice(tuple):
+    """A tuple that takes its parts one by one, and has one of them as an attribute of its own."""
+
+    def __new__(cls, image, label):
+        made = super().__new__(cls, (image, label))
+        made.origin, made.also = "kept", label
+        return made
+
+
+class Strict:
+    """Lets nobody set anything, in words of its own, as pydantic."""
+
+    def __init__(self, **parts):
+        vars(self).update(parts)
+
+    def __setattr__(self, name, part):
+        raise ValueError("frozen")
+
+
+class Derives(SimpleNamespace):
+    @cached_property
+    def half(self):
+        return self.label / 2
+
+
+def item(name):
+    return lambda batch: batch[name]
+
+
+def attribute(name):
+    return lambda batch: getattr(batch, name)
+
+
+BY_NAME = [attribute("label")]
+BOTH = [attribute("label"), item("label")]
+HANDS_OUT = [
+    (lambda x, y: Keeps(image=x, label=y), "label", BY_NAME),
+    (lambda x, y: Indexed(image=x, label=y), "label", BOTH),
+    (lambda x, y: OwnDict(image=x, label=y), "label", BOTH),
+    (lambda x, y: Output(image=x, label=y), "label", BOTH),
+    (lambda x, y: Encoding(image=x, label=y), "label", BOTH),
+    (Twice, 1, [item(1), attribute("also")]),
+    (lambda x, y: Strict(image=x, label=y), "label", BY_NAME),
+    (lambda x, y: [Keeps(image=x, label=y)], (0, "label"), [lambda batch: batch[0].label]),
+    (lambda x, y: Keeps(image=x, parts={"label": y}), ("parts", "label"), [lambda batch: batch.parts["label"]]),
+    (namedtuple("Named", ["image", "label"]), 1, [item(1), attribute("label")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "place", "ways"), HANDS_OUT)
+def test_the_new_part_is_handed_out_in_every_way_and_the_old_one_by_the_batch_itself(make, place, ways):
+    image, label, new = torch.zeros(2, 3), torch.zeros(2), torch.ones(2)
+    batch = make(image, label)
+    changed = replace_part(batch, place, new)
+    again = replace_part(changed, place, label)  # a copy of a copy is no worse
+    assert type(changed) is type(batch)
+    for way in ways:
+        assert way(changed) is new
+        assert way(batch) is way(again) is label
+    assert any(one is image for one in tensors_in(changed))
+
+
+def test_what_a_tuple_carries_is_kept_and_what_was_made_of_the_old_part_is_made_anew():
+    assert replace_part(Twice(1, 2), 0, 3).origin == "kept"
+    batch = Derives(label=torch.ones(2))
+    assert batch.half.tolist() == [0.5, 0.5]
+    assert replace_part(batch, "label", torch.zeros(2)).half.tolist() == [0, 0]
+    assert batch.half.tolist() == [0.5, 0.5]
+
+
+class ReadOnly:
+    def __init__(self, label):
+        self._label = label
+
+    label = property(lambda self: self._label)
+
+
+class Inside:
+    """What is behind it, a copy shares."""
+
+    def __init__(self, label):
+        self.__dict__["_behind"] = SimpleNamespace(label=label)
+
+    label = property(lambda self: self._behind.label, lambda self, part: setattr(self._behind, "label", part))
+
+
+class Single(SimpleNamespace):
+    def __copy__(self):
+        return self
+
+
+class Fresh:
+    def __init__(self, label):
+        self._label = label
+
+    label = property(lambda self: self._label.clone(), lambda self, part: setattr(self, "_label", part))
+
+
+class Casts(ReadOnly):
+    label = property(lambda self: self._label, lambda self, part: setattr(self, "_label", part.double()))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (ReadOnly, "has no setter"),
+        (Inside, "its copy shares its parts with it"),
+        (lambda label: Single(label=label), "its copy is itself"),
+        (Fresh, "does not hand out what it was given"),
+        (Casts, "does not hand out what it was given"),
+        (lambda label: MappingProxyType({"label": label}), "mappingproxy"),
+    ],
+)
+def test_what_cannot_be_copied_or_changed_is_refused_by_name_and_stays_as_it_is(make, reason):
+    label = torch.arange(3)
+    batch = make(label)
+    with pytest.raises(
+        ValueError, match=rf"another part 'label', but got {type(batch).__name__} .*{reason}.* Let `coll"
+    ):
+        replace_part([batch], (0, "label"), torch.zeros(3))
+    assert get_part(batch, "label").tolist() == [0, 1, 2]
+    assert isinstance(batch, Fresh) or get_part(batch, "label") is label
+
+
+def test_a_path_into_none_is_none():
+    assert get_part([{"b": None}], (0, "b", 1, "x")) is None
+    with pytest.raises(LookupError, match="no part 'a'"):
+        get_part({"b": None}, ("a", 0))
+
+
+def test_the_places_of_tensors_are_spelled_as_they_can_be_named():
+    one, batch = torch.zeros(2, 3), {}
+    batch.update(a=[one, (one, "text")], b=SimpleNamespace(c=one), d=Indexed(e=one, f=3), g=None, h={4: one}, own=batch)
+    places = [place for place, _ in places_of_tensors(batch)]
+    assert places == [("a", 0), ("a", 1, 0), ("b", "c"), ("d", "e"), ("h", 4)]
+    assert all(get_part(batch, place) is one for place in places)
+    assert [place for place, _ in places_of_tensors([one])] == [0]
+    assert say_places([[one] * 3], most=2).endswith("at (0, 0) of shape (2, 3), (0, 1) of shape (2, 3), …")
+    assert say_places(["text"]) == say_places(one) == ""
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_last"),
+    [
+        ((8, 28, 28, 1), True), ((8, 32, 32, 3), True), ((8, 224, 160, 4), True), ((8, 5, 64, 48, 3), True),
+        ((8, 3, 4, 4), False), ((8, 3, 4, 3), False), ((8, 1, 28, 28), False), ((8, 3, 32, 32), False), ((8, 4, 4, 4), False),
+        ((8, 3, 64, 4), False), ((8, 1, 64, 1), False), ((8, 2048, 8, 4), False), ((8, 12, 1000, 1), False), ((8, 5, 8, 8), False),
+        ((8, 64, 64), False), ((8, 100, 3), False), ((224, 224, 3), True), ((8, 3), False), ((8,), False), ((), False),
+    ],
+)  # fmt: skip
+def test_images_with_their_channels_last_are_told_from_narrow_ones(shape, is_last):
+    assert seems_channels_last(shape) is is_last
+
+
+def test_maps_have_the_proportions_of_their_images():
+    assert is_map_of((8, 3, 32, 48), (8, 8, 12))
+    assert is_map_of((8, 3, 225, 224), (8, 5, 57, 56))
+    assert not is_map_of((8, 3, 32, 32), (8, 5, 10))
+
+
+def test_what_goes_with_images_is_found_and_nothing_else_is():
+    size = (16, 12)
+    goes = {
+        "image": torch.zeros(2, 3, *size),
+        "mask": torch.zeros(2, *size),
+        "targets": [{"masks": torch.zeros(4, *size)}],
+    }
+    goes |= {"gt_boxes": torch.zeros(2, 5, 4), "keypoints": torch.zeros(2, 17, 3), "deep": {"bbox": torch.zeros(2, 4)}}
+    stays = {
+        "label": torch.zeros(2),
+        "metadata": torch.zeros(2, 4),
+        "small": torch.zeros(2, 8, 6),
+        "grid": torch.zeros(*size),
+    }
+    stays |= {
+        "num_boxes": torch.zeros(2),
+        "box_embedding": torch.zeros(2, 4),
+        "keypoint": torch.zeros(2, 5, 64),
+        "path": ["a"],
+    }
+    maps, points = left_behind(goes | stays, ["image"], [size])
+    assert maps == ["mask", ("targets", 0, "masks")]
+    assert points == ["gt_boxes", "keypoints", ("deep", "bbox")]
+    assert left_behind(goes, ["image", ("mask",), ("targets", 0, "masks")], [size])[0] == []
+    assert left_behind({"mask": torch.zeros(2, *size), "full": torch.zeros(2, 32, 24)}, [], [size, (32, 24)])[0] == [
+        "mask",
+        "full",
+    ]
 
 
 def test_only_the_containers_on_the_path_are_copied():

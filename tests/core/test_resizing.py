@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_speedups.core.resizing import (
     Growth,
+    checked_stages,
     filled_batch,
     regularization,
     resize_images,
@@ -47,6 +48,11 @@ def test_images_never_shrink_in_the_course_of_a_run_and_never_grow_above_full(he
     growth, full = Growth(0.5, 0.2, 0.9, stages, 4), (height, width)
     early, late = (growth.size(progress, full) for progress in sorted((one, other)))
     assert all(a <= b <= whole for a, b, whole in zip(early, late, full, strict=True))
+
+
+def test_one_stage_is_the_full_size():
+    growth = Growth(start=0.5, stages=checked_stages(1))
+    assert {growth.size(progress, (33, 17)) for progress in (0.0, 0.5, 1.0)} == {(33, 17)}
 
 
 def test_stages_share_the_run_out_evenly_as_in_efficientnet_v2():

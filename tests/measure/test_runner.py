@@ -253,6 +253,7 @@ def test_an_arm_that_can_not_run_is_found_before_anything_trains(monkeypatch, tm
     [
         ({"batch_size": 81}, "`batch_size` 81 is more than the 80 training images"),
         ({"image_size": 32}, "`image_size` is for folders"),
+        ({"image_size": 32, "data": digit_collages(20, 20)}, "`image_size` is for folders"),
         ({"model": "resnet81"}, "`model` to be the name of a timm network"),
         ({"weights": "w.pt"}, "`weights` .* neither is among the arms"),
         ({"seeds": 0}, "`seeds`"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from lightning_speedups.modules.freezing import Frozen
+from lightning_speedups.modules.freezing import Frozen, InEval, wholly_frozen
 
 
 class Centred(nn.Module):
@@ -97,6 +97,67 @@ def test_only_what_keeps_something_stays_in_eval_mode(net):
     assert resting == ["1", "2", "3", "3.norm", "4.parametrizations.weight.0", "5", "6"]
     net.eval()
     assert not any(module.training for module in net.modules())
+
+
+def test_modules_are_kept_in_eval_mode_but_for_recurrent_ones(net):
+    net.add_module("lstm", nn.LSTM(3, 3, num_layers=2, dropout=0.5))
+    frozen = Frozen([net[1], net[3]])
+    kept = InEval([*[*net[:8].modules()][1:], net.lstm])
+    for call in (net.train, net[3].train, net[3].drop.train):
+        call()
+    assert [name for name, module in net.named_modules() if module.training] == ["", "8", "lstm"]
+    net.eval()
+    assert not any(module.training for module in net.modules())
+    net.train()
+    kept.undo()
+    assert [name for name, module in net.named_modules() if not module.training] == ["1", "3"]
+    frozen.undo()
+    assert all(module.training and "train" not in vars(module) for module in net.modules())
+
+
+class Attends(nn.Module):
+    """Drops out by its own mode, as attention does, with its layers in a module list."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Dropout(), nn.Linear(2, 2))])
+        self.last = nn.Dropout()
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [
+        ("", ""),
+        ("a", "a"),
+        ("a b.0", "a b.layers.0"),
+        ("a b.1", "a b.layers.1 b.layers.1.0 b.layers.1.1 b.layers.1.2"),
+        ("b b.0", "b.layers.0"),  # b holds a tensor, and what trains
+        ("a b b.0", "a drop b.layers.0"),  # the dropout between them too
+        ("b b.0 b.1", "b b.layers b.layers.0 b.layers.1 b.layers.1.0 b.layers.1.1 b.layers.1.2 b.last"),
+        ("b.0 b.1", "b.layers b.layers.0 b.layers.1 b.layers.1.0 b.layers.1.1 b.layers.1.2"),
+        ("b.1 c", "b.layers.1 b.layers.1.0 b.layers.1.1 b.layers.1.2 b.last more more.0 c"),
+    ],
+)
+def test_what_evaluates_is_all_in_which_nothing_trains_and_what_stands_between(frozen, expected):
+    net = nn.Module()
+    net.first, net.a, net.drop, net.b = nn.Dropout(), nn.Linear(2, 2), nn.Dropout(), Attends()
+    net.more, net.c, net.end = nn.Sequential(nn.Dropout()), nn.BatchNorm1d(2, affine=False), nn.Dropout()
+    parts = {"a": net.a, "b": net.b, "b.0": net.b.layers[0], "b.1": net.b.layers[1][2], "c": net.c}
+    found = wholly_frozen(net, [net], {parts[name] for name in frozen.split()})
+    assert [name for name, module in net.named_modules() if module in found] == expected.split()
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("shared", [nn.Dropout, lambda: nn.Sequential(nn.ReLU(), nn.Dropout())])
+def test_a_dropout_that_several_layers_share_rests_with_the_last_of_them(shared):
+    drop, layers = shared(), [nn.Linear(2, 2) for _ in range(3)]
+    net = nn.Sequential(
+        nn.Sequential(*(nn.Sequential(layer, drop) for layer in layers[:2])), nn.Sequential(layers[2], drop)
+    )
+    assert wholly_frozen(net, [net[0]], {layers[0]}) == [net[0][0], layers[0]]
+    assert {*wholly_frozen(net, [net[0]], {*layers[:2]})} == {net[0], *net[0], *layers[:2]}
+    assert {*wholly_frozen(net, [net], {*layers})} == {*net.modules()}
 
 
 def test_a_module_is_frozen_without_its_children(net):

@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick
 from lightning_speedups.attach.loaders import LoaderGrip
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.augmentation import coins, flip_some, shifted_crops
-from lightning_speedups.core.batch import Place, check_place, check_places, replace_part
+from lightning_speedups.core.batch import Place, check_place, check_places
 
 
 def crop_range(crop: int, strength: float) -> int:
@@ -45,6 +46,7 @@ class BatchAugmentation(SeededBatchTrick):
 
     When not to use it: images whose meaning mirroring changes, such as digits and text (``flip=None``); loaders whose
     workers augment while the device is busy, which costs nothing; boxes or keypoints, which it does not move.
+    It warns of those in the first batch, and of maps that nobody named.
 
     Args:
         crop: How far an image may move in each direction, in pixels, 0 or more and below its sides; 0: no crop.
@@ -61,8 +63,9 @@ class BatchAugmentation(SeededBatchTrick):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: If the batch has no such parts, if images are too small, if the alternating flip
-            cannot know the samples, or if ``training_step`` fetches its own batches.
+        MisconfigurationException: If the batch has no such parts, if its container cannot be copied and changed, if
+            images are too small or have their channels last, if the alternating flip cannot know the samples, or if
+            ``training_step`` fetches its own batches.
 
     Source:
         Jordan, arXiv:2404.00498.
@@ -89,31 +92,39 @@ class BatchAugmentation(SeededBatchTrick):
         check_number("ignore_index", ignore_index, whole=True)
         check_choice("padding", padding, ("reflect", "zeros"))
         check_choice("flip", flip, ("random", "alternating"), optional=True)
-        if crop == 0 and flip is None:
-            raise ValueError("Expected `crop` above 0 or a `flip`, but got crop=0 and flip=None, which change nothing.")
         check_place("inputs", inputs)
         self.maps = () if maps in (None, []) else check_places("maps", maps, inputs=inputs)
+        self.pixels = {} if crop == 0 and flip is None else {"inputs": (inputs,), "maps": self.maps}
         self.crop, self.padding, self.flip, self.ignore_index = int(crop), padding, flip, int(ignore_index)
         self.inputs = inputs
         self._loader = LoaderGrip(self, name=f'{self.name}(flip="alternating")')
         if flip == "alternating":  # which must know the samples
             self.grips = (self._loader,)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if there is nothing to do."""
+        super().on_fit_start(trainer, pl_module)
+        if not self.pixels:
+            rank_zero_warn(f"{self.name}(crop=0, flip=None) changes nothing.")
+
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Move and mirror the images, and their maps alike."""
+        if not self.pixels:
+            return batch
         images = self._images(batch)
         generator, device, pad = self.generator(trainer), images.device, crop_range(self.crop, self.strength)
         offsets = torch.randint(2 * pad + 1, (2, len(images)), generator=generator).to(device, non_blocking=True)
         flipped = self._flipped(trainer, len(images), generator)
         flipped = flipped if flipped is None else flipped.to(device, non_blocking=True)
         for place in (self.inputs, *self.maps):
-            part = images if place == self.inputs else self._map(batch, place, images)
-            fill = None if self.padding == "reflect" else 0 if place == self.inputs else self.ignore_index
+            argument = "inputs" if place == self.inputs else "maps"
+            part = images if argument == "inputs" else self._map(batch, place, images)
+            fill = None if self.padding == "reflect" else 0 if argument == "inputs" else self.ignore_index
             if pad:
                 part = shifted_crops(part, offsets, pad, fill)
             if flipped is not None:
                 part = flip_some(part, flipped)
-            batch = replace_part(batch, place, part)
+            batch = self.with_part(batch, place, part, argument)
         return batch
 
     def _flipped(self, trainer: Trainer, count: int, generator: torch.Generator) -> Tensor | None:
@@ -132,8 +143,8 @@ class BatchAugmentation(SeededBatchTrick):
         if images.ndim != 4 or self.crop >= min(images.shape[-2:]):
             wanted = f"images (N, C, H, W) with sides above {self.crop} pixels"
             what = f"expected {wanted}, but found the shape {tuple(images.shape)}"
-            way_out = "Name the right place, stack the images into one tensor, put the channels second or lower `crop`."
-            raise self.refusal(what, way_out, inputs=self.inputs, crop=self.crop)
+            more = "Or stack the images into one tensor, put the channels second or lower `crop`."
+            raise self.misplaced(what, batch, more, inputs=self.inputs, crop=self.crop)
         return images
 
     def _map(self, batch: Any, place: Place, images: Tensor) -> Tensor:
@@ -141,7 +152,7 @@ class BatchAugmentation(SeededBatchTrick):
         if part.ndim not in (3, 4) or len(part) != len(images) or part.shape[-2:] != images.shape[-2:]:
             large = f"a map (N, H, W) or (N, C, H, W) as large as the images {tuple(images.shape)}"
             what = f"expected {large}, but found the shape {tuple(part.shape)}"
-            raise self.refusal(what, "Name the right place.", maps=place)
+            raise self.misplaced(what, batch, "", maps=place)
         fits = torch.tensor(self.ignore_index).to(part.dtype).item() == self.ignore_index
         if self.padding == "zeros" and self.crop and not fits:
             what = f"pads maps with a value that {part.dtype} at maps={place!r} cannot hold"

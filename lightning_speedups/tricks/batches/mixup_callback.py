@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick, batch_number
 from lightning_speedups.attach.run_length import run_length
 from lightning_speedups.core.arguments import check_choice, check_number
-from lightning_speedups.core.batch import Place, check_places, get_part, replace_part
+from lightning_speedups.core.batch import Place, check_places, get_part, is_map_of, replace_part
 from lightning_speedups.core.mixing import NO_BOX, Mixture, draw_mixture, mix_values
 from lightning_speedups.tensors.labels import MixedLabels, Reads, mix_targets, soft_targets
 
@@ -84,6 +84,7 @@ class MixupCallback(SeededBatchTrick):
     """
 
     batch_order = BatchOrder.MIX
+    pixels_argument = "inputs"
     run_as = Mixing
     run: Mixing
 
@@ -113,6 +114,7 @@ class MixupCallback(SeededBatchTrick):
         check_choice("targets", targets, ("labels", "soft"))
         check_number("num_classes", num_classes, 1, whole=True, optional=True)
         self._places = check_places("inputs", inputs, labels=labels)
+        self.pixels = {"inputs": self._places, "labels": (labels,)} if cutmix_alpha > 0 else {}
         self.alpha, self.cutmix_alpha, self.prob, self.switch_prob = alpha, cutmix_alpha, prob, switch_prob
         self.per_element, self.targets, self.num_classes = per_element, targets, num_classes
         self.stop_after, self.inputs, self.labels, self.logs = stop_after, inputs, labels, bool(log)
@@ -221,6 +223,9 @@ class MixupCallback(SeededBatchTrick):
         if self.cutmix_alpha > 0 and part.ndim < 3:
             what = f"cuts a box out of images (N, ..., H, W), but found the shape {tuple(part.shape)}"
             raise self.refusal(what, "Use `cutmix_alpha=0`.", inputs=place, cutmix_alpha=self.cutmix_alpha)
+        if self.cutmix_alpha > 0 and labels.ndim > 2 and not is_map_of(part.shape, labels.shape):
+            what = f"takes labels of three dimensions for maps of images {tuple(part.shape)}, not {tuple(labels.shape)}"
+            raise self.refusal(what, "Use `cutmix_alpha=0`.", labels=self.labels, cutmix_alpha=self.cutmix_alpha)
         if len(part) != len(labels):
             shapes = f"{tuple(part.shape)} and {tuple(labels.shape)}"
             what = f"expected as many inputs as labels, but got shapes {shapes}"

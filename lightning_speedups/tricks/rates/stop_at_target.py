@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_speedups.attach.run_length import facts, steps_until_it_may_stop
+from lightning_speedups.attach.run_length import facts, logger_step, steps_until_it_may_stop
 from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import count_by_loader
@@ -227,10 +227,8 @@ class StopAtTarget(OptimizerTrick):
             f"{reached.steps} optimizer steps, {samples} samples."
         )
         report = {f"target/{name}": number for name, number in self.saved.reached.items() if number is not None}
-        # As Lightning logs, which counts the batches that stepped; the epoch's end belongs to the last of them.
-        step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - (not trainer.validating))
         for logger in trainer.loggers:
-            logger.log_metrics(report, step=step)
+            logger.log_metrics(report, step=logger_step(trainer))
 
     def _take_time(self) -> None:
         now = time.monotonic()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_speedups.attach.run_length import raw_optimizers
@@ -15,7 +16,7 @@ from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
 from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs
-from lightning_speedups.modules.freezing import Frozen
+from lightning_speedups.modules.freezing import Frozen, InEval, wholly_frozen
 from lightning_speedups.modules.layers import (
     Layer,
     find_timm_network,
@@ -23,6 +24,7 @@ from lightning_speedups.modules.layers import (
     layers_by_child,
     layers_by_number,
     owners,
+    tied_parameters,
     unreserved,
 )
 
@@ -49,16 +51,26 @@ class Freezing:
     """What else belongs to a run of a trick that freezes.
 
     Attributes:
+        roots: The modules that the backbone consists of, with a timm model's classifier.
         layers: The backbone's layers, from its input on.
         layer_of_group: Those that have a parameter group, by the indices of optimizer and group.
-        frozen: Those that are frozen now, by name.
+        sizes_before: Sizes of the parameter groups in the checkpoint, optimizer by optimizer; None without one.
+        made_with_state: Ids of the parameters of which optimizers made a state when they were made themselves.
+        frozen: Those layers that are frozen now, by name.
+        in_eval: The modules in which nothing trains.
+        training: The parameters that train of each group in which something is frozen.
         pairs: Convolutions and their norms in the backbone; None before they were looked for.
         folded: Those that are folded now.
     """
 
+    roots: list[nn.Module] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     layer_of_group: dict[tuple[int, int], Layer] = field(default_factory=dict)
+    sizes_before: list[list[int]] | None = None
+    made_with_state: set[int] = field(default_factory=set)
     frozen: dict[str, Frozen] = field(default_factory=dict)
+    in_eval: InEval = field(default_factory=InEval)
+    training: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     pairs: list[Pair] | None = None
     folded: FoldedNorms = field(default_factory=lambda: FoldedNorms([]))
 
@@ -108,9 +120,10 @@ class FreezingTrick(OptimizerTrick):
     def find_layers(self, pl_module: LightningModule) -> list[Layer]:
         """Return the backbone's layers, from its input on."""
         try:
-            return find_layers(pl_module, self.backbone)
+            self.run.roots, heads = find_backbone(pl_module, self.backbone)
         except NoBackboneError as error:
             raise self.refusal(*error.args, backbone=self.backbone) from error
+        return find_layers(pl_module, self.run.roots, heads)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the optimizer driver."""
@@ -133,21 +146,44 @@ class FreezingTrick(OptimizerTrick):
     def settle_courses(self, pl_module: LightningModule) -> None:
         """Settle what the layers do when."""
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the parameter groups of a run that may have had no such trick."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        states = checkpoint.get("optimizer_states", ())
+        if all("param_groups" in state for state in states):
+            self.run.sizes_before = [_sizes(state["param_groups"]) for state in states]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that nobody else freezes the layers, and that the optimizers have them in groups of their own."""
+        """Check that nobody else freezes the layers, and that the optimizers have them in groups of their own; warn of
+        parameters that are elsewhere too.
+        """
         super().on_fit_start(trainer, pl_module)
+        sizes = [_sizes(optimizer.param_groups) for optimizer in raw_optimizers(trainer)]
+        if not self.resumed and self.run.sizes_before not in (None, sizes):
+            what = "has the layers in parameter groups of their own, which those in the checkpoint do not fit"
+            raise self.refusal(what, f"Resume without {self.name}, or load the weights alone, without `ckpt_path`.")
         layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
         for other in callbacks_of(trainer):
             others = other.layers if isinstance(other, FreezingTrick) and other is not self else []
             if any(id(parameter) in layer_of for layer in others for parameter in layer.parameters()):
                 what = f"and {type(other).__name__} both freeze the same layers"
                 raise self.refusal(what, "Use one of them, or give them different backbones.")
+        group_of = {module: self.group_label(layer) for layer in self.layers for module in layer.modules}
+        for name, same in tied_parameters(pl_module, group_of):
+            rank_zero_warn(
+                f"{self.name} freezes, thaws and paces `{name}` with `{same}`, which is the same parameter. Give it "
+                "one of its own if it shall train by itself."
+            )
 
     def meet(self, trainer: Trainer) -> None:
         """Find the layers in the optimizers' groups."""
         super().meet(trainer)
         layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
-        self._settle_layer_of_group(layer_of, raw_optimizers(trainer))
+        optimizers = raw_optimizers(trainer)
+        self._settle_layer_of_group(layer_of, optimizers)
+        self._settle_training(optimizers)
+        # A state that is there before anything was loaded or stepped.
+        self.run.made_with_state = {id(p) for optimizer in optimizers for p, state in optimizer.state.items() if state}
 
     def _settle_layer_of_group(self, layer_of: dict[int, Layer], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         lacking = {id(p) for layer in self.layers for p in layer.parameters() if p.requires_grad}
@@ -181,6 +217,8 @@ class FreezingTrick(OptimizerTrick):
         resting = (module for module in modules if not (self.train_norm and is_norm(module)))
         parameters = {id(parameter) for module in resting for parameter in module.parameters(recurse=False)}
         if parameters.issuperset(id(p) for p in pl_module.parameters() if p.requires_grad):
+            if self.backbone is not None and find_timm_network(pl_module)[0] in self.run.roots:
+                way_out += " `backbone=None` is a timm model without its classifier."
             raise self.refusal(f"would freeze every parameter{when}: nothing is left to train", way_out)
 
     def freeze_only(self, trainer: Trainer, pl_module: LightningModule, names: Collection[str]) -> bool:
@@ -188,19 +226,39 @@ class FreezingTrick(OptimizerTrick):
         if set(names) == set(self.run.frozen):
             return False
         self.run.folded.undo()
+        self.run.in_eval.undo()
         with rewrapped(trainer, pl_module):
             for layer in self.layers:
                 if layer.name in names and layer.name not in self.run.frozen:
                     frozen = self.run.frozen[layer.name] = Frozen(layer.modules, self.train_norm)
-                    forget_state(raw_optimizers(trainer), frozen.parameters)
+                    forgotten = [p for p in frozen.parameters if id(p) not in self.run.made_with_state]
+                    forget_state(raw_optimizers(trainer), forgotten)
                 elif layer.name not in names and layer.name in self.run.frozen:
                     self.run.frozen.pop(layer.name).undo()
             if not any(parameter.requires_grad for parameter in pl_module.parameters()):
                 what = "froze every parameter: nothing is left to train"
                 raise self.refusal(what, "`backbone` must not contain the head.")
+        frozen_now = {module for layer in self.layers if layer.name in names for module in layer.modules}
+        resting = wholly_frozen(pl_module, self.run.roots, frozen_now)
+        self.run.in_eval = InEval(part for part in resting if not (self.train_norm and is_norm(part)))
+        self._settle_training(raw_optimizers(trainer))
         if self.fold and not self.train_norm and self.run.frozen:
             self._fold(trainer, pl_module)
         return True
+
+    def _settle_training(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        frozen = {id(parameter) for one in self.run.frozen.values() for parameter in one.parameters}
+        self.run.training = {}
+        for i, optimizer in enumerate(optimizers):
+            for g, params in enumerate(group["params"] for group in optimizer.param_groups):
+                if not frozen.isdisjoint(map(id, params)):
+                    self.run.training[i, g] = [parameter for parameter in params if parameter.requires_grad]
+
+    def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Show the optimizer only what trains: some move parameters that have no gradient."""
+        shown = super().values_now(optimizer, group, values)
+        training = self.run.training.get((optimizer, group))
+        return shown if training is None else {**shown, "params": training}
 
     def rests(self, optimizer: torch.optim.Optimizer) -> bool:
         """Tell whether all of an optimizer's parameters are frozen."""
@@ -230,29 +288,32 @@ class FreezingTrick(OptimizerTrick):
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was handed in."""
         self.run.folded.undo()
+        self.run.in_eval.undo()
         for frozen in self.run.frozen.values():
             frozen.undo()
         super().undo(trainer, pl_module)
 
 
-def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Sequence[nn.Parameter]) -> None:
     """Free what optimizers remember of parameters; when these train again, they start anew.
 
     Args:
-        optimizers: Torch's optimizers.
+        optimizers: Torch's optimizers, of those that make a state in a step and not once, when they are made.
         parameters: The parameters.
     """
-    parameters = list(parameters)
     for optimizer in optimizers:
-        if not isinstance(optimizer, torch.optim.Adagrad):  # which makes its state when it is made, and never again
-            for parameter in parameters:
-                optimizer.state.pop(parameter, None)
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
 
 
-def find_layers(module: nn.Module, backbone: str | Callable[[Any], Any] | None) -> list[Layer]:
-    """Return the layers of a backbone, from its input on.
+def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
 
-    timm's models say themselves what their layers are; of others each child is one; several modules are one each.
+
+def find_backbone(
+    module: nn.Module, backbone: str | Callable[[Any], Any] | None
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the modules that a backbone consists of, and what in them is left out of it.
 
     Args:
         module: The module that trains.
@@ -261,13 +322,25 @@ def find_layers(module: nn.Module, backbone: str | Callable[[Any], Any] | None) 
 
     Raises:
         NoBackboneError: If there is no such thing.
+    """
+    return _timm_model(module) if backbone is None else (_picked(module, backbone), [])
+
+
+def find_layers(module: nn.Module, roots: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> list[Layer]:
+    """Return the layers of a backbone, from its input on.
+
+    timm's models say themselves what their layers are; of others each child is one; several modules are one each.
+
+    Args:
+        module: The module that trains.
+        roots: The modules in it that the backbone consists of.
+        heads: What in a single one is left out.
 
     Example:
         >>> net = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), "head": nn.ReLU()})
-        >>> [layer.name for layer in find_layers(net, "backbone")]
+        >>> [layer.name for layer in find_layers(net, *find_backbone(net, "backbone"))]
         ['0', '1']
     """
-    roots, heads = _timm_model(module) if backbone is None else (_picked(module, backbone), [])
     if len(roots) == 1:
         return _layers(roots[0], heads)
     paths = {inner: path for path, inner in module.named_modules()}

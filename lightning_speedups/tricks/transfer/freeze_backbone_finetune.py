@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.plateau import Mode, Plateau
-from lightning_speedups.modules.layers import Layer, rates_by_depth
+from lightning_speedups.modules.layers import HEAD, Layer, rates_by_depth
 from lightning_speedups.modules.unfreezing import Names, Stage, check_schedule, gradually, stages
 from lightning_speedups.tricks.transfer.base import Backbone, Freezing, FreezingTrick, GroupLabels
 
@@ -65,6 +65,7 @@ class Stages(Freezing):
 
     Attributes:
         stages: Which layers train when.
+        head: The layer that stands for a head where nothing else trains, by name, or ``"head"``.
         rate_of: Rate of each layer over the head's.
         warmup_steps: Length of the ramp of what was thawed.
         logged_by: Where the metric comes from.
@@ -72,6 +73,7 @@ class Stages(Freezing):
     """
 
     stages: list[Stage] = field(default_factory=list)
+    head: str = HEAD
     rate_of: dict[str, float] = field(default_factory=dict)
     warmup_steps: float = 0.0
     logged_by: LoggedBy = LoggedBy.UNKNOWN
@@ -82,11 +84,15 @@ class FreezeBackboneFinetune(FreezingTrick):
     """Freezes a backbone for the first epochs, then trains it too, its layers at fractions of the learning rate.
 
     Frozen means frozen: no gradient, no graph up to the first layer that trains, weights and running statistics equal
-    to the bit, norms (and whatever else keeps buffers) in eval mode after every ``.train()``, no optimizer state.
+    to the bit whatever the optimizer does, eval mode after every ``.train()`` (no dropout, no stochastic depth; but for
+    recurrent layers), no optimizer state, unless the optimizer makes that once and for all.
     Frozen convolutions take the BatchNorm behind them in for that time; checkpoints hold the weights as they are.
     Optimizers are built with the backbone in parameter groups of its own from the start, so no scheduler or checkpoint
     ever sees a group appear. DDP is re-wrapped when layers move: frozen parameters cost no communication, and ranks
     stay equal. ``configure_optimizers`` gives all parameters to the optimizer, as without this callback.
+
+    Where nothing outside the backbone trains, its last layer takes the head's place: it trains at its own rate, and the
+    schedule must name it. Parameters that a frozen layer shares with the head are warned of.
 
     Layers are timm's own (``"stem"``, ``"layer1"``, … of a ResNet, ``"blocks.0"``, … of a ViT), or the children of a
     backbone that calls them one after the other; an error about a name lists them. Layers that always do the same share
@@ -111,7 +117,7 @@ class FreezeBackboneFinetune(FreezingTrick):
             text like ``"1 epochs"``.
         schedule: Which layers begin to train in which epoch, such as ``{0: "head", 2: "layer4", 4: ["layer3",
             "layer2"]}``; a path means all layers under it, ``"all"`` all. What is never named stays frozen.
-        refreeze: Which of them stop again, in the same form; their optimizer state is forgotten.
+        refreeze: Which of them stop again, in the same form.
         gradual: Thaw one layer after the other, from the last one down: True: by epochs;
             [Plateau][lightning_speedups.core.plateau.Plateau]``("val_loss")``: when that logged metric has not
             improved, not before ``unfreeze_at_epoch``.
@@ -179,7 +185,14 @@ class FreezeBackboneFinetune(FreezingTrick):
         super().settle_courses(pl_module)
         layers, (decay, ends) = self.layers, self.rates
         names = [layer.name for layer in layers]
-        self.run.rate_of = dict(zip(names, rates_by_depth(len(layers), decay=decay, ends=ends), strict=True))
+        inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        if names and inside.issuperset(
+            id(parameter) for parameter in pl_module.parameters() if parameter.requires_grad
+        ):
+            self.run.head = names[-1]
+        paced = [name for name in names if name != self.run.head]
+        rates = rates_by_depth(len(paced), decay=decay, ends=ends)
+        self.run.rate_of = {**dict(zip(paced, rates, strict=True)), self.run.head: 1.0}
         thaw: Mapping[int, Names] = {} if self.unfreeze_at_epoch is None else {self.unfreeze_at_epoch: "all"}
         if self.schedule is not None:
             thaw = self.schedule
@@ -204,7 +217,11 @@ class FreezeBackboneFinetune(FreezingTrick):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a stage in which nothing would train."""
         super().on_fit_start(trainer, pl_module)
-        way_out = "`backbone` must not contain the head, or the schedule must thaw it."
+        way_out = (
+            "'head' is what lies outside `backbone`, where nothing trains here. Name a part of the module as "
+            f"`backbone`, or in `schedule={{0: ...}}` which of its layers train, of "
+            f"{[layer.name for layer in self.layers]}."
+        )
         for stage in self.run.stages:
             self.require_training(pl_module, self._frozen_in(stage), f" in epoch {stage.epoch}", way_out)
 
@@ -263,14 +280,14 @@ class FreezeBackboneFinetune(FreezingTrick):
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Pace the layers, and the head while it trains alone."""
         layer = self.layer_of_group.get((optimizer, group))
-        if layer is None:
-            alone = bool(self.run.stages) and not self.run.stages[self.saved.stage].training
-            return {"lr": values["lr"] * self.head_lr_ratio} if alone else {}
-        ratio = self.run.rate_of[layer.name]
-        since = self.saved.thawed.get(layer.name)
+        name = HEAD if layer is None else layer.name
+        ratio = self.run.rate_of.get(name, 1.0)
+        if name == self.run.head and self.run.stages and self.run.stages[self.saved.stage].training <= {name}:
+            ratio = self.head_lr_ratio
+        since = self.saved.thawed.get(name)
         if since is not None and step - since[optimizer] < self.run.warmup_steps:
             ratio *= (step - since[optimizer] + 1) / math.ceil(self.run.warmup_steps)
-        return {"lr": values["lr"] * ratio}
+        return {} if layer is None and ratio == 1 else {"lr": values["lr"] * ratio}
 
     def _frozen_in(self, stage: Stage) -> set[str]:
         return {layer.name for layer in self.layers} - stage.training

@@ -69,7 +69,9 @@ class FreezeProgressively(FreezingTrick):
     """Freezes the layers of a backbone during ordinary training, one after the other from the input on.
 
     The backward pass ends where the frozen layers begin, and their optimizer state is freed: a step becomes shorter
-    towards the end of the run. Frozen layers keep weights and running statistics to the bit. Each layer's rate comes
+    towards the end of the run. Frozen layers keep weights and running statistics to the bit, whatever the optimizer
+    does, and stand in eval mode: no dropout, no stochastic depth, but for recurrent layers. Parameters that they share
+    with what trains longer are warned of. Each layer's rate comes
     down to 0 along a cosine until then, on top of whatever schedules give, in a parameter group of its own that exists
     from the start. Under DDP the module is re-wrapped at each freezing, so that frozen layers cost no communication and
     ranks stay equal. A run that is resumed with another length gets its times stretched over that: layers may train

@@ -127,6 +127,16 @@ def test_a_random_flip_comes_half_of_the_time_and_needs_nothing_of_the_loader():
     assert share.std() < 0.12  # 0.07 by chance: no sample has a side of its own
 
 
+@pytest.mark.parametrize("padding", ["reflect", "zeros"])
+def test_settings_of_a_sweep_that_change_nothing_run_and_are_told(padding):
+    module, batch = Seer(), {"image": torch.zeros(8, 6, 6, 3), "mask": torch.zeros(8, 6, 6)}
+    trick = BatchAugmentation(0, padding, flip=None, inputs="image", maps="mask")
+    with pytest.warns(UserWarning, match=r"BatchAugmentation\(crop=0, flip=None\) changes nothing"):
+        trainer(callbacks=[trick], max_epochs=1).fit(module, Batches(batch))
+    assert module.seen[0]["image"] is batch["image"]
+    assert module.seen[0]["mask"] is batch["mask"]
+
+
 def test_a_random_flip_leaves_the_loaders_sampler_where_it_is():
     data = numbered(shuffle=True)
     sampler, samplers = data.batch_sampler.sampler, []
@@ -405,7 +415,6 @@ def test_batches_it_cannot_change_are_refused_by_name_before_the_first_step(opti
     [
         ({"crop": -1}, "`crop` to be a whole number of 0 or more, but got -1"),
         ({"crop": 0.5}, "`crop`"),
-        ({"crop": 0, "flip": None}, "crop=0 and flip=None, which change nothing"),
         ({"padding": "edge"}, "`padding` to be 'reflect' or 'zeros', but got 'edge'"),
         ({"flip": True}, "`flip` to be 'random' or 'alternating', or None, but got True"),
         ({"seed": 1.5}, "`seed`"),

@@ -189,7 +189,7 @@ def test_modes_of_nested_modules_are_kept_and_given_back():
     module = Module()
     start = weights(module.backbone)
     trainer(callbacks=[FreezeBackboneFinetune(unfreeze_at_epoch=None)], max_epochs=1).fit(module, loader())
-    assert set(module.modes) == {(False, True, True)}  # the norm rests, the dropout and the head do not
+    assert set(module.modes) == {(False, False, True)}  # the norm and the dropout rest, the head does not
     assert_same_weights(start, weights(module.backbone))
     assert all(sub.training for sub in module.modules())
     module.modes.clear()
@@ -343,7 +343,7 @@ def test_arguments_out_of_range_are_refused(arguments):
 
 def test_modules_of_the_backbone_come_once_each():
     module = model()
-    layers = find_layers(module, lambda m: [m.backbone, m.backbone[0]])
+    layers = find_layers(module, [module.backbone, module.backbone[0]])
     assert [(layer.name, list(layer.modules)) for layer in layers] == [("backbone", list(module.backbone[:2]))]
 
 

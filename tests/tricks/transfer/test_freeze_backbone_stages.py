@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRa
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_speedups import FreezeBackboneFinetune, OneCycleMomentum, Plateau, WarmupLRScaler
+from lightning_speedups import FreezeBackboneFinetune, FreezeProgressively, OneCycleMomentum, Plateau, WarmupLRScaler
 from lightning_speedups.core.schedules import OneCycle
 from zoo import (
     Classifier,
@@ -684,3 +684,77 @@ def test_a_compiled_backbone_has_the_layers_of_the_one_in_it():
 
     trainer(callbacks=[callback, Looks()], max_epochs=1).fit(module, loader(8))
     assert found == ["stem", "layer1", "layer2", "layer3", "layer4"]
+
+
+class Whole(Deep):
+    """All of it in one attribute, the head its last child."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.model = nn.Sequential()
+        for i, name in enumerate(("layer1", "layer2", "layer3")):
+            self.model.add_module(name, self.backbone[3 * i : 3 * i + 3])
+        self.model.add_module("pool", self.backbone[9:])
+        self.model.add_module("fc", self.head)
+        del self.backbone, self.head
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def on_train_batch_end(self, *_):
+        names = {id(p): name.split(".")[1] for name, p in self.named_parameters()}
+        groups = zip(self.trainer.optimizers[0].param_groups, self.values[-1], strict=True)
+        self.snapshots.append({names[id(p)]: noted["lr"] for group, noted in groups for p in group["params"]})
+
+
+RATES = {
+    "a tenth": ({}, (0.1, 0.1, 0.1)),
+    "two ends": ({"backbone_lr_ratio": (0.01, 1.0)}, (0.01, 0.1, 1.0)),
+    "by depth": ({"lr_decay": 0.5}, (0.125, 0.25, 0.5)),
+}
+
+
+@pytest.mark.parametrize(("options", "ratios"), RATES.values(), ids=RATES)
+def test_the_last_layer_of_a_whole_model_trains_as_a_head(options, ratios):
+    module = Whole(lr=0.5)
+    callback = FreezeBackboneFinetune("model", schedule={0: "fc", 1: "all"}, head_lr_ratio=2.0, **options)
+    trainer(callbacks=[callback], max_epochs=2).fit(module, loader(16))
+    assert [rates["fc"] for rates in module.snapshots] == [1.0, 1.0, 0.5, 0.5]
+    layers = ("layer1", "layer2", "layer3")
+    np.testing.assert_allclose([module.snapshots[-1][layer] for layer in layers], [0.5 * ratio for ratio in ratios])
+
+
+def test_a_whole_model_that_is_resumed_equals_the_whole_run():
+    make = {"schedule": {0: "fc", 1: "layer3", 2: "all"}, "unfreeze_warmup": 3, "head_lr_ratio": 0.5}
+    whole, parted = Whole(), Whole()
+    trainer(callbacks=[FreezeBackboneFinetune("model", **make)]).fit(whole, ReplayLoader())
+    for stop in (2, 4, 7):
+        parted = Whole()
+        fit_interrupted(parted, ReplayLoader(), stop, [FreezeBackboneFinetune("model", **make)])
+        resume(parted, ReplayLoader(), [FreezeBackboneFinetune("model", **make)])
+        assert_same_weights(weights(whole), weights(parted))
+
+
+def test_what_trains_outside_the_backbone_is_its_head_and_what_is_frozen_there_is_none():
+    class WithTeacher(Whole):
+        def __init__(self, trains, **arguments):
+            super().__init__(**arguments)
+            self.teacher = nn.Linear(2, 2).requires_grad_(trains)
+
+    for trains, rate in ((False, 0.5), (True, 0.05)):
+        module = WithTeacher(trains, lr=0.5)
+        trainer(callbacks=[FreezeBackboneFinetune("model", schedule={0: "all"})], max_epochs=1).fit(module, loader(8))
+        assert module.snapshots[0]["fc"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": {0: "head", 1: "all"}}, {"gradual": True}], ids=str)
+def test_a_head_that_there_is_not_is_explained_with_the_layers_to_choose_from(options):
+    told = r"'head' is what lies outside `backbone`.* of \['layer1', 'layer2', 'layer3', 'fc'\]\.$"
+    with pytest.raises(MisconfigurationException, match=told):
+        trainer(callbacks=[FreezeBackboneFinetune("model", **options)]).fit(Whole(), loader(8))
+
+
+@pytest.mark.parametrize("make", [FreezeBackboneFinetune, FreezeProgressively])
+def test_a_whole_model_of_timm_by_its_name_is_told_of_none(make):
+    with pytest.raises(MisconfigurationException, match=r"`backbone=None` is a timm model without its classifier\.$"):
+        trainer(callbacks=[make("model")]).fit(Timm("resnet10t"), loader(8))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchTrick
-from lightning_speedups.core.batch import Place, check_places, replace_part
+from lightning_speedups.core.batch import Place, check_places
 from lightning_speedups.core.resizing import Size, resize_images, resize_maps
 
 
@@ -39,9 +39,10 @@ class ImagePlaces:
         full, changed = self.size_in(batch), batch
         for place in self.inputs:
             images = self._part(batch, place, "inputs", full)
-            changed = replace_part(changed, place, resize_images(images, size, self.antialias))
+            changed = self.trick.with_part(changed, place, resize_images(images, size, self.antialias), "inputs")
         for place in self.maps:
-            changed = replace_part(changed, place, resize_maps(self._part(batch, place, "maps", full), size))
+            maps = self._part(batch, place, "maps", full)
+            changed = self.trick.with_part(changed, place, resize_maps(maps, size), "maps")
         return changed
 
     def _part(self, batch: Any, place: Place, argument: str, full: Size | None = None) -> Tensor:
@@ -51,8 +52,8 @@ class ImagePlaces:
             return part
         what = f"{'maps' if is_map else 'floating-point or uint8 images'} of one size (N, ..., H, W)"
         found = f"{part.dtype} of the shape {tuple(part.shape)}"
-        way_out = "Name the right place; maps of labels go to `maps=`."
-        raise self.trick.refusal(f"expected {what}, but found {found}", way_out, **{argument: place})
+        more = "Maps of labels go to `maps=`."
+        raise self.trick.misplaced(f"expected {what}, but found {found}", batch, more, **{argument: place})
 
 
 def _size(images: Tensor) -> Size:

@@ -11,16 +11,16 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import WarningCache
+from lightning.pytorch.utilities.rank_zero import WarningCache, rank_zero_warn
 
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick
 from lightning_speedups.attach.copies import NoCopyError
 from lightning_speedups.attach.rehearsal import Statistics, swap_statistics
 from lightning_speedups.attach.run_length import ShorterRun
 from lightning_speedups.core.arguments import check_choice, check_number
-from lightning_speedups.core.batch import Place
+from lightning_speedups.core.batch import Place, get_part
 from lightning_speedups.core.batch_scaling import Rule
-from lightning_speedups.core.resizing import Growth, checked_stages
+from lightning_speedups.core.resizing import Growth, Size, checked_stages
 from lightning_speedups.tricks.batches.progressive_resizing.filled_batches import FilledBatches
 from lightning_speedups.tricks.batches.progressive_resizing.full_size_statistics import give_statistics
 from lightning_speedups.tricks.batches.progressive_resizing.growth import SizesOverRun
@@ -83,15 +83,15 @@ class ProgressiveResizing(BatchTrick):
     the small size costs more accuracy than time is won; a loader that is the bottleneck and that it cannot change.
 
     Args:
-        start: Side at the start as a share of the full one, in (0, 1).
+        start: Side at the start as a share of the full one, in (0, 1]; 1: they are full from the start.
         grow_from: Fraction of the run, in [0, 1], at which growth begins.
         full_from: Fraction of the run, in [``grow_from``, 1], from which on images are full.
         multiple: Sides are multiples of this, 1 or more, in pixels, except the full one; a patch size or the total
             stride of the model fits.
-        stages: Grow in steps instead: a number, 2 or more, of evenly spaced sizes, the first of which is ``start`` and
-            the last full (EfficientNetV2 has 4, with ``grow_from=0`` and ``full_from=0.75``), or the sizes themselves
-            instead of ``start``, rising: shares in (0, 1] or pixels of the shorter side. The growth's part of the run
-            is shared out evenly among all but the last.
+        stages: Grow in steps instead: a number of evenly spaced sizes, the first of which is ``start`` and the last
+            full (EfficientNetV2 has 4, with ``grow_from=0`` and ``full_from=0.75``; 1: they are full from the start),
+            or the sizes themselves instead of ``start``, rising: shares in (0, 1] or pixels of the shorter side. The
+            growth's part of the run is shared out evenly among all but the last.
         antialias: Average over all pixels when shrinking.
         scale_regularization: Share of the regularisation at the smallest size, in [0, 1], growing linearly with the
             side to all of it at the full size: how much ``MixupCallback`` and other tricks on batches do, and the
@@ -118,7 +118,8 @@ class ProgressiveResizing(BatchTrick):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At fit start, if the length of the run is unknown, if the batch has no such parts, if
-            the model does not take the sizes, or if the loader cannot do what was asked of it.
+            images have their channels last, if the model does not take the sizes, or if the loader cannot do what was
+            asked of it.
 
     Source:
         Tan & Le, arXiv:2104.00298 (growth, regularisation); Touvron et al., arXiv:1906.06423 (statistics depend on the
@@ -153,7 +154,7 @@ class ProgressiveResizing(BatchTrick):
         probe: bool = True,
     ) -> None:
         super().__init__()
-        check_number("start", start, 0, 1, above=True, below=True)
+        check_number("start", start, 0, 1, above=True)
         check_number("grow_from", grow_from, 0, 1)
         check_number("full_from", full_from, grow_from, 1)
         check_number("multiple", multiple, 1, whole=True)
@@ -165,6 +166,7 @@ class ProgressiveResizing(BatchTrick):
         growth = Growth(start, grow_from, full_from, checked_stages(stages), int(multiple))
         self.refresh_batches, self.probe = int(refresh_batches), bool(probe)
         self.images = ImagePlaces(self, inputs, maps, bool(antialias))
+        self.pixels = {"inputs": self.images.inputs, "maps": self.images.maps}
         self.sizes = SizesOverRun(self, growth, "epoch" if by == "epoch" else "sample" if fill_batch else "batch")
         self.loader = LoaderSizes(self, self.sizes, (*self.images.inputs, *self.images.maps), in_loader is True)
         self.grips = (self.sizes,)
@@ -180,21 +182,43 @@ class ProgressiveResizing(BatchTrick):
         """Distinct for each place in the batch."""
         return self._generate_state_key(inputs=repr(self.images.inputs))
 
+    def left_behind(self, trainer: Trainer, batch: Any, *more: Size) -> tuple[list[Place], list[Place]]:
+        """Return the places of maps, of full size or the images', and of points in pixels that it was not given."""
+        maps, points = super().left_behind(trainer, batch, self.full_size(batch), *more)
+        return maps, [place for place in points if (get_part(batch, place) > 1).any()]
+
+    def look(self, trainer: Trainer, batch: Any) -> None:
+        """Warn of images that cannot be smaller, too."""
+        super().look(trainer, batch)
+        full, growth = self.full_size(batch), self.sizes.growth
+        if growth.sizes(full) == [full]:
+            rank_zero_warn(
+                f"{self.name} finds nothing to do: images of {full[0]} × {full[1]} pixels are full from the start, "
+                f"by start={growth.start}, full_from={growth.full_from}, stages={growth.stages} or multiple="
+                f"{growth.multiple}."
+            )
+
+    def full_size(self, batch: Any) -> Size:
+        """Return the size that a batch's images have when they are full."""
+        return self.loader.full or self.images.size_in(batch)
+
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Resize images and maps."""
-        full = self.loader.full or self.images.size_in(batch)
+        full = self.full_size(batch)
         self.saved.full = list(full)
         if self.probe and not self.run.is_tried:
             self.run.is_tried = True
+            sizes, (maps, _) = self.sizes.to_come(trainer, full), self.left_behind(trainer, batch)
             with suppress(NoCopyError):
-                try_sizes(trainer, self, full, self.sizes.to_come(trainer, full), partial(self.images.resized, batch))
+                try_sizes(trainer, self, full, sizes, partial(self.images.resized, batch), maps)
         size = self.sizes.now(trainer, full)
+        resized = self.images.resized(batch, size)
         if size == full:
             self.run.recent.clear()
         elif self.refresh_batches:
             recent = [*self.run.recent, self.loader.at_full_size(trainer, batch)]
             self.run.recent = recent[-self.refresh_batches :]
-        return self.images.resized(batch, size)
+        return resized
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give BatchNorm the statistics of full images."""
@@ -204,7 +228,7 @@ class ProgressiveResizing(BatchTrick):
         except Exception as error:
             self.run.said.warn(
                 f"{self.name} could not give BatchNorm the statistics of full images, so that validation has those of "
-                f"small ones until the images are full: {error}."
+                f"small ones until the images are full: {str(error) or repr(error)}."
             )
         self.run.recent.clear()
 

@@ -7,11 +7,23 @@ from typing import Any
 
 from lightning_speedups.attach.batches import BatchTrick, rest_of_pipeline
 from lightning_speedups.attach.rehearsal import rehearsal
+from lightning_speedups.core.batch import Place
 from lightning_speedups.core.resizing import Size
+
+ANY_SIZE = (
+    "Make it take any size (timm's vision transformers: `dynamic_img_size=True`; convolutional networks: "
+    "`nn.AdaptiveAvgPool2d` before the classifier), or give sizes that it takes, with `start=`, `stages=` or a "
+    "`multiple=` of its patch size or total stride."
+)
 
 
 def try_sizes(
-    trainer: Any, trick: BatchTrick, full: Size, sizes: Sequence[Size], resized: Callable[[Size], Any]
+    trainer: Any,
+    trick: BatchTrick,
+    full: Size,
+    sizes: Sequence[Size],
+    resized: Callable[[Size], Any],
+    maps: Sequence[Place] = (),
 ) -> None:
     """Refuse a model that takes full images, but not those of other sizes.
 
@@ -21,6 +33,7 @@ def try_sizes(
         full: The full size.
         sizes: Those to come, the smallest first.
         resized: Returns the batch at a size.
+        maps: Where it has maps that stay as they are.
 
     Raises:
         MisconfigurationException: If the model does not take one of them.
@@ -43,10 +56,10 @@ def try_sizes(
         for size in chosen:
             error = failure(size)
             if error is not None and failure(full) is None:  # else the first step will say what is wrong
+                rest = f", while what is at {', '.join(map(repr, maps))} keeps its size" if maps else ""
                 raise trick.refusal(
                     f"needs a model for more than one size, but {type(trainer.lightning_module).__name__} takes images "
-                    f"of {full[0]} × {full[1]} pixels and not of {size[0]} × {size[1]} ({error})",
-                    "Make it take any size (timm's vision transformers: `dynamic_img_size=True`; convolutional "
-                    "networks: `nn.AdaptiveAvgPool2d` before the classifier), or give sizes that it takes, with "
-                    "`start=`, `stages=` or a `multiple=` of its patch size or total stride.",
+                    f"of {full[0]} × {full[1]} pixels and not of {size[0]} × {size[1]}{rest} "
+                    f"({str(error) or repr(error)})",
+                    trick.naming(maps) if maps else ANY_SIZE,
                 ) from error

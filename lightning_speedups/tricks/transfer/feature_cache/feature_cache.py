@@ -94,9 +94,10 @@ class FeatureCache(BatchTrick):
     epoch to epoch is found out then, or not at all. The loader goes on loading the inputs: with features at hand that
     is what an epoch takes (``InMemoryLoader``).
 
-    When not to use it: with random augmentation, or dropout in the frozen part (it refuses); for fewer than three
-    epochs; where adapters, prompts or single layers train all over a frozen network, so that hardly anything stands
-    before the first of them; for networks that are called with batches of another size than the loader's.
+    When not to use it: with random augmentation, or dropout in a part that was frozen by hand and left in training mode
+    (it refuses; FreezeBackboneFinetune switches it off); for fewer than three epochs; where adapters, prompts or single
+    layers train all over a frozen network, so that hardly anything stands before the first of them; for networks that
+    are called with batches of another size than the loader's.
 
     Args:
         folder: Where to keep the features in files, for this run and others; each combination of weights and data has

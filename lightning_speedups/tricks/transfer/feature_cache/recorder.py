@@ -131,8 +131,9 @@ class Recording:
                 f"something random goes into it, in or before `{name}` ({type(module).__name__}"
                 f"{'' if module.training else ', in evaluation mode'}): dropout, or augmentation in the model (it drew "
                 f"from the generator of {drew})",
-                "Switch it off there (`.eval()`), move dropout behind the first trainable layer, into one module with "
-                "it, let what has nothing to do with the features draw from a generator of its own",
+                "Switch it off there (`.eval()`, as FreezeBackboneFinetune does), move dropout behind the first "
+                "trainable layer, into one module with it, let what has nothing to do with the features draw from "
+                "a generator of its own",
             )
 
 

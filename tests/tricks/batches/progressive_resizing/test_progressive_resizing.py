@@ -762,14 +762,47 @@ def test_nothing_to_regularize_warns():
         trainer(callbacks=[ProgressiveResizing(scale_regularization=0.5)]).fit(Classifier(), square(16))
 
 
+# What does nothing
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"start": 1}, {"start": 1.0, "fill_batch": True}, {"stages": 1}, {"stages": [1.0]}, {"stages": [64, 128]}, {"multiple": 64},
+        {"grow_from": 0, "full_from": 0}, {"start": 1.0, "stages": 3}, {"start": 0.95, "multiple": 8},
+    ],
+)  # fmt: skip
+def test_settings_and_images_that_leave_nothing_to_shrink_run_as_without_it_and_are_told(options):
+    def data():
+        return DataLoader(torch.utils.data.TensorDataset(*images(32, side=16)), 8)
+
+    plain, module = Classifier(), Classifier()
+    module.load_state_dict(plain.state_dict())
+    trainer(max_epochs=2).fit(plain, data())
+    with pytest.warns(UserWarning, match=r"finds nothing to do: images of 16 × 16 pixels are full") as told:
+        trainer(callbacks=[ProgressiveResizing(**options)], max_epochs=2).fit(module, data())
+    assert len([one for one in told if "nothing to do" in str(one.message)]) == 1
+    assert_same_weights(weights(plain), weights(module))
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale_regularization": 1.0}, {"refresh_batches": 0}, {"maps": None, "multiple": 1}]
+)
+def test_neutral_settings_of_its_parts_are_no_errors(options):
+    module = Dropping()
+    trainer(callbacks=[MixupCallback(seed=1), ProgressiveResizing(**options)], max_epochs=2).fit(module, square(16))
+    assert module.strengths == [(0.4, 1.0)] * 8
+    assert sides(module)[0] == (8, 8)
+
+
 # What is refused
 
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ({"start": 0}, "start"), ({"start": 1}, "start"), ({"grow_from": -0.1}, "grow_from"), ({"grow_from": 0.5, "full_from": 0.4}, "full_from"),
-        ({"full_from": 1.1}, "full_from"), ({"multiple": 0}, "multiple"), ({"multiple": 1.5}, "multiple"), ({"stages": 1}, "stages"),
+        ({"start": 0}, "start"), ({"start": 1.1}, "start"), ({"grow_from": -0.1}, "grow_from"), ({"grow_from": 0.5, "full_from": 0.4}, "full_from"),
+        ({"full_from": 1.1}, "full_from"), ({"multiple": 0}, "multiple"), ({"multiple": 1.5}, "multiple"), ({"stages": 0}, "stages"),
         ({"stages": []}, "stages"), ({"stages": [0.5, 0.4]}, "stages"), ({"stages": [0.5, 64]}, "stages"), ({"stages": "4"}, "stages"),
         ({"scale_regularization": 2}, "scale_regularization"), ({"by": "batch"}, "by"), ({"rule": "cubic"}, "rule"),
         ({"in_loader": "yes"}, "in_loader"), ({"inputs": []}, "inputs"), ({"inputs": None}, "inputs"), ({"inputs": [0, 0]}, "inputs"),
@@ -801,3 +834,64 @@ def test_maps_among_the_inputs_are_refused():
     x, y = images(8, side=16)
     with pytest.raises(MisconfigurationException, match="maps="):
         trainer(callbacks=[ProgressiveResizing()]).fit(Classifier(), Batches((x.long(), y)))
+
+
+class Segmenter(LightningModule):
+    """A loss for each pixel, and an assertion without words."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = nn.Conv2d(2, 3, 3, padding=1), []
+
+    def training_step(self, batch, batch_idx):
+        scores = self.net(batch["image"])
+        if scores.shape[2:] != batch["mask"].shape[-2:]:
+            raise AssertionError
+        self.seen.append(scores.shape[-1])
+        return F.cross_entropy(scores, batch["mask"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Scenes(Dataset):
+    """The loader can make small images of it, and masks that are always full."""
+
+    size = 16
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return {"image": torch.randn(2, self.size, self.size), "mask": torch.zeros(16, 16).long()}
+
+
+@pytest.mark.parametrize("in_loader", ["auto", False])
+def test_forgotten_maps_are_told_instead_of_a_network_that_takes_any_size(in_loader):
+    def fit(**options):
+        module, trick = Segmenter(), ProgressiveResizing(inputs="image", in_loader=in_loader, **options)
+        trainer(callbacks=[trick], max_epochs=3).fit(module, DataLoader(Scenes(), 8))
+        return module.seen
+
+    told = r"not of 8 × 8, while what is at 'mask' keeps its size \(AssertionError\(\)\)\. .*name it: `maps='mask'`\.$"
+    with pytest.warns(UserWarning, match="`maps='mask'`"), pytest.raises(MisconfigurationException, match=told):
+        fit()
+    assert {8, 16} <= set(fit(maps="mask"))
+
+
+def test_an_error_without_words_is_named():
+    class Picky(Classifier):
+        def training_step(self, batch, batch_idx):
+            if batch[0].shape[-1] != 16:
+                raise AssertionError
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(MisconfigurationException, match=r"not of 8 × 8 \(AssertionError\(\)\)\. Make it take any size"):
+        trainer(callbacks=[ProgressiveResizing()]).fit(Picky(), square(16))
+
+
+def test_places_in_a_nest_are_shown_to_who_names_none():
+    x, y = images(8, side=16)
+    there = r"`inputs=`: the batch has tensors at \(0, 0\) of shape \(8, 2, 16, 16\), \(0, 1\) of shape \(8,\)\."
+    with pytest.raises(MisconfigurationException, match=there):
+        trainer(callbacks=[ProgressiveResizing()]).fit(Classifier(), [Batches((x, y))])

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 
-from lightning_speedups import FeatureCache, MixupCallback
+from lightning_speedups import FeatureCache, FreezeBackboneFinetune, MixupCallback
 from lightning_speedups.tensors.feature_store import Kind, bytes_needed
 from lightning_speedups.tensors.unloaded import Unloaded
 from zoo import (
@@ -892,6 +892,57 @@ def test_something_random_in_the_frozen_part(make, found):
     message = refused(module, shuffled(), steps=isinstance(module, BetweenThem))
     assert found in message
     assert "something random" in message
+
+
+class Encoder(nn.Module):
+    """As a BERT is built: dropout in the embeddings, in attention, and behind each sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.dropout = nn.Linear(8, 8), nn.Dropout(0.2)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 8, 0.2, batch_first=True) for _ in range(2))
+
+    def forward(self, inputs):
+        found = self.dropout(self.words(inputs.flatten(1, 2)))
+        for layer in self.layers:
+            found = layer(found)
+        return found[:, 0]
+
+
+class Encodes(Classifier):
+    """Dropout in what is frozen, and in the head."""
+
+    def __init__(self, backbone=None):
+        torch.manual_seed(3)
+        super().__init__()
+        self.backbone = backbone or Encoder()
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(8, CLASSES))
+
+
+def small_vit():
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "depth": 2, "in_chans": 2}
+    rates = dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"), 0.3)
+    return timm.models.VisionTransformer(**options, **rates, num_classes=0)
+
+
+@pytest.mark.parametrize("backbone", [Encoder, small_vit])
+def test_dropout_rests_in_what_freeze_backbone_finetune_freezes(backbone):
+    def others():
+        return [FreezeBackboneFinetune(unfreeze_at_epoch=None)]
+
+    cache, _, _ = same_as_without(lambda: Encodes(backbone()), shuffled, others=others, close=True, max_epochs=5)
+    assert (cache.hits, cache.misses) == (14, 6)
+    by_hand = Encodes(backbone())
+    by_hand.backbone.requires_grad_(False)
+    assert "something random goes into it" in refused(by_hand, shuffled(), steps=0)
+    assert all(part.training for part in by_hand.modules())
+
+
+def test_dropout_before_a_layer_that_thaws_is_refused_when_it_begins():
+    net = nn.Sequential(conv(), nn.Dropout(0.2), conv(6), nn.Dropout(0.2), Pool())
+    callback = FreezeBackboneFinetune(schedule={0: "head", 2: "2"})
+    message = refused(Encodes(net.append(nn.Linear(6, 8))), shuffled(), callback, steps=8)
+    assert "`backbone.1` (Dropout)" in message
 
 
 def test_random_numbers_that_are_drawn_in_a_later_step_only():
