@@ -335,9 +335,9 @@ class Selection(Sampler[Any]):
             samples, size = grip.samples_in_epoch(epoch, samples), grip.batch_size_in_epoch(epoch, size)
         return samples, size
 
-    def batches_in_epoch(self, epoch: int) -> int:
-        """Return the batches of an epoch."""
-        samples, size = self._sizes(epoch)
+    def batches_in_epoch(self, epoch: int | None) -> int:
+        """Return the batches of an epoch; of None those that all would have without the tricks."""
+        samples, size = (len(self.source), self.batch_size) if epoch is None else self._sizes(epoch)
         batches = samples // size if self.batcher.drop_last else math.ceil(samples / size)
         return int(_parse_num_batches(RunningStage.TRAINING, batches, self.loaders.trainer.limit_train_batches))
 

@@ -144,6 +144,26 @@ def count_samples(batch: Any) -> int | None:
     return len(first) if first.ndim else 1
 
 
+def count_by_loader(loaders: Any, batch: Any) -> int | None:
+    """Return the samples of a batch, of several loaders together; None if they cannot be counted.
+
+    Args:
+        loaders: A loader, or a list, tuple or mapping of loaders.
+        batch: What they gave: a batch, or as many in the same container, None of one that is exhausted.
+
+    Example:
+        >>> count_by_loader({"a": "loader", "b": "loader"}, {"a": Tensor(4, 2), "b": [Tensor(3)]})
+        7
+    """
+    if isinstance(loaders, (list, tuple)):
+        loaders, batch = dict(enumerate(loaders)), dict(enumerate(batch))
+    if not isinstance(loaders, Mapping):
+        return count_samples(batch)
+    given = [(loader, batch[key]) for key, loader in loaders.items() if batch[key] is not None]
+    counts = [count_by_loader(loader, part) for loader, part in given]
+    return None if None in counts else sum(count for count in counts if count)
+
+
 def tensors_in(part: Any) -> Iterator[Tensor]:
     """Yield all tensors in something, nested as they may be, in objects' attributes too.
 

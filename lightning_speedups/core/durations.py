@@ -23,12 +23,15 @@ class RunFacts:
         steps_in_epochs: Optimizer steps in the run's first so many epochs; gives None when an epoch has no length.
         batch_size: Samples behind one optimizer step, over all processes; None when unknown.
         optimizers: Class names of the optimizers.
+        told: Optimizer steps of the whole run if all epochs are as the loader says now, also those that are over; None
+            when it is open-ended.
     """
 
     steps: int | None
     steps_in_epochs: Callable[[float], int | None]
     batch_size: int | None = None
     optimizers: tuple[str, ...] = ("SGD",)
+    told: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,35 @@
-"""When a metric stands still."""
+"""When a metric stands still, or is where it should be."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+from torch import Tensor
+
 from lightning_speedups.core.arguments import check_choice, check_number
 
 Mode = Literal["min", "max"]
+
+
+def is_reached(value: float | Tensor, target: float, mode: Mode) -> bool:
+    """Tell whether a metric is at its target, in the metric's own precision; NaN never is.
+
+    Args:
+        value: The metric, a floating-point tensor or a number.
+        target: The value to reach.
+        mode: ``"max"``: at least the target; ``"min"``: at most.
+
+    Example:
+        >>> is_reached(0.91, 0.9, "max"), is_reached(0.91, 0.9, "min"), is_reached(float("nan"), 0.9, "max")
+        (True, False, False)
+        >>> is_reached(torch.tensor(0.9), 0.9, "max")
+        True
+    """
+    value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
+    limit = float(torch.tensor(target, dtype=value.dtype if value.is_floating_point() else torch.float64))
+    return float(value) >= limit if mode == "max" else float(value) <= limit
 
 
 @dataclass(frozen=True)

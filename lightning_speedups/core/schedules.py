@@ -11,6 +11,7 @@ import inspect
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -371,6 +372,36 @@ class Course:
             [5.0, 7.5, 10]
         """
         return Course(self.length, total, step, self.position(step))
+
+
+def is_cut_off(scheduler: Any, steps: int, told: int) -> bool:
+    """Tell whether a run has too few steps for a scheduler of torch's, where one of another length would have enough.
+
+    Args:
+        scheduler: A scheduler; of a class that does not say where it ends, only an attribute that is ``told`` tells.
+        steps: How often it will be stepped.
+        told: How often the longer run would step it.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=200)
+        >>> is_cut_off(cosine, 130, told=200), is_cut_off(cosine, 200, told=300)
+        (True, False)
+    """
+    if parts := getattr(scheduler, "_schedulers", ()):
+        milestones = getattr(scheduler, "_milestones", [])  # one after the other, or all at once
+        begin, last = (milestones[-1], parts[-1:]) if milestones else (0, parts)
+        return steps < begin <= told or any(is_cut_off(part, steps - begin, told - begin) for part in last)
+    if shapes := getattr(scheduler, "lr_lambdas", ()):
+        with suppress(Exception):  # what is only defined up to the end of the run
+            return steps < told and any(shape(steps) != shape(told - 1) for shape in shapes)
+        return False
+    ends = [*getattr(scheduler, "milestones", ())]
+    for name, value in vars(scheduler).items():
+        if isinstance(value, (int, float)) and (name in ("total_steps", "total_iters", "T_max") or value == told):
+            ends.append(value)
+    return any(steps < end <= told for end in ends)
 
 
 SHAPES: dict[str, Callable[..., float]] = {

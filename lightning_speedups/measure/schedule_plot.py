@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Optimizer
 
-from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder, get_value
+from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder, get_value, require_values
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.tricks.rates.base import ScheduleTrick
@@ -49,7 +49,7 @@ def schedule_values(
         name, its numbers at these steps.
 
     Raises:
-        ValueError: If no callback is a schedule, two own the same value, or a length is missing.
+        ValueError: If no callback is a schedule, two own the same value, a length is missing, or optimizers do not fit.
 
     Example:
         >>> from lightning_speedups import LRCurve
@@ -70,9 +70,11 @@ def schedule_values(
 
     for trick in tricks:
         try:
+            _require_optimizers(trick, optimizers)
             trick.plan(RunFacts(trainer_length, steps_in_epochs, batch_size, names))
         except MisconfigurationException as error:
-            raise ValueError(f"{error} (In a plot, `steps_per_epoch=` and `batch_size=` say more.)") from error
+            more = "(In a plot, `steps_per_epoch=`, `batch_size=` and `optimizer=` say more.)"
+            raise ValueError(f"{error} {more}") from error
 
     count = min(points, trainer_length)
     steps = [i * (trainer_length - 1) // max(1, count - 1) for i in range(count)]
@@ -116,10 +118,25 @@ def _twins(callbacks: Sequence[Callback]) -> list[OptimizerTrick]:
 def _optimizers(
     optimizer: Optimizer | Sequence[Optimizer] | None, tricks: Sequence[OptimizerTrick]
 ) -> Sequence[Optimizer]:
-    if optimizer is None:
-        count = 1 + max((getattr(trick, "optimizer", None) or 0 for trick in tricks), default=0)
-        return [SGD([torch.zeros(())], lr=1.0, momentum=0.9, weight_decay=1.0) for _ in range(count)]
-    return [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    if optimizer is not None:
+        return [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    count = 1 + max((getattr(trick, "optimizer", None) or 0 for trick in tricks), default=0)
+    schedules = [trick for trick in tricks if isinstance(trick, ScheduleTrick)]
+    lists = [(one, rates) for one in schedules for rates in one.rates.values() if isinstance(rates, (list, tuple))]
+    made = []
+    for i in range(count):
+        groups = max((len(rates) for one, rates in lists if one.drives(i)), default=1)
+        made.append(SGD([{"params": [torch.zeros(())]} for _ in range(groups)], lr=1.0, momentum=0.9, weight_decay=1.0))
+    return made
+
+
+def _require_optimizers(trick: OptimizerTrick, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that a run would refuse."""
+    if isinstance(trick, ScheduleTrick):
+        trick.require_rates(optimizers, **trick.rates)
+    for i, optimizer in enumerate(optimizers):
+        if trick.drives(i):
+            require_values(trick, optimizer, trick.keys, trick.way_without)
 
 
 def _values_at(
@@ -165,7 +182,7 @@ def plot_schedule(
         batch_size: Samples behind one optimizer step, over all processes, for a ``WarmupLRScaler`` with a
             ``base_batch_size``.
         optimizer: The optimizer, or all of them, for curves that begin at its own values. None: SGD at rate 1 with
-            momentum 0.9 and weight decay 1.
+            momentum 0.9 and weight decay 1, and as many parameter groups as a schedule has rates.
         ax: Matplotlib axes to draw on: one takes the learning rate; a sequence takes a value each, in the order
             learning rate, momentum, others, scale. None: a new figure with all of them.
 
@@ -173,7 +190,7 @@ def plot_schedule(
         The figure.
 
     Raises:
-        ValueError: If no callback is a schedule, two own the same value, or a length is missing.
+        ValueError: If no callback is a schedule, two own the same value, a length is missing, or optimizers do not fit.
 
     Example:
         >>> from lightning_speedups import OneCycleMomentum, WarmupLRScaler

@@ -1,12 +1,24 @@
 """The run's length as it is really trained, and the batch size as it really comes."""
 
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
+from lightning_speedups import ProgressiveResizing, SubsetTraining
 from lightning_speedups.attach.run_length import (
     accumulation,
     batches_in_epoch,
@@ -15,7 +27,7 @@ from lightning_speedups.attach.run_length import (
     run_length,
 )
 from lightning_speedups.attach.trick import callbacks_of
-from zoo import Classifier, images, loader, trainer
+from zoo import Classifier, ReplayLoader, fit_interrupted, images, loader, resume, trainer
 
 
 def steps_of(one):
@@ -84,6 +96,74 @@ def test_the_total_counts_from_the_start_of_the_run_after_a_resume():
     two.fit(Classifier(), loader(32, 8), ckpt_path="first.ckpt")
     assert eye.seen == [12]
     assert two.global_step == 12
+
+
+class Reloads(Classifier):
+    """Has a loader of another length in each epoch."""
+
+    batches = (2, 4, 6)
+
+    def train_dataloader(self):
+        return ReplayLoader(self.batches[self.trainer.current_epoch])
+
+
+class LooksAlways(Callback):
+    """Notes the total of each hook, and that of the epoch's end, which belongs to what comes."""
+
+    def __init__(self):
+        self.seen, self.at_ends = [], []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.seen.append((trainer.current_epoch, steps_of(trainer)))
+
+    on_train_start = on_train_epoch_start
+
+    def on_train_batch_end(self, trainer, *args):
+        self.seen.append((trainer.current_epoch, steps_of(trainer)))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.at_ends.append(steps_of(trainer))
+
+
+RELOAD = {"reload_dataloaders_every_n_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "totals", "at_ends", "stop"),
+    [
+        *(({}, (6, 10, 12), [6, 10, 12], stop) for stop in (None, 1, 3, 4)),
+        *(({"accumulate_grad_batches": 3}, (3, 5, 5), [3, 5, 5], stop) for stop in (None, 2)),
+        *(({"max_steps": 9}, (6, 9, 9), [6, 9], stop) for stop in (None, 1, 3, 4)),
+    ],
+)
+def test_the_total_is_what_is_done_and_what_is_left_by_the_present_loader(arguments, totals, at_ends, stop):
+    if stop is None:
+        eye = LooksAlways()
+        trainer(callbacks=[eye], **RELOAD, **arguments).fit(Reloads())
+        assert eye.at_ends[: len(at_ends) - 1] == at_ends[:-1]
+    else:
+        fit_interrupted(Reloads(), None, stop, [], **RELOAD, **arguments)
+        eye = LooksAlways()
+        resume(Reloads(), None, [eye], **RELOAD, **arguments)
+    assert set(eye.seen) <= set(enumerate(totals))
+    assert len(eye.seen) > 5
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 2.5])
+def test_epochs_that_are_over_count_as_they_were(epochs):
+    class Asks(LooksAlways):
+        def on_train_epoch_start(self, trainer, pl_module):
+            self.seen.append(run_length(trainer).steps_in_epochs(epochs))
+
+        def on_train_start(self, *args):
+            pass
+
+        on_train_batch_end = on_train_start
+
+    eye = Asks()
+    trainer(callbacks=[eye], **RELOAD).fit(Reloads())
+    # 2, then 2 and 4, then 2, 4 and 6 steps; of the first of two that are over, their mean
+    assert eye.seen == {1: [2, 2, 3], 2: [4, 6, 6], 2.5: [5, 8, 9]}[epochs]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +256,88 @@ def test_optimizers_come_without_lightnings_wrapper():
     (optimizers, callbacks), one = looked(lambda one: (raw_optimizers(one), callbacks_of(one)), max_epochs=1)
     assert [type(optimizer) for optimizer in optimizers] == [torch.optim.SGD]
     assert callbacks == one.callbacks
+
+
+# ---- schedulers of the module's own, beside tricks that make epochs shorter
+
+
+class Decays(Classifier):
+    """Has a scheduler that is built from the run's length, as told by the Trainer or given."""
+
+    def __init__(self, make, interval="step", steps=None, **config):
+        super().__init__()
+        self.make, self.steps, self.config = make, steps, {"interval": interval, **config}
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        self.told = self.trainer.estimated_stepping_batches
+        return [optimizer], [{"scheduler": self.make(optimizer, self.steps or self.told), **self.config}]
+
+
+def linear(optimizer, steps):
+    return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+
+
+def warmed_up(optimizer, steps):
+    return SequentialLR(
+        optimizer, [LinearLR(optimizer, 0.1, total_iters=5), CosineAnnealingLR(optimizer, steps - 5)], [5]
+    )
+
+
+MAKES = {
+    "LambdaLR": linear,
+    "OneCycleLR": lambda optimizer, steps: OneCycleLR(optimizer, 0.1, steps),
+    "CosineAnnealingLR": CosineAnnealingLR,
+    "PolynomialLR": PolynomialLR,
+    "SequentialLR": warmed_up,
+}
+SHORTER = {
+    "SubsetTraining": lambda: [SubsetTraining(0.5, method="random")],
+    "ProgressiveResizing": lambda: [ProgressiveResizing(fill_batch=True, multiple=2, probe=False)],
+}
+
+
+def warned(module, tricks, **arguments):
+    """Fit; return the warnings that schedulers were the reason for, and the steps."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        one = trainer(callbacks=tricks, **({"max_epochs": 8} | arguments))
+        one.fit(module, loader(64, 8))
+    return [
+        str(warning.message) for warning in record if "configure_optimizers" in str(warning.message)
+    ], one.global_step
+
+
+@pytest.mark.parametrize("name", SHORTER)
+@pytest.mark.parametrize("kind", MAKES)
+def test_a_scheduler_that_counts_on_full_epochs_is_told_the_true_number_of_steps(kind, name):
+    module = Decays(MAKES[kind])
+    (said,), steps = warned(module, SHORTER[name]())
+    assert module.told == 64 > steps
+    assert said.startswith(
+        f"{name}: the run has {steps} optimizer steps, where `trainer.estimated_stepping_batches` says 64"
+    )
+    assert f"the scheduler {kind} from configure_optimizers does not come to its end. Give it {steps} steps" in said
+    assert warned(Decays(MAKES[kind], steps=steps), SHORTER[name]())[0] == []  # it was given it
+
+
+@pytest.mark.parametrize(
+    ("module", "tricks", "arguments"),
+    [
+        (lambda: Decays(linear), lambda: [], {}),
+        (lambda: Decays(linear), lambda: [SubsetTraining(1.0)], {}),
+        (lambda: Decays(linear), lambda: [ProgressiveResizing(multiple=2, probe=False)], {}),
+        (lambda: Decays(linear), SHORTER["SubsetTraining"], {"max_steps": 9}),
+        (lambda: Decays(lambda optimizer, _: CosineAnnealingLR(optimizer, 8), "epoch"), SHORTER["SubsetTraining"], {}),
+        (lambda: Decays(lambda optimizer, _: ExponentialLR(optimizer, 0.99)), SHORTER["SubsetTraining"], {}),
+        (lambda: Decays(lambda optimizer, _: LinearLR(optimizer, 0.1, total_iters=5)), SHORTER["SubsetTraining"], {}),
+        (lambda: Decays(lambda optimizer, _: LambdaLR(optimizer, lambda step: min(1, step / 5))), SHORTER["SubsetTraining"], {}),
+        (lambda: Decays(lambda optimizer, _: ReduceLROnPlateau(optimizer), monitor="train_loss", strict=False), SHORTER["SubsetTraining"], {}),
+        (lambda: Decays(lambda optimizer, told: CosineAnnealingLR(optimizer, told // 8), frequency=4), SHORTER["SubsetTraining"], {}),
+    ],
+)  # fmt: skip
+def test_of_other_schedulers_nothing_is_said(module, tricks, arguments):
+    assert warned(module(), tricks(), **arguments)[0] == []
 
 
 class SeesBatches(Callback):

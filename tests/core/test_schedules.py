@@ -8,14 +8,17 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import (
+    ChainedScheduler,
     CosineAnnealingLR,
     CosineAnnealingWarmRestarts,
     CyclicLR,
     ExponentialLR,
+    LambdaLR,
     LinearLR,
     MultiStepLR,
     OneCycleLR,
     PolynomialLR,
+    SequentialLR,
 )
 
 from lightning_speedups.core.schedules import (
@@ -27,6 +30,7 @@ from lightning_speedups.core.schedules import (
     cosine,
     cosine_restarts,
     exponential,
+    is_cut_off,
     join,
     linear,
     pick_shape,
@@ -392,3 +396,51 @@ def test_a_picked_shape_has_the_options_it_was_given():
 def test_what_is_no_shape_is_refused(shape, options, told):
     with pytest.raises(ValueError, match=told):
         pick_shape(shape, options)
+
+
+# ---- schedulers of torch's in runs that are shorter than they were told
+
+
+def one(make):
+    return make(torch.optim.SGD([torch.zeros(1)], lr=1.0))
+
+
+def table(steps):
+    return lambda optimizer: LambdaLR(optimizer, [1 / (1 + step) for step in range(steps)].__getitem__)
+
+
+class OfTheirOwn(torch.optim.lr_scheduler.LRScheduler):
+    def __init__(self, optimizer, horizon):
+        self.horizon = horizon
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return self.base_lrs
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda o: MultiStepLR(o, [30, 65]), True),
+        (lambda o: MultiStepLR(o, [30, 50]), False),
+        (lambda o: MultiStepLR(o, [30, 200]), False),  # which never came to that anyhow
+        (lambda o: CosineAnnealingLR(o, 100), True),
+        (lambda o: CosineAnnealingLR(o, 60), False),
+        (lambda o: CosineAnnealingLR(o, 7), False),
+        (lambda o: ExponentialLR(o, 0.9), False),
+        (lambda o: ChainedScheduler([LinearLR(o, 0.1, total_iters=5), PolynomialLR(o, 100)]), True),
+        (lambda o: ChainedScheduler([LinearLR(o, 0.1, total_iters=5), ExponentialLR(o, 0.9)]), False),
+        (lambda o: SequentialLR(o, [PolynomialLR(o, 70), ExponentialLR(o, 0.9)], [70]), True),
+        (lambda o: SequentialLR(o, [PolynomialLR(o, 40), ExponentialLR(o, 0.9)], [40]), False),
+        (lambda o: SequentialLR(o, [PolynomialLR(o, 40), CosineAnnealingLR(o, 20)], [40]), False),
+        (lambda o: SequentialLR(o, [PolynomialLR(o, 40), CosineAnnealingLR(o, 60)], [40]), True),
+        (lambda o: SequentialLR(o, [ExponentialLR(o, 0.9), table(61)(o)], [40]), True),
+        (table(100), True),
+        (table(60), False),
+        (lambda o: OfTheirOwn(o, 100), True),
+        (lambda o: OfTheirOwn(o, 60), False),
+    ],
+)  # fmt: skip
+def test_a_scheduler_is_cut_off_if_it_would_end_between_the_true_and_the_told_number_of_steps(make, expected):
+    assert is_cut_off(one(make), 60, told=100) is expected
+    assert is_cut_off(one(make), 60, told=60) is False

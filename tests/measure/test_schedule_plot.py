@@ -55,6 +55,78 @@ def test_each_value_is_that_of_a_real_fit(name, kind):
     assert any(len(set(numbers)) > 1 for lines in planned.values() for numbers in lines.values())
 
 
+def two_groups(module, rate):
+    heads = [
+        {"params": module.backbone.parameters(), "lr": rate(0.1)},
+        {"params": module.head.parameters(), "lr": rate(0.3)},
+    ]
+    return torch.optim.SGD(heads, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+RATES = {"a number": float, "a tensor": lambda rate: torch.tensor(rate, dtype=torch.float64)}
+GROUPS = LISTS | {
+    "peaks": lambda: [OneCycleMomentum([0.2, 0.5])],
+    "peaks, three phases": lambda: [OneCycleMomentum([0.2, 0.5], three_phase=True), WarmupLRScaler(scale=3.0, warmup_epochs=0.5)],
+    "bounds": lambda: [CyclicMomentum([0.1, 0.2], [0.6, 0.3], "0.5 epochs", 0.2, mode="exp_range", gamma=0.95)],
+    "restarts": lambda: [LRCurve("cosine_restarts", warmup=2)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize("name", GROUPS)
+def test_each_value_of_each_group_is_that_of_a_real_fit(name, kind):
+    if name == "others":
+        return  # those split groups
+
+    class Two(Classifier):
+        def configure_optimizers(self):
+            optimizer = two_groups(self, RATES[kind])
+            optimizer.register_step_pre_hook(self._note)
+            return optimizer
+
+        def _note(self, optimizer, *_):
+            self.values.append([{key: float(group[key]) for key in OWN} for group in optimizer.param_groups])
+
+    module = Two()
+    optimizer = two_groups(module, RATES[kind])
+    rates = [group["lr"] for group in optimizer.param_groups]
+    _, planned = schedule_values(GROUPS[name](), 12, steps_per_epoch=4, batch_size=8, optimizer=optimizer)
+    assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
+    assert [float(rate) for rate in rates] == [0.1, 0.3]  # the user's own tensors are not written to
+    trainer(callbacks=GROUPS[name]()).fit(module, loader())
+    for key in planned.keys() - {"scale"}:
+        for group in (0, 1):
+            real = [step[group][key] for step in module.values]
+            np.testing.assert_allclose(planned[key][f"SGD, group {group}"], real, rtol=1e-12, err_msg=key)
+
+
+OWN = ("lr", "momentum", "weight_decay")
+
+
+def test_without_an_optimizer_there_are_as_many_groups_as_rates():
+    tricks = [OneCycleMomentum([0.2, 0.5], optimizer=0), CyclicMomentum([0.1, 0.2, 0.3], 0.9, optimizer=1)]
+    _, planned = schedule_values(tricks, 10)
+    assert {label: max(numbers) for label, numbers in planned["lr"].items()} == pytest.approx(
+        {"SGD 0, group 0": 0.2, "SGD 0, group 1": 0.5, **{f"SGD 1, group {i}": max(planned["lr"][f"SGD 1, group {i}"]) for i in (0, 1, 2)}}
+    )  # fmt: skip
+    assert [planned["lr"][f"SGD 1, group {i}"][0] for i in (0, 1, 2)] == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("trick", "optimizer", "told"),
+    [
+        (OneCycleMomentum([0.1, 0.2, 0.3]), lambda p: torch.optim.SGD(p, 0.1, 0.9), "has 3 values, but SGD has 1 parameter groups"),
+        (OneCycleMomentum(0.1), torch.optim.Adagrad, "drives `momentum`, but Adagrad has none.*cycle_momentum=False"),
+        (CyclicMomentum(0.1, 0.2), torch.optim.Adagrad, "drives `momentum`, but Adagrad has none"),
+        (LRCurve(key="beta"), torch.optim.SGD, "drives `beta`, but SGD has none"),
+        (LRCurve(optimizer=1), torch.optim.SGD, r"LRCurve\(optimizer=1\) counts from 0, but there are 1 optimizers"),
+    ],
+)  # fmt: skip
+def test_optimizers_that_a_run_refuses_are_refused_here(trick, optimizer, told):
+    with pytest.raises(ValueError, match=told):
+        schedule_values(trick, 10, optimizer=optimizer([torch.zeros(1)]))
+
+
 def test_every_schedule_of_the_package_is_compared_above():
     compared = {type(callback) for make in LISTS.values() for callback in make()}
     public = {getattr(lightning_speedups, name) for name in lightning_speedups.__all__}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_speedups.attach.batches import BatchOrder, Seed, SeededBatchTrick
 from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.attach.run_length import ShorterRun
 from lightning_speedups.attach.sample_losses import LossGrip
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.randomness import generator_for
@@ -97,10 +98,11 @@ class SubsetTraining(SeededBatchTrick):
 
     The first epoch, and those from ``stop_at`` on, have all samples; the others have exactly ``round(keep·N)``, in the
     order of the loader's own sampler (its shuffling, a DistributedSampler's share), so that the length of the run is
-    known before it starts and schedules end where they should. ``training_step`` stays as it is: each sample's loss is
-    read from torch's own loss functions, the modules built on them and this package's losses. A loss of your own ends
-    with ``lightning_speedups.mean_over_samples(losses)`` instead of ``losses.mean()``; if the first batch shows no
-    losses, the run stops with an error.
+    known before it starts and the package's schedules end where they should; where a per-step scheduler of the module's
+    own counts on full epochs, as ``trainer.estimated_stepping_batches`` does, a warning names the true number of steps.
+    ``training_step`` stays as it is: each sample's loss is read from torch's own loss functions, the modules built on
+    them and this package's losses. A loss of your own ends with ``lightning_speedups.mean_over_samples(losses)``
+    instead of ``losses.mean()``; if the first batch shows no losses, the run stops with an error.
 
     - ``"infobatch"`` drops samples at random from those below the mean loss, and weighs the others of these so that the
       expected sum of an epoch's gradients is that of all samples: fewer steps, each larger by 1/``keep`` on average,
@@ -178,7 +180,7 @@ class SubsetTraining(SeededBatchTrick):
         self.kept = 1.0
         self.reads = method != "random"
         self.loader = _Selects(self, reads_rows=self.reads)
-        self.grips = (self.loader, LossGrip(self)) if self.reads else (self.loader,)
+        self.grips = (self.loader, ShorterRun(self), *([LossGrip(self)] if self.reads else []))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join loader, batch pipeline and training step; settle which epochs are shortened."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_speedups.attach.packages import is_a
-from lightning_speedups.attach.run_length import raw_optimizers
+from lightning_speedups.attach.run_length import raw_optimizers, run_length
 from lightning_speedups.attach.steps import GIVE_STEPS, OptimizerTrick, Steps, ValueOrder, get_value
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.durations import RunFacts
+from lightning_speedups.core.run_length import Outlook
 from lightning_speedups.core.schedules import Course
 
 Rates = float | list[float]
@@ -56,10 +58,15 @@ class Schedule(Steps):
     Attributes:
         courses: How each optimizer's steps go along the curve.
         groups: How many groups each optimizer had when the schedule began.
+        told: Length of the run, in optimizer steps, as the Trainer told it when the courses were settled; 0 if an older
+            version did that.
+        outlook: Fields of what was known when the epoch under way began.
     """
 
     courses: list[Course] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
+    told: int = 0
+    outlook: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -70,11 +77,13 @@ class Leaders:
         leading: Rate of each optimizer's first group before the schedule; empty before training.
         own: What the first group of each optimizer has of itself, where a schedule's first value stands.
         warned: Whether the user knows that something else writes there.
+        off_plan: Whether the user knows that the run is not as long as planned.
     """
 
     leading: list[float] = field(default_factory=list)
     own: dict[int, Any] = field(default_factory=dict)
     warned: bool = False
+    off_plan: bool = False
 
 
 class ScheduleTrick(OptimizerTrick):
@@ -82,7 +91,8 @@ class ScheduleTrick(OptimizerTrick):
 
     A subclass says which values it owns (``keys``) and computes them at `position`. It saves where it stands, never the
     curve: a resumed run goes on exactly, and one of another length gets the curve stretched over the new total or, with
-    ``on_resume="extend"``, goes on from where it stood and comes to the curve's end at the new total.
+    ``on_resume="extend"``, goes on from where it stood and comes to the curve's end at the new total. So it does when
+    epochs turn out to be longer or shorter than they were planned, with a warning.
 
     Args:
         total_steps: Length in optimizer steps, 1 or more; None: from the Trainer.
@@ -162,10 +172,6 @@ class ScheduleTrick(OptimizerTrick):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse another owner of the same values, and optimizers that lack them."""
         super().on_fit_start(trainer, pl_module)
-        optimizers = raw_optimizers(trainer)
-        if self.optimizer is not None and self.optimizer >= len(optimizers):
-            what = f"counts from 0, but `configure_optimizers` returned {len(optimizers)} optimizers"
-            raise self.refusal(what, "Name one of these.", optimizer=self.optimizer)
         if others := list(self._other_owners(trainer)):
             mine = "learning rate" if "lr" in self.keys else " and ".join(self.keys)
             what = f"sets the {mine} of every step, and so does {' and '.join(others)}"
@@ -174,7 +180,7 @@ class ScheduleTrick(OptimizerTrick):
     def meet(self, trainer: Trainer) -> None:
         """Refuse rates that do not fit the optimizers, and note what leads the groups that come later."""
         super().meet(trainer)
-        self.require_rates(trainer, **self.rates)
+        self.require_rates(raw_optimizers(trainer), **self.rates)
         self._settle_leading(trainer)
 
     def _settle_leading(self, trainer: Trainer) -> None:
@@ -182,9 +188,14 @@ class ScheduleTrick(OptimizerTrick):
         self.run.leading = [0.0 if rate is None else float(rate) for rate in first]
         self.run.own = {}
 
-    def require_rates(self, trainer: Trainer, **arguments: Any) -> None:
-        """Refuse lists of rates that do not fit the parameter groups that the optimizers began with."""
-        for i, optimizer in enumerate(raw_optimizers(trainer)):
+    def require_rates(self, optimizers: Sequence[Optimizer], **arguments: Any) -> None:
+        """Refuse an optimizer that is not there, and lists of rates that do not fit the parameter groups that the
+        optimizers began with.
+        """
+        if self.optimizer is not None and self.optimizer >= len(optimizers):
+            what = f"counts from 0, but there are {len(optimizers)} optimizers"
+            raise self.refusal(what, "Name one of these.", optimizer=self.optimizer)
+        for i, optimizer in enumerate(optimizers):
             count = self.saved.groups[i] if i < len(self.saved.groups) else len(optimizer.param_groups)
             for name, rates in arguments.items():
                 if self.drives(i) and isinstance(rates, (list, tuple)) and len(rates) != count:
@@ -221,10 +232,10 @@ class ScheduleTrick(OptimizerTrick):
         if not self.needs_length:
             return
         total = self.steps_of_run(run, self.total_steps, self.ways_out)
-        end, courses = total - self.ends_before, self.saved.courses
+        told, end, courses = self.total_steps or run.told or total, total - self.ends_before, self.saved.courses
         if len(courses) != len(run.optimizers):
             courses = [Course(end, end)] * len(run.optimizers)
-        elif (before := courses[0].total) != end:
+        elif (before := self.saved.told or self.planned) != told:
             if self.on_resume == "extend":
                 courses = [course.extended(step, end) for course, step in zip(courses, self.steps_done, strict=True)]
                 how = "the curve goes on from where it stood and ends at the new total"
@@ -232,10 +243,63 @@ class ScheduleTrick(OptimizerTrick):
                 courses = [Course(end, end)] * len(courses)
                 how = "the curve is stretched over the new total"
             rank_zero_warn(
-                f"{self.name}: the checkpoint's run had {before + self.ends_before} optimizer steps, this one has "
-                f"{total}; {how}."
+                f"{self.name}: the checkpoint's run had {before} optimizer steps, this one has {total}; {how}."
             )
-        self.saved.courses = courses
+        self.saved.courses, self.saved.told = courses, told
+
+    @property
+    def planned(self) -> int:
+        """Length of the run as it is planned, in optimizer steps."""
+        return self.saved.courses[0].total + self.ends_before
+
+    def counted(self, trainer: Trainer) -> int:
+        """Return the steps so far that the planned length is to be compared with: real ones, but where a GradScaler
+        skips some, the Trainer's.
+        """
+        precision = trainer.precision_plugin
+        skips = getattr(precision, "scaler", None) is not None or str(precision.precision).startswith("16")
+        return trainer.global_step if skips else self.steps_done[0]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on to the end of a run that turns out to be longer or shorter than it was planned."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.total_steps or not self.needs_length:
+            return
+        length, last = run_length(trainer), self.saved.outlook
+        steps = [length.steps_in(length.epoch + later) for later in (0, 1)]
+        now = Outlook(length.epoch, trainer.global_step, self.counted(trainer), *steps)
+        self.saved.outlook = list(astuple(now))
+        if last and Outlook(*last).holds(now):
+            return
+        share, real = Outlook(*last).shares(now) if last else (1.0, 1.0)
+        left = length.steps_left(share)
+        if left is None:  # a new loader that does not know its length
+            return
+        total, planned = now.done + max(1, round(left * real)), self.planned
+        self.saved.told = replace(length, epoch=0, before=0).steps or self.saved.told
+        if total != planned:
+            courses = zip(self.saved.courses, self.steps_done, strict=True)
+            self.saved.courses = [course.extended(step, course.total + total - planned) for course, step in courses]
+            self._warn(
+                f"the run was planned with {planned} optimizer steps, but {now.done} are done before epoch {now.epoch} "
+                f"and some {total - now.done} are to come; from here on the curve goes to its end at step {total}"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the curve did not end with the run, and nobody stopped it."""
+        super().on_train_end(trainer, pl_module)
+        if self.total_steps or not self.needs_length or trainer.should_stop:
+            return
+        if (counted := self.counted(trainer)) != self.planned:
+            self._warn(
+                f"the run was planned with {self.planned} optimizer steps and ended after {counted}, so that the curve "
+                "did not end with it"
+            )
+
+    def _warn(self, what: str) -> None:
+        if not self.run.off_plan:
+            rank_zero_warn(f"{self.name}: {what}. Give the true number as `total_steps=` if it is known.")
+        self.run.off_plan = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return what checkpoints hold, of the courses their fields."""

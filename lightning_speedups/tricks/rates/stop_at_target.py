@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_speedups.attach.run_length import facts
+from lightning_speedups.attach.run_length import facts, logger_step, steps_until_it_may_stop
 from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.core.arguments import check_choice, check_number
-from lightning_speedups.core.batch import count_samples
+from lightning_speedups.core.batch import count_by_loader
 from lightning_speedups.core.durations import Duration, RunFacts
-from lightning_speedups.core.plateau import Mode
+from lightning_speedups.core.plateau import Mode, is_reached
 from lightning_speedups.core.schedules import anneal_between
 
 
@@ -37,16 +37,6 @@ class Reached:
     steps: int
     samples: int | None
     seconds: float
-
-
-def is_reached(value: float, target: float, mode: Mode) -> bool:
-    """Tell whether a metric is at its target; NaN never is.
-
-    Example:
-        >>> is_reached(0.91, 0.9, "max"), is_reached(0.91, 0.9, "min"), is_reached(math.nan, 0.9, "max")
-        (True, False, False)
-    """
-    return value >= target if mode == "max" else value <= target
 
 
 @dataclass
@@ -85,8 +75,9 @@ class StopAtTarget(OptimizerTrick):
     """Ends the run when a metric reaches its target, and reports seconds, steps and samples that it took.
 
     With ``finish="anneal"`` the learning rate first goes from where it stands to 0 in a short line, whatever schedule
-    drove it, which mostly lifts the metric further. The report is in ``reached``, in the log and, as ``target/seconds``
-    and so on, in the Trainer's loggers. For a metric that stops improving there is Lightning's ``EarlyStopping``.
+    drove it, which mostly lifts the metric further; where the Trainer must go on (``min_epochs``, ``min_steps``), just
+    before the run may end. The report is in ``reached``, in the log and, as ``target/seconds`` and so on, in the
+    Trainer's loggers. For a metric that stops improving there is Lightning's ``EarlyStopping``.
 
     When not to use it: where the last bit of accuracy counts. A target on the test set is a choice made on the test
     set.
@@ -165,13 +156,13 @@ class StopAtTarget(OptimizerTrick):
         """Count the samples."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.saved.samples is not None and self.saved.reached is None:
-            count = count_samples(batch)
+            count = count_by_loader(trainer.train_dataloader, batch)
             self.saved.samples = None if count is None else self.saved.samples + count * trainer.world_size
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Decay the rate to 0 from where it stood when the target was reached."""
         since, steps = self.saved.last[optimizer] if self.saved.last else (0, 0)
-        if not steps:  # also of a Trainer that must go on, as for its `min_epochs`
+        if not steps or step < since:  # a Trainer may have to go on, as for its `min_epochs`
             return {}
         begin = self._settle_begin(optimizer, group, float(values["lr"]))
         return {"lr": anneal_between(begin, 0.0, min(1.0, (step - since) / steps), "linear")}
@@ -209,17 +200,24 @@ class StopAtTarget(OptimizerTrick):
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_time()
-        value = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        value = trainer.callback_metrics.get(self.monitor, math.nan)
         # One rank's word is enough: a metric that is not synchronised differs between them, or is known to one alone.
         if self.saved.reached is None and trainer.strategy.reduce_boolean_decision(
             is_reached(value, self.target, self.mode), all=False
         ):
             epochs, steps = trainer.current_epoch + 1, max(self.steps_done, default=trainer.global_step)
-            self._note(trainer, Reached(value, epochs, steps, self.saved.samples, self.saved.seconds))
-            run = facts(trainer, pl_module)
-            left = math.inf if run.steps is None else run.steps - trainer.global_step
-            self.saved.last = [[done, self._decay(done, run, left)] for done in self.steps_done]
+            self._note(trainer, Reached(float(value), epochs, steps, self.saved.samples, self.saved.seconds))
+        if self.saved.reached and len(self.saved.last) < len(self.steps_done):
+            self._settle_end(trainer, pl_module)
         self._stop_if_done(trainer)
+
+    def _settle_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle when each optimizer's decay begins, and how long it takes; not yet if nobody knows when it may end."""
+        run = facts(trainer, pl_module)
+        left = math.inf if run.steps is None else run.steps - trainer.global_step
+        wait = 0 if self.finish == "now" else steps_until_it_may_stop(trainer)
+        if wait is not None:
+            self.saved.last = [self._decay(done, run, min(wait, left), left) for done in self.steps_done]
 
     def _note(self, trainer: Trainer, reached: Reached) -> None:
         self.saved.reached = asdict(reached)
@@ -230,20 +228,21 @@ class StopAtTarget(OptimizerTrick):
         )
         report = {f"target/{name}": number for name, number in self.saved.reached.items() if number is not None}
         for logger in trainer.loggers:
-            logger.log_metrics(report, step=trainer.global_step)
+            logger.log_metrics(report, step=logger_step(trainer))
 
     def _take_time(self) -> None:
         now = time.monotonic()
         self.saved.seconds, self.run.clock = self.saved.seconds + now - self.run.clock, now
 
-    def _decay(self, done: int, run: RunFacts, left: float) -> int:
+    def _decay(self, done: int, run: RunFacts, wait: float, left: float) -> list[int]:
+        """Return when an optimizer's decay begins, and how long it takes."""
         if self.finish == "now" or not done:  # an optimizer that does not step is not waited for
-            return 0
-        steps = max(1, round(self.anneal.in_steps(run, done) or 1))
-        return int(min(steps, max(0, left)))
+            return [done, 0]
+        steps = min(max(1, round(self.anneal.in_steps(run, done) or 1)), max(0, left))
+        return [int(done + max(0, wait - steps)), int(steps)]
 
     def _stop_if_done(self, trainer: Trainer) -> None:
-        if self.saved.reached and all(
-            done >= since + steps for done, (since, steps) in zip(self.steps_done, self.saved.last, strict=True)
-        ):
+        settled = len(self.saved.last) == len(self.steps_done)
+        ends = zip(self.steps_done, self.saved.last, strict=False)
+        if self.saved.reached and settled and all(done >= since + steps for done, (since, steps) in ends):
             trainer.should_stop = True

@@ -1,11 +1,14 @@
 """A schedule's place on its curve: real steps, resumes of any length, and who else may stand on the same value."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     Callback,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateMonitor,
     StochasticWeightAveraging,
@@ -14,7 +17,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Adagrad, AdamW
 from torch.optim.lr_scheduler import StepLR
 
+from lightning_speedups import ProgressiveResizing, StopAtTarget, SubsetTraining
+from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.steps import get_value
+from lightning_speedups.core.schedules import Course
 from lightning_speedups.tricks.rates.base import ScheduleTrick, entry
 from zoo import (
     STOPS,
@@ -210,6 +216,163 @@ def test_a_callback_that_was_resumed_with_a_stretch_starts_anew_as_well():
     assert rates(module) == [1 + t for t in range(12)]
 
 
+# ---- a run that is not the planned one
+
+
+class Reloads(Classifier):
+    """Has a loader of another length in each epoch."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self):
+        return ReplayLoader(self.batches[self.trainer.current_epoch])
+
+
+class StepsInEverySecond(Classifier):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        if batch_idx % 2:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+class Leaves(Classifier):
+    """Leaves an epoch before its end."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 2 else None
+
+
+RELOAD = {"reload_dataloaders_every_n_epochs": 1}
+STREAM = {"limit_train_batches": 10, "max_epochs": 4}
+ODD = {
+    # name: (module, data, arguments, steps of each epoch, lengths of the run as planned in each)
+    "growing": (lambda: Reloads((2, 4, 6)), None, RELOAD, (2, 4, 6), (6, 10, 12)),
+    "shrinking": (lambda: Reloads((6, 4, 2)), None, RELOAD, (6, 4, 2), (18, 14, 12)),
+    "growing once": (lambda: Reloads((2, 2, 5)), None, RELOAD, (2, 2, 5), (6, 6, 9)),
+    "growing, up to max_steps": (lambda: Reloads((2, 4, 6)), None, RELOAD | {"max_steps": 9}, (2, 4, 3), (6, 9, 9)),
+    "a stream shorter than its limit": (Classifier, endless, STREAM, (4, 4, 4, 4), (40, 16, 16, 16)),
+    "such a stream, up to max_steps": (Classifier, endless, STREAM | {"max_steps": 11}, (4, 4, 3), (11, 11, 11)),
+    "steps in every second batch": (StepsInEverySecond, loader, {}, (2, 2, 2), (12, 6, 6)),
+    "epochs that are left": (Leaves, loader, {}, (2, 2, 2), (12, 6, 6)),
+    "accumulating and growing": (
+        lambda: Reloads((4, 8, 8)), None, RELOAD | {"accumulate_grad_batches": 3}, (2, 3, 3), (6, 8, 8),
+    ),
+}  # fmt: skip
+
+
+def places(steps, lengths, end=0):
+    """Places on a curve over the first length: in each epoch evenly on towards the end that it is then thought to have."""
+    place, done, seen = 0.0, 0, []
+    for count, length in zip(steps, lengths, strict=False):
+        pace = (lengths[0] - end - place) / (length - end - done)
+        seen += [place + i * pace for i in range(count)]
+        place, done = place + count * pace, done + count
+    return [1 + min(one, lengths[0] - end) for one in seen]
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_the_curve_goes_to_the_end_of_the_run_as_it_comes_and_one_warning_says_so(kind):
+    make, data, arguments, steps, lengths = ODD[kind]
+    module, place = make(), Place()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        trainer(callbacks=[place], **arguments).fit(module, data and data())
+    np.testing.assert_allclose(rates(module), places(steps, lengths))
+    changes = [epoch for epoch in range(1, len(steps)) if lengths[epoch] != lengths[epoch - 1]]
+    if not changes:
+        assert not [one for one in record if "Place" in str(one.message)]
+        return
+    now = lengths[changes[0]]
+    told_once(
+        record,
+        f"the run was planned with {lengths[0]} optimizer steps, but {sum(steps[: changes[0]])} are done before epoch "
+        f"{changes[0]} and some {now - sum(steps[: changes[0]])} are to come; from here on the curve goes to its end "
+        f"at step {now}. Give the true number as `total_steps=`",
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "arguments", "planned", "ended"),
+    [
+        (Classifier, endless, {"limit_train_batches": 10}, 10, 4),
+        (StepsInEverySecond, loader, {}, 4, 2),
+        (Leaves, loader, {}, 4, 2),
+    ],
+)
+def test_a_run_of_one_epoch_that_is_shorter_says_so_at_its_end(make, data, arguments, planned, ended):
+    with pytest.warns(UserWarning, match="Place") as record:
+        trainer(callbacks=[Place()], max_epochs=1, **arguments).fit(make(), data())
+    told_once(record, f"the run was planned with {planned} optimizer steps and ended after {ended}, so that the curve")
+
+
+@pytest.mark.parametrize(
+    ("kind", "stop", "epoch_end"),
+    [
+        *((kind, stop, False) for kind in ("growing", "shrinking") for stop in (1, 7, 9)),
+        ("growing", 6, True), ("shrinking", 10, True),
+        *(("steps in every second batch", stop, end) for stop, end in ((1, False), (5, False), (8, True), (9, False))),
+        ("epochs that are left", 1, False), ("epochs that are left", 4, True),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Place")
+def test_such_a_run_resumes_as_if_it_had_not_been_interrupted(kind, stop, epoch_end):
+    make, data, arguments, steps, lengths = ODD[kind]
+    module, data = make(), data and data()
+    fit_interrupted(module, data, stop, [Place(on_resume="extend")], epoch_end=epoch_end, **arguments)
+    resume(module, data, [Place(on_resume="extend")], **arguments)
+    np.testing.assert_allclose(rates(module), places(steps, lengths))
+
+
+class StopsItself(Callback):
+    """Ends the run in the middle of an epoch, as EarlyStopping, a Timer or a target would."""
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == 6
+
+
+def test_a_length_that_the_user_gave_is_theirs():
+    module = Reloads((2, 4, 6))
+    trainer(callbacks=[Place(total_steps=12)], **RELOAD).fit(module)
+    assert rates(module) == [1 + t for t in range(12)]
+    module = Leaves()
+    trainer(callbacks=[Place(total_steps=6)]).fit(module, loader())
+    assert rates(module) == [1 + t for t in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "arguments", "tricks"),
+    [
+        (Classifier, loader, {"max_steps": 5}, []),
+        (Classifier, loader, {"limit_train_batches": 3}, []),
+        (Classifier, loader, {"limit_train_batches": 0.5}, []),
+        (Classifier, loader, {"overfit_batches": 2}, []),
+        (Classifier, loader, {"fast_dev_run": 2}, []),
+        (Classifier, loader, {"accumulate_grad_batches": 3}, []),
+        (Classifier, loader, {}, [GradientAccumulationScheduler({0: 1, 1: 3})]),
+        (Classifier, loader, {"max_epochs": 9, "max_steps": 10}, [GradientAccumulationScheduler({0: 1, 1: 3})]),
+        (lambda: Reloads((4, 4, 4)), None, RELOAD, []),
+        (Classifier, endless, {"limit_train_batches": 4}, []),
+        (Classifier, endless, {"max_epochs": -1, "max_steps": 9}, []),
+        (Classifier, loader, {}, [StopsItself()]),
+        (Classifier, loader, {"min_epochs": 3}, [StopsItself()]),
+        (Classifier, loader, {}, [StopAtTarget("train_loss", 99.0, "min")]),
+        (Classifier, loader, {}, [EarlyStopping("train_loss", patience=1, check_on_train_epoch_end=True, mode="max")]),
+        (Classifier, lambda: loader(64), {"max_epochs": 4}, [SubsetTraining(0.5, method="random")]),
+        (Classifier, lambda: loader(64), {"max_epochs": 4}, [ProgressiveResizing(fill_batch=True, multiple=2, probe=False)]),
+        (Classifier, lambda: loader(64), {"max_epochs": 4, "accumulate_grad_batches": 3, "limit_train_batches": 0.5},
+         [SubsetTraining(0.5, method="random"), ProgressiveResizing(fill_batch=True, multiple=2, probe=False)]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_ordinary_run_is_as_it_was_planned_and_nothing_is_said(make, data, arguments, tricks, order):
+    module, place = make(), Place()
+    trainer(callbacks=[place, *tricks][::order], **arguments).fit(module, data and data())  # a warning is an error
+    assert place.saved.courses == [Course(place.length, place.length)]
+
+
 # ---- several optimizers
 
 
@@ -263,7 +426,7 @@ def test_several_optimizers_extend_each_from_its_own_place():
 def test_a_curve_over_a_part_of_the_optimizers_names_a_missing_one():
     with pytest.raises(
         MisconfigurationException,
-        match=r"Place\(optimizer=2\) counts from 0, but `configure_optimizers` returned 2 optim",
+        match=r"Place\(optimizer=2\) counts from 0, but there are 2 optim",
     ):
         trainer(callbacks=[Place(total_steps=5, optimizer=2)]).fit(Adversaries(), loader())
 
@@ -467,7 +630,7 @@ def test_a_later_group_beside_a_first_one_at_rate_0_goes_by_the_curve_alone():
 class Lists(Place):
     def on_fit_start(self, trainer, pl_module):
         super().on_fit_start(trainer, pl_module)
-        self.require_rates(trainer, max_lr=[0.1])
+        self.require_rates(raw_optimizers(trainer), max_lr=[0.1])
 
 
 def test_a_list_of_rates_is_for_the_groups_of_its_own_optimizer():
@@ -557,4 +720,6 @@ def test_a_checkpoint_has_the_optimizers_own_values_and_plain_numbers_alone():
     run.save_checkpoint("end.ckpt")
     saved = torch.load("end.ckpt", weights_only=True)
     assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 0.05
-    assert saved["callbacks"]["Place"] == {"steps_done": [4], "courses": [[4, 4, 0, 0.0]], "groups": [1]}
+    assert saved["callbacks"]["Place"] == {
+        "steps_done": [4], "courses": [[4, 4, 0, 0.0]], "groups": [1], "told": 4, "outlook": [0, 0, 0, 4, 4],
+    }  # fmt: skip

@@ -10,16 +10,19 @@ import pytest
 import torch
 from curves import Curve
 from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, LearningRateMonitor
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import LambdaLR
 from two_processes import Notes, Regressor, two
 
 from lightning_speedups import LRCurve, OneCycleMomentum, StopAtTarget, WarmupLRScaler
+from lightning_speedups.core.plateau import is_reached
 from lightning_speedups.core.schedules import OneCycle
-from lightning_speedups.tricks.rates.stop_at_target import is_reached
 from zoo import (
     Classifier,
     Clock,
+    InterruptAt,
+    Interrupted,
     Memory,
     ReplayLoader,
     SometimesInfinite,
@@ -109,6 +112,34 @@ def test_the_target_itself_is_enough_and_nan_never_is(value, mode, reached):
     assert is_reached(value, 0.9, mode) is reached
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("target", [0.1, 0.3, 0.7, 0.9, 1e-3, -0.9, 2.0])
+def test_a_metric_at_the_target_is_there_in_its_own_precision(target, mode, kind):
+    metric = torch.tensor(target, dtype=kind)
+    assert is_reached(metric, target, mode)
+    worse = torch.nextafter(metric, torch.tensor(-math.inf if mode == "max" else math.inf, dtype=kind))
+    assert not is_reached(worse, target, mode)
+
+
+def test_a_metric_of_whole_numbers_is_compared_as_they_are():
+    assert not is_reached(torch.tensor(2), 2.5, "max")
+    assert is_reached(torch.tensor(3), 2.5, "max")
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("target", [0.1, 0.7, 0.9])
+def test_a_logged_metric_exactly_at_the_target_ends_the_run(target, mode):
+    class Exact(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("score", target)
+
+    module, stop = Exact(), StopAtTarget("score", target, mode)
+    fit(module, [stop])
+    assert len(module.losses) == 4
+    assert stop.reached.value == pytest.approx(target)
+
+
 def test_a_validation_in_mid_epoch_ends_it_there():
     module, stop = Learns(), at(6)
     fit(module, [stop], loader(64), val_check_interval=3)
@@ -168,6 +199,36 @@ def test_steps_are_optimizer_steps_and_samples_those_of_all_batches():
     assert (stop.reached.steps, stop.reached.samples) == (2, 48)
 
 
+class Several(Learns):
+    """Trains on the first of several loaders."""
+
+    def training_step(self, batch, batch_idx):
+        first = batch
+        while not isinstance(first[0] if isinstance(first, (list, tuple)) else None, torch.Tensor):
+            first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+        return super().training_step(first, batch_idx)
+
+
+def first_and_second():
+    return loader(32, 8), loader(12, 4)  # 4 and 3 batches
+
+
+@pytest.mark.parametrize(
+    ("wrap", "mode", "steps", "samples"),
+    [
+        (lambda a, b: {"a": a, "b": b}, "max_size_cycle", 4, 32 + 16),
+        (lambda a, b: {"a": a, "b": b}, "min_size", 3, 24 + 12),
+        (lambda a, b: {"a": a, "b": b}, "max_size", 4, 32 + 12),
+        (lambda a, b: [a, b], "max_size_cycle", 4, 32 + 16),
+        (lambda a, b: (a, {"b": b}), "max_size_cycle", 4, 32 + 16),
+    ],
+)
+def test_samples_are_those_of_all_loaders(wrap, mode, steps, samples):
+    stop = at(1)
+    fit(Several(), [stop], CombinedLoader(wrap(*first_and_second()), mode))
+    assert (stop.reached.steps, stop.reached.samples) == (steps, samples)
+
+
 def test_samples_that_cannot_be_counted_are_unknown():
     class Other:
         __slots__ = ("parts",)
@@ -186,6 +247,45 @@ def test_samples_that_cannot_be_counted_are_unknown():
     stop = at(4)
     fit(Slotted(), [stop])
     assert stop.reached.samples is None
+
+
+class Steps(Memory):
+    """Keeps the step of each entry too."""
+
+    def log_metrics(self, metrics, step=None):
+        super().log_metrics(metrics | {"at": step})
+
+
+class LogsAll(Learns):
+    """Logs in its steps and epochs whatever it optimizes."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("of_step", 1.0)
+        return super().training_step(batch, batch_idx)
+
+
+class ManualLogs(TwoOptimizers, LogsAll):
+    pass
+
+
+@pytest.mark.parametrize("make", [LogsAll, partial(ManualLogs, every=1)])
+@pytest.mark.parametrize(
+    ("metric", "beside", "arguments"),
+    [
+        ("score", "score", {}),
+        ("score", "score", {"val_check_interval": 2}),
+        ("score", "score", {"accumulate_grad_batches": 2}),
+        ("train_loss", "train_loss", {"limit_val_batches": 0}),
+    ],
+)
+def test_the_report_is_logged_at_the_step_of_everything_else(make, metric, beside, arguments):
+    if make is not LogsAll and "accumulate_grad_batches" in arguments:
+        return  # manual optimization has none
+    logger = Steps()
+    stop = StopAtTarget(metric, 0.0, "max")
+    fit(make(), [stop], logger=logger, log_every_n_steps=1, max_epochs=2, **arguments)
+    (report,) = [metrics for metrics in logger.metrics if "target/steps" in metrics]
+    assert report["at"] == next(metrics["at"] for metrics in logger.metrics if beside in metrics)
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
@@ -304,14 +404,77 @@ def test_a_run_that_must_go_on_does_so_at_its_own_rate():
     assert stop.reached.steps == 4
 
 
+class Manual(TwoOptimizers, Learns):
+    """Two optimizers, the second of which steps on every other batch, or never."""
+
+
+def held(total, decay, lr=0.05):
+    """Rates of a run that must go on to a total, and decays at its end."""
+    return lr * np.array([1] * (total - decay) + fall(decay))
+
+
+@pytest.mark.parametrize(
+    ("minimum", "total"),
+    [
+        ({"min_epochs": 4}, 16),
+        ({"min_epochs": 5, "min_steps": 3}, 20),
+        ({"min_steps": 18}, 18),
+        ({"min_steps": 16}, 16),
+        ({"min_epochs": 2}, 11),  # which it has had
+        ({"min_steps": 9}, 11),
+        ({"min_epochs": 3, "max_steps": 10}, 10),
+        ({"min_steps": 99, "max_epochs": 5}, 20),
+    ],
+)
+def test_a_run_that_must_go_on_decays_when_it_may_end_and_no_step_is_wasted(minimum, total):
+    module, stop = Learns(), at(8, finish="anneal", anneal=3)
+    fit(module, [stop], **minimum)
+    np.testing.assert_allclose(rates(module), held(total, min(3, total - 8)))
+    assert stop.reached.steps == 8
+
+
+def test_a_longer_decay_than_the_run_must_go_on_begins_at_once():
+    module = Learns()
+    fit(module, [at(8, finish="anneal", anneal=7)], min_epochs=3)
+    np.testing.assert_allclose(rates(module), held(15, 7))
+
+
+def test_with_other_epochs_before_it_decays_when_the_run_may_end():
+    module = Learns()
+    data = GradientAccumulationScheduler({0: 4, 1: 2, 3: 1})  # steps of 1, 2, 2, 4, 4, 4 of each epoch
+    fit(module, [at(8, finish="anneal", anneal=3), data], min_epochs=4)
+    np.testing.assert_allclose(rates(module), held(9, 3))
+
+
+@pytest.mark.parametrize("stop", [9, 14, 15])
+def test_a_run_that_waits_for_its_decay_goes_on_with_it_after_a_resume(stop):
+    module, tricks = Learns(), [at(8, finish="anneal", anneal=3)]
+    kind = {"max_epochs": 6, "min_epochs": 4}
+    with pytest.raises(Interrupted):
+        trainer(callbacks=[*tricks, InterruptAt(stop)], **kind).fit(module, ReplayLoader(), loader(8))
+    trainer(callbacks=[at(8, finish="anneal", anneal=3)], **kind).fit(
+        module, ReplayLoader(), loader(8), ckpt_path="at.ckpt", weights_only=True
+    )
+    np.testing.assert_allclose(rates(module), held(16, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "minimum"),
+    [
+        (Learns, endless, {"min_epochs": 4, "max_epochs": 6}),
+        (partial(Manual, every=100, lr=(0.05, 0.05)), loader, {"min_steps": 16}),
+    ],
+)  # fmt: skip
+def test_where_nobody_knows_how_long_the_run_must_go_on_it_decays_after_that(make, data, minimum):
+    module = make()
+    fit(module, [at(8, finish="anneal", anneal=3)], data(), **minimum)
+    np.testing.assert_allclose(module.rates[0] if isinstance(module, Manual) else rates(module), held(19, 3))
+
+
 def test_the_rate_monitor_shows_the_decay():
     monitor = LearningRateMonitor("step")
     fit(Learns(), [at(8, finish="anneal", anneal=4), monitor], logger=Memory(), log_every_n_steps=1)
     np.testing.assert_allclose(monitor.lrs["lr-SGD"], 0.05 * np.array([1] * 8 + fall(4)))
-
-
-class Manual(TwoOptimizers, Learns):
-    """Two optimizers, the second of which steps on every other batch, or never."""
 
 
 def test_in_manual_optimization_each_optimizer_decays_by_its_own_steps():

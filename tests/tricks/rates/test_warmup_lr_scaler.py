@@ -174,6 +174,26 @@ def test_the_factor_follows_an_accumulation_that_changes_between_epochs(order):
     np.testing.assert_allclose(rates(module), [0.1] * 4 + [0.2] * 2 + [0.4], rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("batches", "epochs", "expected"),
+    [
+        ((2, 4, 6), 1, [1, 1.5, 2, 2, 2, 2]),
+        ((2, 4, 6), 1.5, [1, 1 + 1 / 3, 1.5, 1.75, 2, 2]),  # 3 steps as it seems, 4 when the second epoch is there
+        ((6, 4, 2), 1.5, [*(1 + t / 9 for t in range(6)), 1 + 6 / 8, 1 + 7 / 8, 2, 2]),
+    ],
+)
+def test_the_ramp_follows_epochs_that_are_longer_or_shorter_and_never_turns_back(batches, epochs, expected):
+    class Reloads(Classifier):
+        def train_dataloader(self):
+            return ReplayLoader(batches[self.trainer.current_epoch])
+
+    module = Reloads()
+    trick = WarmupLRScaler(scale=2.0, warmup_epochs=epochs)
+    trainer(callbacks=[trick], reload_dataloaders_every_n_epochs=1).fit(module)
+    np.testing.assert_allclose(rates(module)[: len(expected)], 0.05 * np.array(expected))
+    assert set(rates(module)[len(expected) :]) == {0.1}
+
+
 def test_several_optimizers_are_scaled_and_counted_by_themselves():
     module = TwoOptimizers(every=2, lr=(0.1, 0.01), kinds=(SGD, Adam))
     callback = WarmupLRScaler(base_batch_size=2, warmup_steps=5)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import WarningCache, rank_zero_warn
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick
 from lightning_speedups.attach.copies import NoCopyError
 from lightning_speedups.attach.rehearsal import Statistics, swap_statistics
+from lightning_speedups.attach.run_length import ShorterRun
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import Place, get_part
 from lightning_speedups.core.batch_scaling import Rule
@@ -98,9 +99,9 @@ class ProgressiveResizing(BatchTrick):
         by: ``"step"``: grow from batch to batch; ``"epoch"``: one size in each epoch, which needs ``max_epochs``.
         fill_batch: Make batches larger while images are small, so that a step has about the same number of pixels, and
             multiply the learning rate to match. The batch size changes between epochs and fits the largest size of
-            each. Needs ``max_epochs`` and one training loader over a map-style dataset; schedulers of
-            ``configure_optimizers`` that count on ``estimated_stepping_batches`` take all epochs to be as long as the
-            first, tricks of this package know better.
+            each. Needs ``max_epochs`` and one training loader over a map-style dataset; where a per-step scheduler of
+            the module's own counts on epochs of the full length, as ``trainer.estimated_stepping_batches`` does, a
+            warning names the true number of steps; tricks of this package know it.
         rule: How the learning rate follows the batch size: ``"linear"``, ``"sqrt"``, or ``"auto"``: the root for the
             Adam family, else linear.
         in_loader: ``"auto"``: let the loader make small images where it can; True: refuse where it cannot; False:
@@ -170,7 +171,7 @@ class ProgressiveResizing(BatchTrick):
         self.loader = LoaderSizes(self, self.sizes, (*self.images.inputs, *self.images.maps), in_loader is True)
         self.grips = (self.sizes,)
         if fill_batch:
-            self.grips += (FilledBatches(self, self.sizes, self.images.size_in, rule),)
+            self.grips += (FilledBatches(self, self.sizes, self.images.size_in, rule), ShorterRun(self))
         if in_loader:
             self.grips += (self.loader,)
         if scale_regularization is not None:
