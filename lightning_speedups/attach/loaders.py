@@ -22,6 +22,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Grip, Trick
+from lightning_speedups.core.counts import counted
 
 
 class LoaderGrip(Grip):
@@ -122,8 +123,8 @@ class LoaderGrip(Grip):
         counts_in_epoch = isinstance(interval, int) and trainer.check_val_every_n_epoch is not None
         if counts_in_epoch and trainer.limit_val_batches and shortest < interval:
             raise MisconfigurationException(
-                f"{self.name} makes epochs of {shortest} batches, but Trainer(val_check_interval={interval}) validates "
-                f"after {interval}. Give a fraction such as 1.0, or `check_val_every_n_epoch=None`."
+                f"{self.name} makes epochs of {counted(shortest, 'batch')}, but Trainer(val_check_interval={interval}) "
+                f"validates after {interval}. Give a fraction such as 1.0, or `check_val_every_n_epoch=None`."
             )
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
+from lightning_speedups.core.counts import counted
 from lightning_speedups.measure.errors import CompareError, as_compare_error
 from lightning_speedups.measure.images import ImageData, subset
 
@@ -77,7 +78,8 @@ def _checked_images(split: str, images: Any, labels: Any) -> Tensor:
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise ValueError(f"y_{split} must be integers of shape (N,), got {labels.dtype} of shape {labels.shape}")
     if len(images) != len(labels):
-        raise ValueError(f"x_{split} has {len(images)} images but y_{split} has {len(labels)} labels")
+        has = f"y_{split} has {counted(len(labels), 'label')}"
+        raise ValueError(f"x_{split} has {counted(len(images), 'image')} but {has}")
     return torch.from_numpy(images).movedim(3, 1).contiguous()
 
 

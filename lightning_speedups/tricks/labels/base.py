@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.counts import counted
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -91,8 +92,8 @@ class Smoothing(nn.Module):
         if isinstance(smoothing, Tensor):
             if scores.ndim < 2 or scores.shape[1] != len(smoothing):
                 raise ValueError(
-                    f"Expected scores of shape (N, {len(smoothing)}, ...) for a `smoothing` of {len(smoothing)} values,"
-                    f" one for each class, but got {tuple(scores.shape)}."
+                    f"Expected scores of shape (N, {len(smoothing)}, ...) for a `smoothing` of "
+                    f"{counted(len(smoothing), 'value')}, one for each class, but got {tuple(scores.shape)}."
                 )
             smoothing = smoothing.to(scores)
         return smoothing if self.strength is None else smoothing * self.strength.to(scores)

@@ -18,6 +18,7 @@ from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.steps import GIVE_STEPS, OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.counts import counted
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.schedules import Course
 
@@ -165,7 +166,7 @@ class ScheduleTrick(OptimizerTrick):
         super().on_fit_start(trainer, pl_module)
         optimizers = raw_optimizers(trainer)
         if self.optimizer is not None and self.optimizer >= len(optimizers):
-            what = f"counts from 0, but `configure_optimizers` returned {len(optimizers)} optimizers"
+            what = f"counts from 0, but `configure_optimizers` returned {counted(len(optimizers), 'optimizer')}"
             raise self.refusal(what, "Name one of these.", optimizer=self.optimizer)
         if others := list(self._other_owners(trainer)):
             mine = "learning rate" if "lr" in self.keys else " and ".join(self.keys)
@@ -194,7 +195,8 @@ class ScheduleTrick(OptimizerTrick):
             count = self.saved.groups[i] if i < len(self.saved.groups) else len(optimizer.param_groups)
             for name, rates in arguments.items():
                 if self.drives(i) and isinstance(rates, (list, tuple)) and len(rates) != count:
-                    what = f"has {len(rates)} values, but {type(optimizer).__name__} has {count} parameter groups"
+                    has = f"{type(optimizer).__name__} has {counted(count, 'parameter group')}"
+                    what = f"has {counted(len(rates), 'value')}, but {has}"
                     raise self.refusal(what, "Give one number, or one for each group.", **{name: rates})
 
     def _other_owners(self, trainer: Trainer) -> Iterator[str]:
@@ -238,8 +240,8 @@ class ScheduleTrick(OptimizerTrick):
                 courses = [Course(end, end)] * len(courses)
                 how = "the curve is stretched over the new total"
             rank_zero_warn(
-                f"{self.name}: the checkpoint's run had {before + self.ends_before} optimizer steps, this one has "
-                f"{total}; {how}."
+                f"{self.name}: the checkpoint's run had {counted(before + self.ends_before, 'optimizer step')}, this "
+                f"one has {total}; {how}."
             )
         self.saved.courses = courses
 

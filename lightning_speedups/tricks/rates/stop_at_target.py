@@ -15,6 +15,7 @@ from lightning_speedups.attach.run_length import facts
 from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import count_samples
+from lightning_speedups.core.counts import counted
 from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.plateau import Mode
 from lightning_speedups.core.schedules import anneal_between
@@ -98,7 +99,7 @@ class StopAtTarget(OptimizerTrick):
         mode: ``"max"``: at least the target; ``"min"``: at most.
         finish: ``"now"``: end at once; ``"anneal"``: after a last decay of the learning rate.
         anneal: Length of that decay: a whole number of optimizer steps, 1 or more, a float in (0, 1] as a fraction of
-            the steps done so far, or a text like ``"1 epochs"``. It ends with the run at the latest.
+            the steps done so far, or a text like ``"1 epoch"``. It ends with the run at the latest.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -222,10 +223,10 @@ class StopAtTarget(OptimizerTrick):
 
     def _note(self, trainer: Trainer, reached: Reached) -> None:
         self.saved.reached = asdict(reached)
-        samples = "an unknown number of" if reached.samples is None else reached.samples
+        samples = "an unknown number of samples" if reached.samples is None else counted(reached.samples, "sample")
         rank_zero_info(
             f"{self.name}: {self.monitor} = {reached.value:g} (target {self.target:g}) after {reached.seconds:.1f} s, "
-            f"{reached.steps} optimizer steps, {samples} samples."
+            f"{counted(reached.steps, 'optimizer step')}, {samples}."
         )
         report = {f"target/{name}": number for name, number in self.saved.reached.items() if number is not None}
         for logger in trainer.loggers:

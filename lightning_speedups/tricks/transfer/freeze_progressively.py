@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.counts import counted
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.modules.layers import Layer
 from lightning_speedups.tricks.transfer.base import Backbone, Freezing, FreezingTrick
@@ -171,8 +172,9 @@ class FreezeProgressively(FreezingTrick):
         due = [name for name, at in self.run.freeze_at.items() if done[optimizer_of[name]] >= at]
         if self.freeze_only(trainer, pl_module, due):
             rank_zero_info(
-                f"{self.name}: after {done[optimizer_of[due[-1]]]} optimizer steps {len(due)} of {len(self.layers)} "
-                f"layers are frozen, up to {due[-1]!r}: {self.frozen_parameters:,} parameters."
+                f"{self.name}: after {counted(done[optimizer_of[due[-1]]], 'optimizer step')} {len(due)} of "
+                f"{len(self.layers)} layers are frozen, up to {due[-1]!r}: "
+                f"{counted(self.frozen_parameters, 'parameter')}."
             )
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
