@@ -296,6 +296,58 @@ def test_losses_and_accuracies_are_what_they_are_called():
     assert torch.equal(torch.cat(run.predict(twin, bare)), predicted)
 
 
+def as_dicts(names):
+    """Gives batches in dicts, with something else beside what is wanted."""
+    images, labels = loader().dataset.tensors
+    data = [
+        dict(zip((*names, "id"), (*pair, str(i)), strict=True))
+        for i, pair in enumerate(zip(images, labels, strict=True))
+    ]
+    return DataLoader(data, batch_size=8)
+
+
+@pytest.mark.parametrize("names", [("image", "label"), ("pixel_values", "labels")])
+def test_batches_may_be_dicts_with_usual_names(names):
+    one, other = small(), small()
+    trainer(max_epochs=1).fit(one, loader(), loader())
+    run = trainer(max_epochs=1)
+    run.fit(other, as_dicts(names), as_dicts(names))
+    assert_same_weights(weights(one), weights(other))
+    ours, theirs = (torch.cat(run.predict(other, data)) for data in (as_dicts(names), loader()))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seen"),
+    [
+        ({"img": torch.zeros(2, 3, 32, 32), "label": torch.zeros(2).long()}, "a dict of img; label"),
+        (
+            {"image": torch.zeros(2, 3, 32, 32), "images": torch.zeros(2, 3, 32, 32), "label": torch.zeros(2).long()},
+            "a dict of image; images; label",
+        ),
+        ((torch.zeros(2, 3, 32, 32),), "a tuple of Tensor"),
+        ((torch.zeros(2, 3, 32, 32), torch.zeros(2).long(), ["a", "b"]), "a tuple of Tensor; Tensor; list"),
+        ((["a", "b"], torch.zeros(2).long()), "a tuple of list; Tensor"),
+        (torch.zeros(2, 3, 32, 32), "a Tensor of Tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_batches_are_refused_with_what_is_taken(batch, seen):
+    said = rf"batches of images and labels: .* under 'images' and 'labels'. It got {seen}\."
+    for step in (small().training_step, small().validation_step):
+        with pytest.raises(ValueError, match=said):
+            step(batch, 0)
+
+
+def test_predictions_need_no_labels():
+    module, images = small().eval(), torch.randn(2, 3, 32, 32)
+    expected = module(images).softmax(1)
+    for batch in (images, (images,), [images, 1, 2], {"image": images, "id": ["a", "b"]}):
+        torch.testing.assert_close(module.predict_step(batch, 0), expected)
+    with pytest.raises(ValueError, match=r"batches of images: .* under 'images'. It got a dict of img"):
+        module.predict_step({"img": images}, 0)
+
+
 def test_it_learns():
     module = small(lr=3e-3)
     trainer(max_epochs=6).fit(module, loader(64, 16))
