@@ -14,7 +14,7 @@ from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
-from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs
+from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs, may_hold_pairs
 from lightning_speedups.modules.freezing import Frozen
 from lightning_speedups.modules.layers import (
     Layer,
@@ -217,7 +217,8 @@ class FreezingTrick(OptimizerTrick):
     def _fold(self, trainer: Trainer, pl_module: LightningModule) -> None:
         frozen = {module for layer in self.layers if layer.name in self.run.frozen for module in layer.modules}
         if self.run.pairs is None:
-            children = [child for child in pl_module.children() if not frozen.isdisjoint(child.modules())]
+            held = {module for layer in self.layers for module in layer.modules}
+            children = [child for child in pl_module.children() if may_hold_pairs(held.intersection(child.modules()))]
             self.run.pairs = [pair for child in children for pair in conv_norm_pairs(child, [pl_module, trainer])]
         self.run.folded = FoldedNorms(pair for pair in self.run.pairs if frozen.issuperset(pair))
 
