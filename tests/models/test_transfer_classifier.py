@@ -22,7 +22,7 @@ from lightning_speedups import (
     TransferClassifier,
     load_weights,
 )
-from lightning_speedups.models.weight_files import read_weights
+from lightning_speedups.models.weight_files import read_states
 from zoo import Memory, assert_same_weights, trainer, weights
 
 builder, factory, hub = (importlib.import_module(f"timm.models.{name}") for name in ("_builder", "_factory", "_hub"))
@@ -262,7 +262,7 @@ def test_the_checkpoint_of_a_fit_loads_without_hub_and_weight_file(no_hub):
 def test_training_does_not_write_into_the_file_or_the_tensors_that_were_read():
     path = saved(small(4).model.state_dict())
     content = Path(path).read_bytes()
-    state = read_weights(path)
+    (state,) = read_states(path).values()
     before = {name: value.clone() for name, value in state.items()}
     module = small(4, weights=path)
     trainer(max_epochs=1).fit(module, loader())
