@@ -175,13 +175,13 @@ class SubsetTraining(SeededBatchTrick):
         self.logs_facts = log
         self.kept = 1.0
         self.loader = _Selects(self)
-        self.grips = (self.loader, LossGrip(self))
+        self.grips = () if keep == 1 else (self.loader, LossGrip(self))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join loader, batch pipeline and training step; settle which epochs are shortened."""
         known = self.saved
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
+        if stage != "fit" or not self.grips:
             return
         epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
         if epochs < 0 and self.stop_at < 1.0:
@@ -204,6 +204,8 @@ class SubsetTraining(SeededBatchTrick):
 
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Note which samples these are."""
+        if not self.grips:
+            return batch
         samples = self.loader.require_numbers(self.loader.samples_of_batch())
         self.run.indices = torch.tensor(samples, dtype=torch.long)
         return batch

@@ -95,11 +95,11 @@ class StopAtTarget(OptimizerTrick):
     Args:
         monitor: Name of a logged metric, looked at after each validation and each training epoch. What the module logs
             in its ``on_train_epoch_end`` comes too late for that.
-        target: The value to reach.
+        target: The value to reach; an infinite one never is.
         mode: ``"max"``: at least the target; ``"min"``: at most.
         finish: ``"now"``: end at once; ``"anneal"``: after a last decay of the learning rate.
-        anneal: Length of that decay: a whole number of optimizer steps, 1 or more, a float in (0, 1] as a fraction of
-            the steps done so far, or a text like ``"1 epoch"``. It ends with the run at the latest.
+        anneal: Length of that decay: a whole number of optimizer steps, a float in [0, 1] as a fraction of the
+            steps done so far, or a text like ``"1 epoch"``; 0 ends the run at once. It ends with the run at the latest.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -130,13 +130,13 @@ class StopAtTarget(OptimizerTrick):
         super().__init__()
         if not isinstance(monitor, str) or not monitor:
             raise ValueError(f"Expected `monitor` to be the name of a metric, but got {monitor!r}.")
-        check_number("target", target)
+        if target not in (math.inf, -math.inf):  # never reached
+            check_number("target", target)
         check_choice("mode", mode, get_args(Mode))
         check_choice("finish", finish, ("now", "anneal"))
         self.anneal = Duration.parse("anneal", anneal)
-        if not self.anneal.amount:
-            raise ValueError(f"Expected `anneal` to be above 0, but got {anneal!r}. Use `finish='now'`.")
-        self.monitor, self.target, self.mode, self.finish = monitor, target, mode, finish
+        self.monitor, self.target, self.mode = monitor, target, mode
+        self.finish = finish if self.anneal.amount else "now"
 
     @property
     def reached(self) -> Reached | None:

@@ -115,7 +115,7 @@ class WarmupLRScaler(OptimizerTrick):
         size = f" (effective batch {run.batch_size}, base {self.base_batch_size})" if scaled else ""
         factors = ", ".join(f"× {self.start_factor:g} → × {full:g}" for full in self.run.full)
         rank_zero_info(f"{self.name}: learning rate {factors}{size} over the first {counted(steps, 'optimizer step')}.")
-        if run.steps is not None and steps > run.steps:
+        if run.steps is not None and steps > run.steps and any(full != self.start_factor for full in self.run.full):
             rank_zero_warn(
                 f"{self.name}: the ramp takes {counted(steps, 'optimizer step')}, but the run has {run.steps} and "
                 "never reaches the full rate. Give a shorter `warmup_epochs` or `warmup_steps`."

@@ -146,7 +146,7 @@ class FreezingTrick(OptimizerTrick):
 
     def _settle_layer_of_group(self, layer_of: dict[int, Layer], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         lacking = {id(p) for layer in self.layers for p in layer.parameters() if p.requires_grad}
-        if not lacking:
+        if self.layers and not lacking:
             what = "finds that no parameter of the backbone can be trained at all"
             raise self.refusal(what, "Leave the freezing to this callback.")
         for i, optimizer in enumerate(optimizers):

@@ -103,7 +103,7 @@ class FeatureCache(BatchTrick):
         folder: Where to keep the features in files, for this run and others; each combination of weights and data has
             a subfolder of its own, which can be deleted at any time. Delete it when you replace single samples of the
             data, and after a power failure. None: in memory, for a run in one process.
-        max_gib: Largest size of the features, in GiB, above 0. A run that needs more trains without the cache.
+        max_gib: Largest size of the features, in GiB, 0 or more. A run that needs more trains without the cache.
         inputs: Where the inputs stand in the batch: index, key or attribute, or a tuple of these, a path.
 
     Attributes:
@@ -134,7 +134,7 @@ class FeatureCache(BatchTrick):
         super().__init__()
         if folder is not None and not (isinstance(folder, (str, Path)) and str(folder)):
             raise ValueError(f"Expected `folder` to be a path or None, but got {folder!r}.")
-        check_number("max_gib", max_gib, 0, above=True)
+        check_number("max_gib", max_gib, 0)
         check_place("inputs", inputs)
         self.folder, self.max_gib, self.inputs = folder, max_gib, inputs
         self.hits = self.misses = 0
