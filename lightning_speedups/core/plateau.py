@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.arguments import check_choice, check_number, make_plain
 
 Mode = Literal["min", "max"]
 
@@ -40,6 +40,7 @@ class Plateau:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if not isinstance(self.monitor, str) or not self.monitor:
             raise ValueError(f"Expected `monitor` to be the name of a metric, but got {self.monitor!r}.")
         check_choice("mode", self.mode, get_args(Mode))

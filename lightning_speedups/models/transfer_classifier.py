@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.arguments import check_choice, check_number, plain
 from lightning_speedups.models.weight_files import load_weights
 from lightning_speedups.modules.weights import shortened
 from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
@@ -176,22 +176,21 @@ class TransferClassifier(LightningModule):
         model_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_number("num_classes", num_classes, 2, whole=True)
-        check_number("in_chans", in_chans, 1, whole=True)
-        check_number("lr", lr, 0, above=True)
-        check_number("weight_decay", weight_decay, 0, optional=True)
-        check_number("momentum", momentum, 0, 1, below=True)
-        check_number("smoothing", smoothing, 0, 1, below=True)
-        check_number("drop_rate", drop_rate, 0, 1, below=True)
+        num_classes = check_number("num_classes", num_classes, 2, whole=True)
+        in_chans = check_number("in_chans", in_chans, 1, whole=True)
+        lr = check_number("lr", lr, 0, above=True)
+        weight_decay = check_number("weight_decay", weight_decay, 0, optional=True)
+        momentum = check_number("momentum", momentum, 0, 1, below=True)
+        smoothing = check_number("smoothing", smoothing, 0, 1, below=True)
+        drop_rate = check_number("drop_rate", drop_rate, 0, 1, below=True)
         check_choice("optimizer", optimizer, get_args(Optimizer))
         if weights is not None and not (isinstance(weights, (str, Path)) and str(weights)):
             raise ValueError(f"Expected `weights` to be 'pretrained', the path of a file or None, but got {weights!r}.")
-        options = dict(model_options or {})
+        options = plain(dict(model_options or {}))
         if double := OWN_OPTIONS & options.keys():
             raise ValueError(
                 f"Expected `model_options` without {shortened(sorted(double))}: there are arguments for that."
             )
-        assert num_classes is not None
         pretrained = weights == "pretrained"
         own = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate or None}  # not all take it
         self.model, name, options = _create_network(model, pretrained, own, options)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.arguments import check_choice, check_number, plain
 from lightning_speedups.core.counts import counted
 
 Reduction = Literal["none", "mean", "sum"]
@@ -28,9 +28,9 @@ def as_smoothing(smoothing: float | Sequence[float] | Tensor) -> float | Tensor:
         >>> as_smoothing(0.1), as_smoothing([0.0, 0.5])
         (0.1, tensor([0.0000, 0.5000]))
     """
-    if isinstance(smoothing, Real):
-        check_number("smoothing", smoothing, 0, 1, below=True)
-        return smoothing  # type: ignore[return-value]  # whatever kind of number it is
+    if isinstance(plain(smoothing), Real):
+        number: float = check_number("smoothing", smoothing, 0, 1, below=True)
+        return number
     dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
     numbers = smoothing.tolist() if hasattr(smoothing, "tolist") else smoothing
     if not isinstance(numbers, (list, tuple)) or not numbers:
