@@ -17,12 +17,13 @@ import torch
 from found import TRICKS
 from lightning.pytorch.callbacks import Callback
 from test_every_trick import Setup, maker_of
+from torch.utils.data import DataLoader
 
 from lightning_speedups import LRRangeTest, Plateau, TransferClassifier, trainer_defaults
 from lightning_speedups.core.arguments import check_number, plain
 from lightning_speedups.core.durations import Duration
 from lightning_speedups.measure import Settings
-from zoo import ReplayLoader, trainer
+from zoo import ReplayLoader, assert_same_weights, loader, trainer, weights
 
 INTS = {"int64": np.int64, "int32": np.int32, "array": np.array, "tensor": torch.tensor}
 FLOATS = {"float64": np.float64, "float32": np.float32, "array": np.array, "tensor": torch.tensor}
@@ -183,3 +184,16 @@ def test_what_holds_no_such_number_is_the_very_same_object():
     given = {"rates": [np.float64(0.5)]}
     assert plain(given) == {"rates": [0.5]}
     assert type(given["rates"][0]) is np.float64  # what came in is left alone
+
+
+@pytest.mark.parametrize("name", ["SubsetTraining", "FeatureCache"])
+def test_a_sampler_may_give_numpys_numbers(name):
+    order = np.random.default_rng(0).permutation(32)
+    ends = []
+    for samples in (order.tolist(), order, torch.from_numpy(order)):
+        setup = Setup(name)
+        data = DataLoader(loader().dataset, batch_size=8, sampler=[*samples])
+        setup.trainer(max_epochs=3).fit(setup.module, data)
+        ends.append(weights(setup.module))
+    assert_same_weights(ends[0], ends[1])
+    assert_same_weights(ends[0], ends[2])

@@ -88,7 +88,12 @@ class LoaderGrip(Grip):
     def require_numbers(self, samples: list[Any]) -> list[int]:
         """Return samples of the training loader's dataset; refuse them if they are not their places in it."""
         size = len(self.loader.dataset)
-        if any(not isinstance(sample, int) or not 0 <= sample < size for sample in samples):
+        try:
+            samples = [*map(operator.index, samples)]  # numpy's, too
+            is_place = all(0 <= sample < size for sample in samples)
+        except TypeError:
+            is_place = False
+        if not is_place:
             raise MisconfigurationException(
                 f"{self.name} needs a sampler of whole numbers, each the place of a sample in the dataset, but the "
                 "training loader's gives others. Use a map-style dataset with torch's samplers."
