@@ -188,9 +188,12 @@ def match_states(states: Mapping[str, Mapping[str, Any]], own: Mapping[str, Tens
             raise ValueError(f"Expected `key` to be where weights stand in the file, but got {key!r}. It has {has}.")
         scores = found
     best = max(scores.values(), default=(0, 0))
-    alike = [one for one in scores if scores[one] == best] or [Match(next(iter(states)), "", "")]
-    if 2 * best[1] < sum(not name.endswith(COUNTER) for name in own):  # another model's: the largest set is reported on
-        return min(alike, key=lambda one: (-len(tensors[one.path]), one.rank, len(one.key + one.mine)))
+    if 2 * best[0] < sum(not name.endswith(COUNTER) for name in own):  # another model's, or names to be translated
+        alike = [one for one in scores if scores[one] == best] or [Match(next(iter(states)), "", "")]
+        first = min(alike, key=lambda one: (-len(tensors[one.path]), one.rank, len(one.key + one.mine)))
+        twins = [path for path in states if path != first.path and tensors[path].keys() == tensors[first.path].keys()]
+        return replace(first, others=tuple(path.rstrip(".") for path in twins))
+    alike = [one for one in scores if scores[one][0] == best[0]]  # a head that does not fit makes no difference
     first = min(alike, key=lambda one: (one.rank, (one.path + one.theirs + one.mine).count(".")))
     given = _given(tensors[first.path], own, first)
     rivals = [one for one in alike if not _is_same(_given(tensors[one.path], own, one), given)]
@@ -214,8 +217,9 @@ def _require_one(first: Match, rivals: Sequence[Match]) -> None:
 
 def _given(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], match: Match) -> dict[int, Tensor]:
     """What a set of weights gives to a module's tensors, by their ids."""
-    places = {id(own[name]): place for name, place in _places(own, match.theirs, match.mine).items()}
-    return {tensor: tensors[place] for tensor, place in places.items() if place in tensors}
+    places = _places(own, match.theirs, match.mine).items()
+    given = ((own[name], tensors[place]) for name, place in places if place in tensors)
+    return {id(mine): theirs for mine, theirs in given if _is_alike(theirs, mine)}
 
 
 def _places(own: Iterable[str], theirs: str, mine: str) -> dict[str, str]:

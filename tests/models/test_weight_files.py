@@ -435,6 +435,21 @@ def test_sets_that_nothing_tells_apart_are_refused_until_one_is_named(name):
         assert_same_weights(weights(module), weights(expected))
 
 
+def headless(module):
+    return {name: value for name, value in module.state_dict().items() if not name.startswith("2.")}
+
+
+def test_a_head_that_does_not_fit_tells_no_sets_apart():
+    new = nn.Sequential(*net(9)[:2], nn.Linear(8, 7))
+    with pytest.raises(ValueError, match="several sets of weights that fit: 'student'; 'teacher'"):
+        load_weights(new, saved({"student": M, "teacher": headless(OTHER)}))
+    report = load_weights(new, saved({"model": M, "ema": headless(OTHER)}))
+    assert (report.file_prefix, report.others) == ("ema.", ("model",))
+    assert torch.equal(new[0].weight, OTHER[0].weight)
+    report = load_weights(new, saved({"student": M, "teacher": headless(MODEL)}))  # the same but for the head
+    assert report.others == ()
+
+
 def test_a_key_names_a_set_of_any_rank_and_an_unknown_one_is_refused():
     path, module = saved(M | {"ema": OTHERS, "optimizer": OPTIMIZER}), net(9)
     for key, expected in (("", MODEL), ("ema", OTHER), (None, OTHER)):
