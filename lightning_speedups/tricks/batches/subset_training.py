@@ -206,8 +206,7 @@ class SubsetTraining(SeededBatchTrick):
         """Note which samples these are."""
         if not self.grips:
             return batch
-        samples = self.loader.require_numbers(self.loader.samples_of_batch())
-        self.run.indices = torch.tensor(samples, dtype=torch.long)
+        self.run.indices = torch.tensor(self.loader.require_numbers(self.loader.samples_of_batch()), dtype=torch.long)
         return batch
 
     def samples_in_step(self, trainer: Trainer) -> int:
