@@ -245,7 +245,7 @@ def test_each_optimizer_may_have_a_curve_of_its_own(first, second):
 
 @every_schedule
 def test_an_optimizer_that_is_not_there_is_refused(curve):
-    told = r"\(optimizer=1\) counts from 0, but there are 1 optimizers"
+    told = r"\(optimizer=1\) counts from 0, but this run has 1 optimizer"
     with pytest.raises(MisconfigurationException, match=f"^{type(curve.make()).__name__}{told}"):
         trainer(callbacks=[curve.make(optimizer=1)]).fit(Classifier(), loader())
 

@@ -1,5 +1,6 @@
 """The README's example runs as it stands, and its commands are the ones that work."""
 
+import logging
 import re
 import tomllib
 from pathlib import Path
@@ -14,14 +15,19 @@ TEXT = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
-def test_the_examples_run_as_they_stand():
+def test_the_examples_run_as_they_stand(caplog):
     names = {}
     for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
-        exec(compile(code, "README.md", "exec"), names)
+        with caplog.at_level(logging.INFO, "lightning.pytorch"):
+            exec(compile(code, "README.md", "exec"), names)
     inputs, labels = names["data"].tensors
     with torch.no_grad():
         accuracy = (names["model"].net(inputs.float() / 16).argmax(1) == labels).float().mean()
     assert accuracy > 0.9
+    assert "nothing to do" not in caplog.text
+    cache = names["cache"]
+    assert re.search(rf"\nprint\(cache\.hits\)  # {cache.hits}: ", TEXT)
+    assert f"{cache.hits} of {cache.hits + cache.misses} batches came from the cache" in caplog.text
     assert names["result"].suggestion > 0.01
     assert {Path(name).stat().st_size > 10_000 for name in ("range_test.png", "schedule.png")} == {True}
 

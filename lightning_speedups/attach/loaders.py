@@ -26,6 +26,7 @@ from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Grip, Trick
+from lightning_speedups.core.counts import counted
 from lightning_speedups.tensors.rows import keeps_rows
 
 
@@ -99,7 +100,12 @@ class LoaderGrip(Grip):
     def require_numbers(self, samples: list[Any]) -> list[int]:
         """Return samples of the training loader's dataset; refuse them if they are not their places in it."""
         size = len(self.loader.dataset)
-        if any(not isinstance(sample, int) or not 0 <= sample < size for sample in samples):
+        try:
+            samples = [*map(operator.index, samples)]  # numpy's, too
+            is_place = all(0 <= sample < size for sample in samples)
+        except TypeError:
+            is_place = False
+        if not is_place:
             raise MisconfigurationException(
                 f"{self.name} needs a sampler of whole numbers, each the place of a sample in the dataset, but the "
                 "training loader's gives others. Use a map-style dataset with torch's samplers."
@@ -134,8 +140,8 @@ class LoaderGrip(Grip):
         counts_in_epoch = isinstance(interval, int) and trainer.check_val_every_n_epoch is not None
         if counts_in_epoch and trainer.limit_val_batches and shortest < interval:
             raise MisconfigurationException(
-                f"{self.name} makes epochs of {shortest} batches, but Trainer(val_check_interval={interval}) validates "
-                f"after {interval}. Give a fraction such as 1.0, or `check_val_every_n_epoch=None`."
+                f"{self.name} makes epochs of {counted(shortest, 'batch')}, but Trainer(val_check_interval={interval}) "
+                f"validates after {interval}. Give a fraction such as 1.0, or `check_val_every_n_epoch=None`."
             )
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Grip
+from lightning_speedups.core.counts import counted
 from lightning_speedups.tensors.sample_losses import SampleLosses
 
 
@@ -80,7 +81,7 @@ class LossGrip(Grip):
         return output
 
     def _miss(self, step: str, seen: SampleLosses) -> None:
-        wanted = f"no loss of torch's with one value for each of the batch's {seen.samples} samples"
+        wanted = f"no loss of torch's with one value for each of the batch's {counted(seen.samples, 'sample')}"
         if not self.has_seen:
             raise MisconfigurationException(
                 f"{self.trick.name} reads the loss of each sample, but in the first batch it found {wanted} in {step}. "

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_speedups.attach.packages import require_served
+from lightning_speedups.core.arguments import with_plain_numbers
 
 
 @dataclass
@@ -33,6 +34,11 @@ class Trick(Callback):
     """A dataclass of what else belongs to a run."""
     saved: Any
     run: Any
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__init__" in vars(cls):
+            cls.__init__ = with_plain_numbers(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """Return Python's own number for numpy's and torch's, in lists, tuples and dicts too; anything else as it is.
+
+    Checkpoints are read as data, and numpy's numbers need code to be read.
+
+    Example:
+        >>> import torch
+        >>> plain(torch.tensor(3)), plain({"rates": [torch.tensor(0.5), 2]}), plain(torch.tensor([1.0]))
+        (3, {'rates': [0.5, 2]}, tensor([1.]))
+    """
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    if type(value) is dict:
+        made: Any = dict(zip(plain([*value]), plain([*value.values()]), strict=True))
+        parts, before = [*made, *made.values()], [*value, *value.values()]
+    elif type(value) in (list, tuple):
+        made, before = type(value)(map(plain, value)), value
+        parts = made
+    else:
+        return value
+    return value if all(one is other for one, other in zip(parts, before, strict=True)) else made
+
+
+def with_plain_numbers(init: Callable[..., None]) -> Callable[..., None]:
+    """Return a constructor that is handed Python's own numbers, whatever kind was given."""
+
+    @functools.wraps(init)
+    def handed_plain(self: Any, *given: Any, **named: Any) -> None:
+        init(self, *plain(given), **plain(named))
+
+    return handed_plain
+
+
+def make_plain(settings: Any) -> None:
+    """Make the numbers in a frozen dataclass Python's own; for its ``__post_init__``."""
+    for field in fields(settings):
+        object.__setattr__(settings, field.name, plain(getattr(settings, field.name)))
 
 
 def check_number(
@@ -18,8 +59,8 @@ def check_number(
     below: bool = False,
     whole: bool = False,
     optional: bool = False,
-) -> None:
-    """Refuse what is not a finite number in a range.
+) -> Any:
+    """Refuse what is not a finite number in a range, and return it as Python's own number.
 
     Args:
         name: The argument's name.
@@ -31,6 +72,9 @@ def check_number(
         whole: Whether it must be a whole number.
         optional: Whether None is allowed.
 
+    Returns:
+        The number, also of numpy or a tensor without dimensions, as an int or a float.
+
     Raises:
         ValueError: If the value breaks the rule.
 
@@ -39,8 +83,9 @@ def check_number(
         Traceback (most recent call last):
         ValueError: Expected `smoothing` to be a number in [0, 1), but got 1.5.
     """
+    given, value = value, plain(value)
     if value is None and optional:
-        return
+        return None
     is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool | complex)
     if (
         is_number
@@ -49,13 +94,13 @@ def check_number(
         and not (above and value == low)
         and not (below and value == high)
     ):
-        return
+        return value
     kind = "a whole number" if whole else "a number"
     if math.isfinite(high):
         rule = f"{kind} in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
     else:
         rule = f"{kind} above {low:g}" if above else f"{kind} of {low:g} or more"
-    raise ValueError(f"Expected `{name}` to be {rule}{', or None' if optional else ''}, but got {value!r}.")
+    raise ValueError(f"Expected `{name}` to be {rule}{', or None' if optional else ''}, but got {given!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any], *, optional: bool = False) -> None:

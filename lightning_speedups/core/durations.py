@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.arguments import check_number, plain
 
 Unit = Literal["steps", "epochs", "fraction"]
 TEXT = re.compile(r"\s*(?:(?P<steps>\d+)\s*steps?|(?P<epochs>[\d.]+)\s*epochs?|(?P<fraction>[\d.]+)\s*%)\s*")
@@ -66,6 +66,7 @@ class Duration:
         """
         if isinstance(value, Duration):
             return value
+        value = plain(given := value)
         amount, unit = value, "fraction" if isinstance(value, float) else "steps"
         try:
             if isinstance(value, str) and (match := TEXT.fullmatch(value)):
@@ -76,7 +77,7 @@ class Duration:
         except ValueError as error:
             raise ValueError(
                 f"Expected `{name}` to be a whole number of optimizer steps, a float in [0, 1] as a fraction of the "
-                f"run, or a text like '500 steps', '5 epochs' or '10%', but got {value!r}."
+                f"run, or a text like '500 steps', '5 epochs' or '10%', but got {given!r}."
             ) from error
         return Duration(int(amount) if unit == "steps" else amount, cast(Unit, unit))
 

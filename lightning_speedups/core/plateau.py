@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.arguments import check_choice, check_number, make_plain
 
 Mode = Literal["min", "max"]
 
@@ -62,6 +62,7 @@ class Plateau:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if not isinstance(self.monitor, str) or not self.monitor:
             raise ValueError(f"Expected `monitor` to be the name of a metric, but got {self.monitor!r}.")
         check_choice("mode", self.mode, get_args(Mode))

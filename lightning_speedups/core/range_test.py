@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import torch
 
-from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.arguments import check_choice, check_number, make_plain
 
 Method = Literal["minimum", "valley", "steepest"]
 
@@ -43,6 +43,7 @@ class Sweep:
     stop_factor: float = 4.0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_number("min_lr", self.min_lr, 0, above=True)
         check_number("max_lr", self.max_lr, 0, above=True)
         if self.max_lr <= self.min_lr:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
+from lightning_speedups.core.counts import counted
 from lightning_speedups.measure.errors import CompareError, as_compare_error
 from lightning_speedups.measure.images import ImageData, subset
+from lightning_speedups.modules.weights import shortened
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -55,8 +58,13 @@ def load_npz(path: Path) -> ImageData:
     """
     # np.load answers damaged and foreign files in more ways than can be listed
     what = f"can't read {str(path)[:150]} as an .npz file with {', '.join(KEYS)}: "
-    with as_compare_error(what, Exception), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        arrays = {key: archive[key] for key in KEYS}
+    with as_compare_error(what, Exception):
+        if not path.exists():
+            raise ValueError("there is no such file or folder")
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is none; for images in files name the folder that holds train/ and test/")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in KEYS}
     with as_compare_error(f"{path}: ", ValueError):
         x_train = _checked_images("train", arrays["x_train"], arrays["y_train"])
         x_test = _checked_images("test", arrays["x_test"], arrays["y_test"])
@@ -77,7 +85,8 @@ def _checked_images(split: str, images: Any, labels: Any) -> Tensor:
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise ValueError(f"y_{split} must be integers of shape (N,), got {labels.dtype} of shape {labels.shape}")
     if len(images) != len(labels):
-        raise ValueError(f"x_{split} has {len(images)} images but y_{split} has {len(labels)} labels")
+        has = f"y_{split} has {counted(len(labels), 'label')}"
+        raise ValueError(f"x_{split} has {counted(len(images), 'image')} but {has}")
     return torch.from_numpy(images).movedim(3, 1).contiguous()
 
 
@@ -108,7 +117,11 @@ def load_folder(path: Path, *, image_size: int | None = None, samples: int | Non
     Raises:
         CompareError: If the layout is wrong, a file is no image, or a test class is unknown in train/.
     """
-    with as_compare_error(f"{path} must hold train/CLASS/* and test/CLASS/*: ", FileNotFoundError, NotADirectoryError):
+    with as_compare_error(f"{path} must hold train/CLASS/* and test/CLASS/*: ", FileNotFoundError):
+        if lacking := _lacking(path):
+            higher = next((f"; did you mean {one}?" for one in path.absolute().parents if not _lacking(one)), "")
+            found = shortened(sorted(one.name + "/" * one.is_dir() for one in path.iterdir())) or "nothing"
+            raise FileNotFoundError(f"it has no {' and no '.join(lacking)}, but {found}{higher}")
         train, test = ImageFolder(path / "train"), ImageFolder(path / "test")
     if unseen := sorted(set(test.classes) - set(train.classes)):
         raise CompareError(f"{path}: test/ has the class {unseen[0]!r}, which train/ lacks")
@@ -125,6 +138,10 @@ def load_folder(path: Path, *, image_size: int | None = None, samples: int | Non
         return torch.stack(squares), torch.tensor([train.class_to_idx[folder.classes[label]] for _, label in chosen])
 
     return ImageData(path.name, *loaded(train, samples), *loaded(test, None), num_classes=len(train.classes))
+
+
+def _lacking(path: Path) -> list[str]:
+    return [f"{split}/" for split in ("train", "test") if not (path / split).is_dir()]
 
 
 def _opened(file: str) -> Image.Image:

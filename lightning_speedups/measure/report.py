@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from lightning_speedups.core.counts import counted
 from lightning_speedups.core.throughput import Spread
 from lightning_speedups.measure.runs import Run, Summary
 
@@ -31,7 +32,8 @@ def table(settings: Mapping[str, Any], rows: Sequence[Summary], notes: Sequence[
         The table, with the notes as its caption.
     """
     result = Table(
-        title=f"{settings['model']} on {settings['data']}: {settings['epochs']} epochs, {_seeds(settings['seeds'])}",
+        title=f"{settings['model']} on {settings['data']}: {counted(settings['epochs'], 'epoch')}, "
+        f"{counted(settings['seeds'], 'seed')}",
         caption="\n".join(notes),
         title_justify="left",
         caption_justify="left",
@@ -45,10 +47,6 @@ def table(settings: Mapping[str, Any], rows: Sequence[Summary], notes: Sequence[
             result.add_section()
         result.add_row(*_cells(row), style="bold" if row.baseline is None else None)
     return result
-
-
-def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _cells(row: Summary) -> list[str]:
@@ -118,7 +116,8 @@ def figure(
     axes.set(
         xlabel="training seconds, without evaluation",
         ylabel="test accuracy, %",
-        title=f"{settings['model']} on {settings['data']}: mean of {_seeds(settings['seeds'])}, band worst to best",
+        title=f"{settings['model']} on {settings['data']}: mean of {counted(settings['seeds'], 'seed')}, "
+        "band worst to best",
     )
     axes.title.set_parse_math(False)  # a file's name may hold a dollar sign
     axes.set_xlim(left=0)

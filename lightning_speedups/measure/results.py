@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lightning_speedups.core import throughput
+from lightning_speedups.core.counts import counted
 from lightning_speedups.measure.report import figure, table
 from lightning_speedups.measure.runs import Run, Summary
 
@@ -114,7 +115,8 @@ class Comparison:
             yield f"Pretraining took {fmean(pretraining):.1f} s a seed; it stands for downloaded weights, not counted."
         for run in self.runs:
             if not run.complete:
-                yield f"Interrupted: {run.arm}, seed {run.seed}, has {len(run.points)} epochs and is left out above."
+                done = counted(len(run.points), "epoch")
+                yield f"Interrupted: {run.arm}, seed {run.seed}, has {done} and is left out above."
 
     def table(self) -> Table:
         """A rich table with one row an arm."""

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_speedups.core.counts import counted
 from lightning_speedups.measure.arms import Arm, Ingredients, Situation, choose_arms
 from lightning_speedups.measure.digits import digit_collages
 from lightning_speedups.measure.errors import CompareError, as_compare_error
@@ -55,7 +56,7 @@ class _Workbench:
         self.data, self.settings = data, settings
         count, batch_size = len(data.y_train), settings.batch_size
         if count < batch_size:
-            raise CompareError(f"`batch_size` {batch_size} is more than the {count} training images")
+            raise CompareError(f"`batch_size` {batch_size} is more than the {counted(count, 'training image')}")
         self.batches_per_epoch = count // batch_size
         self._first = self._network(0, data, weights=settings.weights)
         self._pretrained: dict[int, tuple[nn.Module, float]] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.arguments import check_choice, check_number, make_plain
 from lightning_speedups.measure.errors import CompareError, as_compare_error
 
 DEFAULT_MODEL = "convnet"
@@ -94,6 +94,7 @@ class Settings:
     quick: bool = _option(False, "one seed, fewer samples and epochs: under a minute on two cores", kind=bool)
 
     def __post_init__(self) -> None:
+        make_plain(self)
         with as_compare_error("", ValueError):
             for name, option in OPTIONS.items():
                 option.check(name, getattr(self, name))

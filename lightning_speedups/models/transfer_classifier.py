@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.arguments import check_choice, check_number, plain
 from lightning_speedups.models.weight_files import load_weights
 from lightning_speedups.modules.weights import shortened
 from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
@@ -25,6 +25,8 @@ from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothing
 Optimizer = Literal["adamw", "sgd"]
 OWN_OPTIONS = {"pretrained", "checkpoint_path", "num_classes", "in_chans", "drop_rate"}
 WAYS_OUT = "Use `weights=None` for random ones, or the path of a local file."
+KEYS = (("images", "image", "pixel_values", "inputs"), ("labels", "label", "targets", "target"))
+"""Under which keys datasets give images and labels."""
 WEIGHT_DECAY: Mapping[str, float] = {"adamw": 0.05, "sgd": 5e-4}
 
 
@@ -95,13 +97,33 @@ def _without_hub(model: str, options: Mapping[str, Any]) -> tuple[str, Mapping[s
     return name, {**described, **options, "pretrained_cfg": config}
 
 
+def _parts(batch: Any, count: int = 2) -> list[Any]:
+    """Return the images of a batch, and with a count of 2 its labels."""
+    if isinstance(batch, Mapping):
+        found = [[batch[key] for key in keys if key in batch] for keys in KEYS[:count]]
+        parts = [each[0] for each in found if len(each) == 1]
+    else:
+        parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+        parts = parts if count == 2 else parts[:1]
+    if len(parts) == count and isinstance(parts[0], Tensor):
+        return parts
+    kind = type(batch).__name__
+    held = [*batch] if isinstance(batch, Mapping) else [type(part).__name__ for part in parts]
+    raise ValueError(
+        f"TransferClassifier takes batches of {' and '.join(('images', 'labels')[:count])}: tensors in a pair, or in a "
+        f"dict under {' and '.join(repr(keys[0]) for keys in KEYS[:count])}. It got a {kind} of {shortened(held)}. Let "
+        "the dataset or the loader's `collate_fn` give these."
+    )
+
+
 class TransferClassifier(LightningModule):
     """A classifier of images on any of timm's networks, with pretrained weights and a new head, ready to train.
 
     The network is ``self.model``, so that ``FreezeBackboneFinetune(None)`` finds its backbone. Logs ``train_loss``,
     ``val_loss``, ``val_accuracy``, ``test_loss`` and ``test_accuracy``; validation and test losses are cross-entropies
-    without smoothing. ``predict`` gives class probabilities. A batch is ``(images, labels)``, images float32
-    ``(N, C, H, W)`` normalised as `transforms` does, labels int64 ``(N,)``; labels mixed by ``MixupCallback`` work.
+    without smoothing. ``predict`` gives class probabilities. A batch is ``(images, labels)``, or a dict that
+    has them under usual names (`KEYS`), images float32 ``(N, C, H, W)`` normalised as `transforms` does, labels int64
+    ``(N,)``; labels mixed by ``MixupCallback`` work.
     Checkpoints load without the hub and without the weight file.
 
     When not to use it: where you have a LightningModule already: the tricks work with any.
@@ -154,22 +176,21 @@ class TransferClassifier(LightningModule):
         model_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_number("num_classes", num_classes, 2, whole=True)
-        check_number("in_chans", in_chans, 1, whole=True)
-        check_number("lr", lr, 0, above=True)
-        check_number("weight_decay", weight_decay, 0, optional=True)
-        check_number("momentum", momentum, 0, 1, below=True)
-        check_number("smoothing", smoothing, 0, 1, below=True)
-        check_number("drop_rate", drop_rate, 0, 1, below=True)
+        num_classes = check_number("num_classes", num_classes, 2, whole=True)
+        in_chans = check_number("in_chans", in_chans, 1, whole=True)
+        lr = check_number("lr", lr, 0, above=True)
+        weight_decay = check_number("weight_decay", weight_decay, 0, optional=True)
+        momentum = check_number("momentum", momentum, 0, 1, below=True)
+        smoothing = check_number("smoothing", smoothing, 0, 1, below=True)
+        drop_rate = check_number("drop_rate", drop_rate, 0, 1, below=True)
         check_choice("optimizer", optimizer, get_args(Optimizer))
         if weights is not None and not (isinstance(weights, (str, Path)) and str(weights)):
             raise ValueError(f"Expected `weights` to be 'pretrained', the path of a file or None, but got {weights!r}.")
-        options = dict(model_options or {})
+        options = plain(dict(model_options or {}))
         if double := OWN_OPTIONS & options.keys():
             raise ValueError(
                 f"Expected `model_options` without {shortened(sorted(double))}: there are arguments for that."
             )
-        assert num_classes is not None
         pretrained = weights == "pretrained"
         own = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate or None}  # not all take it
         self.model, name, options = _create_network(model, pretrained, own, options)
@@ -190,9 +211,9 @@ class TransferClassifier(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        images, labels = batch
+        images, labels = _parts(batch)
         loss: Tensor = self.criterion(self(images), labels)
-        self.log("train_loss", loss)
+        self.log("train_loss", loss, batch_size=len(images))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -205,7 +226,7 @@ class TransferClassifier(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities, ``(N, num_classes)``, of a batch with or without labels."""
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        images: Tensor = _parts(batch, 1)[0]
         return self(images).float().softmax(1)  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -258,8 +279,8 @@ class TransferClassifier(LightningModule):
         return Compose([Grayscale(), transform]) if channels == 1 else transform  # type: ignore[no-any-return]
 
     def _evaluate(self, batch: Any, stage: str, accuracy: MulticlassAccuracy) -> None:
-        images, labels = batch
+        images, labels = _parts(batch)
         logits = self(images).float()
         accuracy(logits, labels)
-        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), sync_dist=True)
-        self.log(f"{stage}_accuracy", accuracy, prog_bar=True)
+        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(images))
+        self.log(f"{stage}_accuracy", accuracy, prog_bar=True, batch_size=len(images))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
 import re
 import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_speedups.core.counts import counted
 from lightning_speedups.modules.layers import find_timm_network
 from lightning_speedups.modules.weights import (
+    Match,
     WeightReport,
     find_prefixes,
-    find_state,
+    find_states,
     fit_state,
     head_names,
     last_layer,
+    loaded_by,
+    match_states,
+    named_tensors,
     require_fit,
     shortened,
 )
 
+TEXTS = {
+    b"version https://git-lfs": "it is a pointer of Git LFS, which stands for a file; `git lfs pull` fetches that",
+    b"<": "it is a web page, perhaps of an error, and not what should be downloaded",
+    b"{": "it is JSON; weights in several parts have an index whose name ends in .index.json",
+    b"": "it is a text",
+}
+"""What a file is that holds text, by its beginning."""
+BINARIES = {
+    b"\x1f\x8b": "it is packed with gzip; unpack it",
+    b"\x89HDF": "it is of HDF5, as Keras writes it",
+    b"GGUF": "it is of GGUF, as llama.cpp takes it",
+}
+"""And one that does not."""
 PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 
 
@@ -54,14 +74,14 @@ UNNEEDED = [
 """What programs keep beside the weights: arguments, paths, numpy's numbers and arrays."""
 
 
-def read_weights(path: str | Path) -> dict[str, Any]:
-    """Read the state dict in a file: safetensors, ``torch.save``'s, or a Lightning checkpoint; no code in it runs.
+def read_states(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Read the state dicts in a file: safetensors, ``torch.save``'s, or a Lightning checkpoint; no code in it runs.
 
     Args:
-        path: The file.
+        path: The file, or the index (``.index.json``) of one in several parts.
 
     Returns:
-        Names and tensors, on the CPU.
+        As from `find_states`; tensors are on the CPU.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -72,23 +92,39 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no file {path} to load weights from.")
     if not path.is_file():
         raise ValueError(f"Expected weights in a file, but {path} is a folder. Name the file in it.")
+    if path.name.endswith(".index.json"):
+        return _read_parts(path)
     try:
-        state = find_state(load_file(path) if _is_safetensors(path) else _read_torch(path))
+        states = find_states(load_file(path) if _is_safetensors(path) else _read_torch(path))
         # Tensors that are mapped from the file would end the program once the file is written again.
-        return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
-    except pickle.UnpicklingError as error:
+        return {
+            where: {
+                name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in each.items()
+            }
+            for where, each in states.items()
+        }
+    except (pickle.UnpicklingError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
+        raise ValueError(_explained(path, error)) from error
+
+
+def _read_parts(path: Path) -> dict[str, dict[str, Any]]:
+    """Read all files that an index names; they lie beside it."""
+    try:
+        parts = sorted({Path(name).name for name in json.loads(path.read_text())["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is refused: {_why_unsafe(path, error)}. Nothing in it has been run. Save its weights again, where "
-            "you trust it, with safetensors or as torch.save(model.state_dict(), ...); or allow its classes yourself "
-            "with torch.serialization.add_safe_globals."
+            f"Can't load weights from {path}: it is no index, which has a `weight_map` in JSON."
         ) from error
-    except (ValueError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
-        reason = "it is no such file" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        reason = reason if path.stat().st_size else "it is empty"
+    if gone := [part for part in parts if not path.with_name(part).is_file()]:
         raise ValueError(
-            f"Can't load weights from {path}: {reason}. Expected safetensors, a state dict saved with torch.save, or a "
-            "Lightning checkpoint."
-        ) from error
+            f"Can't load weights from {path}: it is the index of {counted(len(parts), 'part')}, of which "
+            f"{shortened(gone)} {'is' if len(gone) == 1 else 'are'} not beside it. Put all parts there."
+        )
+    states: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for where, state in read_states(path.with_name(part)).items():
+            states[where] = states.get(where, {}) | state
+    return states
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -112,24 +148,60 @@ def _skipping_unneeded() -> contextlib.AbstractContextManager[None]:
     )
 
 
+def _explained(path: Path, error: Exception) -> str:
+    """Say why a file could not be read."""
+    reason = _other_kind(path)
+    if isinstance(error, pickle.UnpicklingError) and not reason and (unsafe := _why_unsafe(path, error)):
+        return (
+            f"{path} is refused: {unsafe}. Nothing in it has been run. Save its weights again, where you trust it, "
+            "with safetensors or as torch.save(model.state_dict(), ...); or allow its classes yourself with "
+            "torch.serialization.add_safe_globals."
+        )
+    if not reason:
+        is_told = not isinstance(error, (KeyError, pickle.UnpicklingError))
+        reason = " ".join(str(error).split())[:200] if is_told else "it is no such file"
+    return (
+        f"Can't load weights from {path}: {reason}. Expected safetensors, a state dict saved with torch.save, or a "
+        "Lightning checkpoint."
+    )
+
+
+def _other_kind(path: Path) -> str:
+    """Say what a file is by its first bytes, if it is of a kind that people take for weights; else nothing."""
+    with path.open("rb") as file:
+        start = file.read(256)
+    if not start:
+        return "it is empty"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        return "it is a TorchScript archive; save torch.jit.load(path).state_dict() where you trust it" * is_script
+    signs = TEXTS if min(start) >= ord("\t") else BINARIES
+    return next((kind for sign, kind in signs.items() if start.lstrip().startswith(sign)), "")
+
+
 def _why_unsafe(path: Path, error: Exception) -> str:
     with contextlib.suppress(Exception), _skipping_unneeded():
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if names:
             return f"reading it would run code of {shortened(names)}"
     found = re.search(r"GLOBAL (\S+)", str(error))
-    return f"reading it would run code of {found[1]}" if found else "it is a pickle that torch.save did not write"
+    with path.open("rb") as file:
+        is_pickle = file.read(1) == pickle.PROTO
+    return f"reading it would run code of {found[1]}" if found else "torch.save did not write this pickle" * is_pickle
 
 
 def load_weights(
-    module: nn.Module, source: str | Path, *, strict: bool = True, head: str | None = None
+    module: nn.Module, source: str | Path, *, strict: bool = True, head: str | None = None, key: str | None = None
 ) -> WeightReport:
     """Load a backbone's weights from a file into any module; a head for other classes stays as it is.
 
-    The file is safetensors, a state dict saved with ``torch.save``, or a Lightning checkpoint. It is read as data:
-    nothing in it can run code. Names may stand under a prefix (``"module."``, ``"model."``, ...) on either side. For
-    one of timm's networks, what timm can translate is translated: other names, sizes of position embeddings, input
-    channels.
+    The file is safetensors, a state dict saved with ``torch.save``, or a Lightning checkpoint, or the index of one in
+    parts. It is read as data: nothing in it can run code. Names may stand under a prefix (``"module."``, ``"model."``,
+    ...) on either side. Of several sets of weights that fit averaged ones are taken (``"ema"``), then those under a
+    usual key (``"state_dict"``, ``"model"``, ...); the report says which, and what else would fit. What the module's
+    own loading translates is translated (older names, as those of ``weight_norm``), and for one of timm's networks what
+    timm can: other names, sizes of position embeddings, input channels. Of tied tensors one is enough.
 
     Args:
         module: Changed in place; dtype and device stay its own.
@@ -137,14 +209,16 @@ def load_weights(
         strict: Whether each tensor of the backbone must be in the file, and few more among them, as those of a deeper
             network; if not, half of them must.
         head: Attribute path of the classifier. None: that of timm's network, or the last layer if it is linear.
+        key: Where in the file the weights stand, as ``"teacher"``, ``"state_dict.ema_model"``, or ``""`` for those
+            under no key and no prefix. None: wherever most tensors fit.
 
     Returns:
         What was loaded, and what was not; printed, it is a few lines.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file can't be read without running code, holds no weights, or those of another model; the
-            module is unchanged then.
+        ValueError: If the file can't be read without running code, holds no weights, those of another model, or
+            several sets that fit of which none is averaged or under a usual key; the module is unchanged then.
 
     Example:
         >>> import tempfile
@@ -155,13 +229,20 @@ def load_weights(
         >>> report.loaded, report.fresh
         (('0.weight', '0.bias'), ('2.weight', '2.bias'))
     """
-    state, own = read_weights(source), module.state_dict()
+    states, own = read_states(source), module.state_dict(keep_vars=True)
     names = head_names(module, _heads(module, head))
-    fitting, report = fit_state(state, own, names, str(source))
-    if report.missing or report.wrong:
-        other, other_report = fit_state(_translated(state, module), own, names, str(source))
-        if len(other) > len(fitting):
-            fitting, report = other, other_report
+    try:
+        match = match_states(states, own, key)
+    except ValueError as error:
+        raise ValueError(f"Can't load weights from {source}: {error}") from error
+    state = states[match.path]
+    fitting, report = fit_state(state, own, names, str(source), (match.theirs, match.mine))
+    for translate in (loaded_by, _translated):
+        if report.missing or report.wrong:
+            other, other_report = fit_state(translate(module, state, match), own, names, str(source))
+            if len(other) > len(fitting):
+                fitting, report = other, replace(other_report, file_prefix=match.theirs)
+    report = replace(report, file_prefix=match.path + report.file_prefix, others=match.others)
     require_fit(report, [name for name in own if name not in names], strict)
     module.load_state_dict(fitting, strict=False)
     rank_zero_info(str(report))
@@ -183,7 +264,7 @@ def _heads(module: nn.Module, path: str | None) -> list[nn.Module]:
         ) from error
 
 
-def _translated(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+def _translated(module: nn.Module, state: Mapping[str, Any], match: Match) -> Mapping[str, Any]:
     """Rename and resize what timm knows how to, for the network in a module."""
     network, _ = find_timm_network(module)
     if network is None or not getattr(network, "pretrained_cfg", None):
@@ -191,7 +272,7 @@ def _translated(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any
     from timm.models import adapt_input_conv
 
     own = network.state_dict()
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in named_tensors(state).items() if name.startswith(match.theirs)}
     prefix, _ = find_prefixes(tensors, own)
     result = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
     with contextlib.suppress(Exception):  # there is none, or it is made for the original files, and this is another

@@ -27,6 +27,7 @@ Pair = tuple[nn.Module, nn.Module]
 """A convolution, and the batch norm that alone takes its output."""
 
 _FITS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+_CONVS, _NORMS = tuple(_FITS), (*_FITS.values(), nn.SyncBatchNorm)
 # What is known of methods defined here: convolutions are linear in their weights, timm's norms end with `drop`, `act`.
 _KNOWN = {"torch.nn.modules.conv", "timm.layers.conv2d_same", "torch.nn.modules.batchnorm", "timm.layers.norm_act"}
 
@@ -50,6 +51,8 @@ def conv_norm_pairs(root: nn.Module, shared: Iterable[object] = ()) -> list[Pair
         >>> conv_norm_pairs(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2)))
         [(Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1)), BatchNorm2d(2, eps=1e-05, ...))]
     """
+    if not may_hold_pairs(root.modules()):
+        return []
     cuda = {tensor.device.index for tensor in _tensors(root) if tensor.device.type == "cuda"}
     # A forward may draw random numbers and warn; a search does neither.
     with warnings.catch_warnings(), torch.random.fork_rng(cuda), torch.no_grad(), ExitStack() as stack:
@@ -58,6 +61,20 @@ def conv_norm_pairs(root: nn.Module, shared: Iterable[object] = ()) -> list[Pair
         pairs, _ = _search(root, list(shared))
     norms, times = dict(pairs), Counter(itertools.chain(*pairs))
     return [(conv, norms[conv]) for conv in root.modules() if conv in norms and times[conv] == times[norms[conv]] == 1]
+
+
+def may_hold_pairs(modules: Iterable[nn.Module]) -> bool:
+    """Tell whether there are convolutions and batch norms at all, so that it is worth to trace what they are in.
+
+    Args:
+        modules: All of them, as from ``root.modules()``.
+
+    Example:
+        >>> may_hold_pairs(nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm(2)).modules())
+        False
+    """
+    modules = list(modules)
+    return all(any(isinstance(one, kinds) for one in modules) for kinds in (_CONVS, _NORMS))
 
 
 class FoldedNorms:
@@ -218,8 +235,8 @@ def _foldable(conv: Any, norm: Any) -> bool:
 def _search(root: nn.Module, shared: list[object]) -> tuple[set[Pair], set[nn.Module]]:
     """Return the pairs in a module, and the modules in it that cannot be traced."""
     pairs: set[Pair] = set()
-    if is_compiled(root):
-        return pairs, {root}
+    if is_compiled(root) or not any(isinstance(one, (_BatchNorm, _ConvNd)) for one in root.modules()):
+        return pairs, {root}  # of no interest to whoever calls it, if it holds neither
     opaque = {module for module in root.modules() if module is not root and _closed(module)}
     # As a whole first; then with those children as black boxes that cannot be traced themselves.
     for parts in (list(opaque), list(root.children())):

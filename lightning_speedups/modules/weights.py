@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "module", "weights")
-"""Where training programs keep the weights within a checkpoint, averaged ones first, as timm takes them."""
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "module", "weights")
+"""Under which keys of a checkpoint training programs keep the weights; others are looked through after these."""
+
+AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|averaged?)(?:[._]|$)")
+"""How averaged weights are called."""
 
 COUNTER = "num_batches_tracked"
 """End of the names that weights may lack: BatchNorm counts there, and hardly ever uses it."""
@@ -37,6 +45,7 @@ class WeightReport:
         file_prefix: Where in the file the weights stand, as ``"model."``.
         module_prefix: Where in the module they belong.
         head: Those of ``loaded`` that are of the head.
+        others: Where else in the file weights stand that would fit as well, and differ.
     """
 
     source: str
@@ -49,6 +58,7 @@ class WeightReport:
     module_prefix: str = ""
     head: tuple[str, ...] = ()
     surplus: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def wrong(self) -> tuple[tuple[str, str, str], ...]:
@@ -70,6 +80,7 @@ class WeightReport:
             "left as they were (the head, or another part)": [shapes.get(name, name) for name in self.fresh],
             "in the file only": self.unexpected,
             "the head, too, came from the file": self.head,
+            "other weights in the file that fit as well, not loaded": self.others,
         }
         lines = [f"  {title} ({len(names)}): {shortened(names)}" for title, names in lists.items() if names]
         return "\n".join([first, *lines])
@@ -86,39 +97,143 @@ def shortened(names: Collection[str]) -> str:
     return "; ".join(list(names)[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def find_state(content: Any) -> dict[str, Any]:
-    """Find the state dict in what a file holds: the file itself, or one of its entries, however deep.
+def find_states(content: Any) -> dict[str, dict[str, Any]]:
+    """Find the dicts of tensors in what a file holds: the file itself, or its entries, however deep; no optimizer's.
 
     Args:
         content: What was read.
 
     Returns:
-        Names and values, of which at least one is a tensor.
+        By the keys that lead to it, each followed by a dot, what a dict holds: names and values, of which at least one
+        is a tensor.
 
     Raises:
         ValueError: If there is none.
 
     Example:
-        >>> import torch
-        >>> find_state({"epoch": 3, "model": {"state_dict": {"weight": torch.zeros(1)}}})
-        {'weight': tensor([0.])}
+        >>> find_states({"epoch": 3, "model": {"state_dict": {"weight": torch.zeros(1)}}})
+        {'model.state_dict.': {'weight': tensor([0.])}}
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
-    known = [content[name] for name in CONTAINERS if _has_tensors(content.get(name))]
-    holders = known or [value for value in content.values() if _has_tensors(value)]
-    if known or len(holders) == 1:
-        return find_state(holders[0])
-    state = {name: value for name, value in content.items() if isinstance(name, str)}
-    if not any(isinstance(value, Tensor) for value in state.values()):
-        keys = shortened([str(key) for key in content]) or "nothing"
-        hint = "; it has several dicts of tensors: save the one you mean alone" if len(holders) > 1 else ""
-        raise ValueError(f"it holds no dict of tensors under a name that is known here, but {keys}{hint}")
-    return state
+    states = dict(_states(content))
+    if not states:
+        raise ValueError(f"it holds no dict of tensors, but {shortened([str(key) for key in content]) or 'nothing'}")
+    return states
 
 
-def _has_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(v, Tensor) or _has_tensors(v) for v in value.values())
+def _states(content: Mapping[Any, Any], path: str = "") -> Iterable[tuple[str, dict[str, Any]]]:
+    state = {name: value for name, value in content.items() if isinstance(name, str) and not isinstance(value, Mapping)}
+    if any(isinstance(value, Tensor) for value in state.values()):
+        yield path, state
+    for key, value in content.items():
+        if isinstance(value, Mapping) and "param_groups" not in value:
+            yield from _states(value, f"{path}{key}.")
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where in a file the weights of a module stand.
+
+    Attributes:
+        path: The keys that lead to the dict, each followed by a dot.
+        theirs: Prefix of their names in it, empty or ending with a dot.
+        mine: Prefix of the same names in the module.
+        others: Where else in the file weights stand that fit as well, and are others.
+    """
+
+    path: str
+    theirs: str
+    mine: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Where it stands, in one word."""
+        return (self.path + self.theirs).rstrip(".")
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """What it is by its name: averaged weights come first, then the file itself, then what is known here."""
+        top = self.path.partition(".")[0]
+        known = -1 if not top else CONTAINERS.index(top) if top in CONTAINERS else len(CONTAINERS)
+        return not AVERAGED.search(self.key), known
+
+
+def match_states(states: Mapping[str, Mapping[str, Any]], own: Mapping[str, Tensor], key: str | None = None) -> Match:
+    """Find which of a file's sets of weights is the module's: that of which most tensors fit.
+
+    Of several that fit alike and differ, averaged ones come first, then those under a key that is known here.
+
+    Args:
+        states: From `find_states`.
+        own: The module's state dict; tied tensors are one where it is made with ``keep_vars=True``.
+        key: Where the wanted ones stand; None to find out.
+
+    Raises:
+        ValueError: If nothing stands under the key, or several sets fit, and nothing tells which is meant.
+
+    Example:
+        >>> one, other = torch.zeros(1), torch.ones(1)
+        >>> match_states({"model.": {"a": one}, "ema.": {"a": other}, "optimizer.": {"b": one}}, {"a": one})
+        Match(path='ema.', theirs='', mine='', others=('model',))
+    """
+    tensors = {path: named_tensors(state) for path, state in states.items()}
+    plain = {plain_name(name): tensor for name, tensor in own.items()}
+    scores = {Match(path, *pair): score for path in states for pair, score in _scores(tensors[path], plain).items()}
+    if key is not None:
+        found = {one: score for one, score in scores.items() if f"{one.key}.".startswith(f"{key}.")}
+        if not found:
+            has = shortened(sorted({one.key.partition(".")[0] for one in scores if one.key}))
+            raise ValueError(f"Expected `key` to be where weights stand in the file, but got {key!r}. It has {has}.")
+        scores = found
+    best = max(scores.values(), default=(0, 0))
+    if 2 * best[0] < sum(not name.endswith(COUNTER) for name in own):  # another model's, or names to be translated
+        alike = [one for one in scores if scores[one] == best] or [Match(next(iter(states)), "", "")]
+        first = min(alike, key=lambda one: (-len(tensors[one.path]), one.rank, len(one.key + one.mine)))
+        twins = [path for path in states if path != first.path and tensors[path].keys() == tensors[first.path].keys()]
+        return replace(first, others=tuple(path.rstrip(".") for path in twins))
+    alike = [one for one in scores if scores[one][0] == best[0]]  # a head that does not fit makes no difference
+    first = min(alike, key=lambda one: (one.rank, (one.path + one.theirs + one.mine).count(".")))
+    given = _given(tensors[first.path], own, first)
+    rivals = [one for one in alike if not _is_same(_given(tensors[one.path], own, one), given)]
+    _require_one(first, [one for one in rivals if one.rank == first.rank])
+    return replace(first, others=tuple(dict.fromkeys(one.key for one in rivals)))
+
+
+def _require_one(first: Match, rivals: Sequence[Match]) -> None:
+    if any(one.key != first.key for one in rivals):
+        keys = shortened([repr(one.key) for one in (first, *rivals)])
+        raise ValueError(
+            f"It holds several sets of weights that fit: {keys}. Say which is meant, as "
+            f"`load_weights(module, path, key={first.key!r})`."
+        )
+    if rivals:
+        raise ValueError(
+            f"Its weights fit several parts of the module: {shortened([one.mine[:-1] for one in (first, *rivals)])}. "
+            f"Load them into the one that is meant, as `load_weights(module.{first.mine[:-1]}, path)`."
+        )
+
+
+def _given(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], match: Match) -> dict[int, Tensor]:
+    """What a set of weights gives to a module's tensors, by their ids."""
+    places = _places(own, match.theirs, match.mine).items()
+    given = ((own[name], tensors[place]) for name, place in places if place in tensors)
+    return {id(mine): theirs for mine, theirs in given if _is_alike(theirs, mine)}
+
+
+def _places(own: Iterable[str], theirs: str, mine: str) -> dict[str, str]:
+    """Where in the file a module's tensors would stand, by their names in the module."""
+    plain = {name: plain_name(name) for name in own}
+    return {name: theirs + plain[name][len(mine) :] for name in own if plain[name].startswith(mine)}
+
+
+def _is_same(one: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(_is_equal(one[key], other[key]) for key in one)
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 
 def find_prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, str]:
@@ -133,20 +248,30 @@ def find_prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tup
         matching names, then the shorter pair, then the file's order. The module's covers half of its names at least.
 
     Example:
-        >>> import torch
         >>> one, two = torch.zeros(1), torch.zeros(2)
         >>> find_prefixes({"module.net.a.b": one, "module.net.c": two}, {"model.a.b": one, "model.c": two, "d": one})
         ('module.net.', 'model.')
     """
+    scores = _scores(state, own)
+    return max(scores, key=lambda pair: (scores[pair], -"".join(pair).count(".")), default=("", ""))
+
+
+def _scores(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Count the matching shapes, and the matching names, under each pair of prefixes; counters apart."""
     names, shapes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
     heads = Counter(name[:cut] for name in own for cut in _cuts(name))
     for mine in (prefix for prefix, count in heads.items() if 2 * count >= len(own)):
-        inside = {name[len(mine) :]: tensor.shape for name, tensor in own.items() if name.startswith(mine)}
+        inside = {
+            name[len(mine) :]: None if is_lazy(tensor) else tensor.shape
+            for name, tensor in own.items()
+            if name.startswith(mine)
+        }
         for name, tensor in state.items():
             for cut in _cuts(name):
                 names[name[:cut], mine] += name[cut:] in inside
-                shapes[name[:cut], mine] += inside.get(name[cut:]) == tensor.shape
-    return max(names, key=lambda pair: (shapes[pair], names[pair], -"".join(pair).count(".")), default=("", ""))
+                shapes[name[:cut], mine] += name[cut:] in inside and inside[name[cut:]] in (None, tensor.shape)
+    return {pair: (shapes[pair], names[pair]) for pair in names}
 
 
 def _cuts(name: str) -> Iterable[int]:
@@ -165,8 +290,22 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def named_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict, by their plain names.
+
+    Example:
+        >>> named_tensors({"_orig_mod.weight": torch.zeros(1), "epoch": 3})
+        {'weight': tensor([0.])}
+    """
+    return {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
 def fit_state(
-    content: Mapping[str, Any], own: Mapping[str, Tensor], head: Collection[str] = (), source: str = "the weights"
+    content: Mapping[str, Any],
+    own: Mapping[str, Tensor],
+    head: Collection[str] = (),
+    source: str = "the weights",
+    prefixes: tuple[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], WeightReport]:
     """Pick what of a state dict fits a module; nothing is copied or changed.
 
@@ -174,9 +313,11 @@ def fit_state(
 
     Args:
         content: Names and tensors; what is no tensor is reported as unexpected.
-        own: The module's state dict.
+        own: The module's state dict; where it is made with ``keep_vars=True``, tied tensors are known, and one name of
+            theirs in the file is enough.
         head: The names in it that belong to the classifier.
         source: What the report calls the weights.
+        prefixes: Where the weights stand in the file and in the module; None to find out.
 
     Returns:
         The tensors to load, by the module's names, and the report.
@@ -187,23 +328,31 @@ def fit_state(
         the weights: 2 of 4 tensors loaded
           left as they were (the head, or another part) (2): 1.weight; 1.bias
     """
-    state = {plain_name(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    state = named_tensors(content)
     own = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
     head = own.keys() & head
-    theirs, mine = find_prefixes(state, {plain_name(name): tensor for name, tensor in own.items()})
-    places = {name: theirs + plain_name(name)[len(mine) :] for name in own if plain_name(name).startswith(mine)}
+    theirs, mine = prefixes or find_prefixes(state, {plain_name(name): tensor for name, tensor in own.items()})
+    places = _places(own, theirs, mine)
     given = {name: state[place] for name, place in places.items() if place in state and _is_kept(name, state[place])}
-    alike = {name: tensor for name, tensor in given.items() if _is_alike(tensor, own[name])}
+    tied = {id(own[name]): tensor for name, tensor in reversed(given.items())}
+    given |= {name: tied[id(tensor)] for name, tensor in own.items() if name not in given and id(tensor) in tied}
+    alike = {name: given[name] for name in own if name in given and _is_alike(given[name], own[name])}
+    torn = [name for name, tensor in alike.items() if not _is_equal(tensor, tied[id(own[name])])]
+    alike = {name: tensor for name, tensor in alike.items() if name not in torn}
     head_fits = head <= alike.keys()
     fitting = {name: tensor for name, tensor in alike.items() if head_fits or name not in head}
     unused = state.keys() - places.values()
     return fitting, WeightReport(
         source,
         loaded=tuple(fitting),
-        fresh=tuple(name for name in own if name not in places or (name in head and not head_fits)),
+        fresh=tuple(n for n in own if n not in places.keys() | given.keys() or (n in head and not head_fits)),
         missing=tuple(name for name in places if name not in given and not (name in head or name.endswith(COUNTER))),
         unexpected=tuple(name for name in content if plain_name(name) in unused or plain_name(name) not in state),
-        mismatched=tuple((name, _described(given[name]), _described(own[name])) for name in given if name not in alike),
+        mismatched=tuple(
+            (name, *(("another tensor", "a tied one") if name in torn else map(_described, (given[name], own[name]))))
+            for name in given
+            if name not in alike
+        ),
         file_prefix=theirs,
         module_prefix=mine,
         head=tuple(name for name in fitting if name in head),
@@ -217,6 +366,8 @@ def _is_kept(name: str, tensor: Tensor) -> bool:
 
 
 def _is_alike(one: Tensor, other: Tensor) -> bool:
+    if is_lazy(other):
+        return True
     return one.shape == other.shape and one.is_floating_point() == other.is_floating_point()
 
 
@@ -267,6 +418,39 @@ def require_fit(report: WeightReport, backbone: Collection[str], strict: bool = 
         )
 
 
+def loaded_by(module: nn.Module, state: Mapping[str, Any], match: Match) -> dict[str, Any]:
+    """Return what a module's own loading makes of a state dict: its hooks know the names and shapes of older versions.
+
+    Args:
+        module: It is not changed: a copy of it without values is loaded into.
+        state: Names and tensors.
+        match: Where the weights stand in it, and where in the module they belong.
+
+    Returns:
+        Names and tensors, by the module's names where these are known; those of the others, which nothing was made of.
+    """
+    given = {
+        match.mine + name[len(match.theirs) :]: tensor
+        for name, tensor in named_tensors(state).items()
+        if name.startswith(match.theirs)
+    }
+    empty = {id(one): one.detach().to("meta") for one in module.buffers()}
+    empty |= {id(one): nn.Parameter(one.detach().to("meta"), one.requires_grad) for one in module.parameters()}
+    made: dict[str, Tensor] = {}
+    with (
+        contextlib.suppress(Exception),
+        warnings.catch_warnings(),
+    ):  # a module that cannot be copied has its names alone
+        warnings.simplefilter("ignore")
+        twin = copy.deepcopy(module, empty)
+        with contextlib.suppress(RuntimeError):  # that some have another shape: the report tells
+            twin.load_state_dict(given, strict=False, assign=True)
+        made = {name: tensor for name, tensor in named_tensors(twin.state_dict()).items() if not tensor.is_meta}
+    made = {name: tensor for name, tensor in made.items() if name in given or not name.endswith(COUNTER)}
+    used = {tensor.data_ptr() for tensor in made.values()}
+    return {name: tensor for name, tensor in given.items() if tensor.data_ptr() not in used} | made
+
+
 def head_names(module: nn.Module, heads: Iterable[nn.Module]) -> frozenset[str]:
     """Return the names, in a module's state dict, of the tensors of some of its parts; none if that would be all.
 
@@ -275,8 +459,11 @@ def head_names(module: nn.Module, heads: Iterable[nn.Module]) -> frozenset[str]:
         >>> sorted(head_names(module, [module[1]]))
         ['1.bias', '1.weight']
     """
-    own = module.state_dict(keep_vars=True)
-    tensors = {id(tensor) for head in heads for tensor in head.state_dict(keep_vars=True).values()}
+    own, inner = module.state_dict(keep_vars=True), {part for head in heads for part in head.modules()}
+    outer = [part for part in module.modules() if part not in inner]
+    # What the rest of the module holds as well, as a language model's embedding, is no head's.
+    shared = {id(t) for part in outer for t in (*part.parameters(recurse=False), *part.buffers(recurse=False))}
+    tensors = {id(tensor) for part in inner for tensor in part.state_dict(keep_vars=True).values()} - shared
     names = frozenset(name for name, tensor in own.items() if id(tensor) in tensors)
     return names if len(names) < len(own) else frozenset()
 

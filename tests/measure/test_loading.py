@@ -112,7 +112,7 @@ def test_damaged_and_foreign_files(tmp_path):
 
 
 def test_a_path_that_is_not_there(tmp_path):
-    with pytest.raises(CompareError, match=r"can't read .* No such file"):
+    with pytest.raises(CompareError, match=r"can't read .* no such file"):
         load_data(tmp_path / "nowhere.npz")
 
 
@@ -168,3 +168,38 @@ def test_a_truncated_picture_is_named(folder):
     picture.write_bytes(picture.read_bytes()[:50])
     with pytest.raises(CompareError, match=r"can't read the image .*1\.png"):
         load_data(folder)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder as it should be."""
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "photos" / place).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "photos" / place / "0.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("photos/train", r"has no train/ and no test/, but a/; b/; did you mean .*photos\?$"),
+        ("photos/train/a", r"has no train/ and no test/, but 0.png; did you mean .*photos\?$"),
+        ("photos/test/b/0.png", "it is none; for images in files name the folder"),
+        ("other", r"has no test/, but train/; val/$"),
+        ("bare", r"has no train/ and no test/, but nothing$"),
+        ("nowhere", "there is no such file or folder"),
+        ("nowhere.npz", "there is no such file or folder"),
+        ("table.csv", "it is none; for images in files name the folder"),
+    ],
+)
+def test_a_wrong_path_is_told_with_what_is_there(place, message, photos, monkeypatch):
+    root = photos.parent
+    for folder in ("other/train/a", "other/val/a", "bare"):
+        (root / folder).mkdir(parents=True)
+    (root / "table.csv").write_text("a,b")
+    monkeypatch.chdir(root)
+    for path in (place, root / place):
+        with pytest.raises(CompareError, match=message) as caught:
+            load_data(path)
+        assert "Errno" not in str(caught.value)
+    assert load_data("photos").num_classes == 2

@@ -96,7 +96,7 @@ def test_a_partial_run_is_noted_and_left_out(result):
     result.runs.append(run("trick", 2, [0.9], 0.1, complete=False))
     result.interrupted = True
     assert result.summary("trick").runs == 2
-    assert "Interrupted: trick, seed 2, has 1 epochs" in " ".join(text(result).split())
+    assert "Interrupted: trick, seed 2, has 1 epoch" in " ".join(text(result).split())
     assert json.loads(result.to_json())["interrupted"] is True
 
 

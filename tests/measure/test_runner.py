@@ -257,7 +257,7 @@ def test_an_arm_that_can_not_run_is_found_before_anything_trains(monkeypatch, tm
         ({"model": "resnet81"}, "`model` to be the name of a timm network"),
         ({"weights": "w.pt"}, "`weights` .* neither is among the arms"),
         ({"seeds": 0}, "`seeds`"),
-        ({"data": "/nowhere"}, "can't read /nowhere .* No such file"),
+        ({"data": "/nowhere"}, "can't read /nowhere .* no such file"),
         ({"out": "/dev/null/results"}, "can't write to the folder /dev/null/results"),
     ],
 )

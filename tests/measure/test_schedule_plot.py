@@ -119,7 +119,7 @@ def test_without_an_optimizer_there_are_as_many_groups_as_rates():
         (OneCycleMomentum(0.1), torch.optim.Adagrad, "drives `momentum`, but Adagrad has none.*cycle_momentum=False"),
         (CyclicMomentum(0.1, 0.2), torch.optim.Adagrad, "drives `momentum`, but Adagrad has none"),
         (LRCurve(key="beta"), torch.optim.SGD, "drives `beta`, but SGD has none"),
-        (LRCurve(optimizer=1), torch.optim.SGD, r"LRCurve\(optimizer=1\) counts from 0, but there are 1 optimizers"),
+        (LRCurve(optimizer=1), torch.optim.SGD, r"LRCurve\(optimizer=1\) counts from 0, but this run has 1 optimizer"),
     ],
 )  # fmt: skip
 def test_optimizers_that_a_run_refuses_are_refused_here(trick, optimizer, told):

@@ -22,7 +22,7 @@ from lightning_speedups import (
     TransferClassifier,
     load_weights,
 )
-from lightning_speedups.models.weight_files import read_weights
+from lightning_speedups.models.weight_files import read_states
 from zoo import Memory, assert_same_weights, trainer, weights
 
 builder, factory, hub = (importlib.import_module(f"timm.models.{name}") for name in ("_builder", "_factory", "_hub"))
@@ -262,7 +262,7 @@ def test_the_checkpoint_of_a_fit_loads_without_hub_and_weight_file(no_hub):
 def test_training_does_not_write_into_the_file_or_the_tensors_that_were_read():
     path = saved(small(4).model.state_dict())
     content = Path(path).read_bytes()
-    state = read_weights(path)
+    (state,) = read_states(path).values()
     before = {name: value.clone() for name, value in state.items()}
     module = small(4, weights=path)
     trainer(max_epochs=1).fit(module, loader())
@@ -294,6 +294,58 @@ def test_losses_and_accuracies_are_what_they_are_called():
     torch.testing.assert_close(predicted, scores.softmax(1))
     bare = DataLoader(all_images, batch_size=5)
     assert torch.equal(torch.cat(run.predict(twin, bare)), predicted)
+
+
+def as_dicts(names):
+    """Gives batches in dicts, with something else beside what is wanted."""
+    images, labels = loader().dataset.tensors
+    data = [
+        dict(zip((*names, "id"), (*pair, str(i)), strict=True))
+        for i, pair in enumerate(zip(images, labels, strict=True))
+    ]
+    return DataLoader(data, batch_size=8)
+
+
+@pytest.mark.parametrize("names", [("image", "label"), ("pixel_values", "labels")])
+def test_batches_may_be_dicts_with_usual_names(names):
+    one, other = small(), small()
+    trainer(max_epochs=1).fit(one, loader(), loader())
+    run = trainer(max_epochs=1)
+    run.fit(other, as_dicts(names), as_dicts(names))
+    assert_same_weights(weights(one), weights(other))
+    ours, theirs = (torch.cat(run.predict(other, data)) for data in (as_dicts(names), loader()))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seen"),
+    [
+        ({"img": torch.zeros(2, 3, 32, 32), "label": torch.zeros(2).long()}, "a dict of img; label"),
+        (
+            {"image": torch.zeros(2, 3, 32, 32), "images": torch.zeros(2, 3, 32, 32), "label": torch.zeros(2).long()},
+            "a dict of image; images; label",
+        ),
+        ((torch.zeros(2, 3, 32, 32),), "a tuple of Tensor"),
+        ((torch.zeros(2, 3, 32, 32), torch.zeros(2).long(), ["a", "b"]), "a tuple of Tensor; Tensor; list"),
+        ((["a", "b"], torch.zeros(2).long()), "a tuple of list; Tensor"),
+        (torch.zeros(2, 3, 32, 32), "a Tensor of Tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_batches_are_refused_with_what_is_taken(batch, seen):
+    said = rf"batches of images and labels: .* under 'images' and 'labels'. It got {seen}\."
+    for step in (small().training_step, small().validation_step):
+        with pytest.raises(ValueError, match=said):
+            step(batch, 0)
+
+
+def test_predictions_need_no_labels():
+    module, images = small().eval(), torch.randn(2, 3, 32, 32)
+    expected = module(images).softmax(1)
+    for batch in (images, (images,), [images, 1, 2], {"image": images, "id": ["a", "b"]}):
+        torch.testing.assert_close(module.predict_step(batch, 0), expected)
+    with pytest.raises(ValueError, match=r"batches of images: .* under 'images'. It got a dict of img"):
+        module.predict_step({"img": images}, 0)
 
 
 def test_it_learns():

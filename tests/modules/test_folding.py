@@ -676,3 +676,41 @@ def test_a_convolution_with_a_norm_for_each_of_two_domains_is_no_pair():
 def test_pairs_come_in_the_order_of_the_modules():
     model = Residual()
     assert [conv for conv, _ in conv_norm_pairs(model)] == [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The modules that are traced."""
+    seen, trace = [], torch.fx.Tracer.trace
+    monkeypatch.setattr(torch.fx.Tracer, "trace", lambda *args: seen.append(type(args[1])) or trace(*args))
+    return seen
+
+
+@pytest.mark.parametrize("lacking", ["norms", "convolutions", "both"])
+def test_what_holds_no_pair_at_all_is_not_traced(lacking, traced):
+    parts = {"norms": nn.Conv2d(1, 2, 3), "convolutions": nn.BatchNorm2d(2), "both": nn.LayerNorm(2)}
+    layer = nn.TransformerEncoderLayer(8, 2, 8)
+    assert (
+        conv_norm_pairs(nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), parts[lacking]))
+        == []
+    )
+    assert traced == []
+
+
+class Chooses(nn.Module):
+    """What a tracer cannot follow, around something without a convolution and without a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.rest = (
+            tower(),
+            nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 2, enable_nested_tensor=False),
+        )
+
+    def forward(self, inputs):
+        return self.rest(inputs) if inputs.mean() > 0 else self.tower(inputs)
+
+
+def test_parts_without_convolutions_and_norms_are_passed_over_and_the_others_are_found(traced):
+    assert len(conv_norm_pairs(nn.Sequential(Chooses()))) == 1
+    assert not set(traced) & {nn.TransformerEncoder, nn.TransformerEncoderLayer}

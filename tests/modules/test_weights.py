@@ -5,10 +5,11 @@ from torch import nn
 from lightning_speedups.modules.weights import (
     WeightReport,
     find_prefixes,
-    find_state,
+    find_states,
     fit_state,
     head_names,
     last_layer,
+    match_states,
     require_fit,
     shortened,
 )
@@ -33,7 +34,9 @@ def prefixed(prefix, state):
 
 
 def load(content, module, **options):
-    fitting, report = fit_state(find_state(content), module.state_dict(), HEAD, **options)
+    states = find_states(content)
+    match = match_states(states, module.state_dict())
+    fitting, report = fit_state(states[match.path], module.state_dict(), HEAD, **options)
     require_fit(report, [name for name in module.state_dict() if name not in HEAD])
     module.load_state_dict(fitting, strict=False)
     return report
@@ -59,7 +62,8 @@ STATE = network().state_dict()
     ids=lambda content: "+".join(list(content)[:3]),
 )
 def test_the_state_dict_is_found_wherever_programs_keep_it(content):
-    found = find_state(content)
+    states = find_states(content)
+    found = states[match_states(states, network().state_dict()).path]
     assert found.keys() == STATE.keys()
     assert all(found[name] is STATE[name] for name in STATE)
 
@@ -71,12 +75,12 @@ def test_the_state_dict_is_found_wherever_programs_keep_it(content):
         (torch.zeros(1), "it holds a Tensor"),
         ({}, "but nothing"),
         ({"epoch": 3, "lr": 0.1}, "but epoch; lr"),
-        ({"generator": STATE, "critic": STATE}, "several dicts of tensors"),
+        ({"optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []}}, "but optimizer"),
     ],
 )
 def test_what_holds_no_state_dict_is_refused(content, message):
     with pytest.raises(ValueError, match=message):
-        find_state(content)
+        find_states(content)
 
 
 @pytest.mark.parametrize("theirs", ["", "module.", "model.", "_orig_mod.", "net.encoder.backbone.", "student.0."])

@@ -14,6 +14,7 @@ from lightning_speedups.attach.loaders import LoaderGrip
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.augmentation import coins, flip_some, shifted_crops
 from lightning_speedups.core.batch import Place, check_place, check_places
+from lightning_speedups.core.counts import counted
 
 
 def crop_range(crop: int, strength: float) -> int:
@@ -133,7 +134,8 @@ class BatchAugmentation(SeededBatchTrick):
             return None if self.flip is None else torch.rand(count, generator=generator) < 0.5
         samples = self._loader.rows_of_batch()
         if len(samples) != count:
-            what = f"needs one image for each sample, but a batch of {len(samples)} samples has {count} images"
+            found = f"a batch of {counted(len(samples), 'sample')} has {counted(count, 'image')}"
+            what = f"needs one image for each sample, but {found}"
             way_out = 'Use `flip="random"`, or name the images\' place with `inputs=`.'
             raise self.refusal(what, way_out, flip="alternating")
         return (coins(self.run_seed(trainer), torch.tensor(samples)) + trainer.current_epoch) % 2 == 1

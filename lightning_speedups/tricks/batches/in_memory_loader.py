@@ -63,8 +63,8 @@ class InMemoryLoader(DataLoader[Any]):
         sampler: Any = None,
         **options: Any,
     ) -> None:
-        check_number("seed", seed, whole=True, optional=True)
-        check_number("batch_size", batch_size, 1, whole=True)
+        seed = check_number("seed", seed, whole=True, optional=True)
+        batch_size = check_number("batch_size", batch_size, 1, whole=True)
         if options.get("collate_fn") not in (None, _whole):
             raise ValueError("Expected no `collate_fn`: the batches of an InMemoryLoader are whole already.")
         if shuffle and sampler is not None:

@@ -110,8 +110,6 @@ class MixupCallback(SeededBatchTrick):
         super().__init__(seed)
         check_number("alpha", alpha, 0)
         check_number("cutmix_alpha", cutmix_alpha, 0)
-        if alpha == cutmix_alpha == 0:
-            raise ValueError("Expected `alpha` or `cutmix_alpha` above 0, but got 0 for both, which mixes nothing.")
         check_number("prob", prob, 0, 1)
         check_number("switch_prob", switch_prob, 0, 1)
         check_number("stop_after", stop_after, 0, 1)
@@ -168,6 +166,8 @@ class MixupCallback(SeededBatchTrick):
             >>> labels.shape, mixture.method, mixture.lam.shape
             (torch.Size([4]), 'mixup', torch.Size([1]))
         """
+        if self.alpha == self.cutmix_alpha == 0 and self.targets == "labels":
+            return batch, Mixture("none")
         labels = self._labels(batch)
         inputs = [self._input(batch, place, labels) for place in self._places]
         mixture, first = Mixture("none"), inputs[0]

@@ -178,15 +178,16 @@ class SubsetTraining(SeededBatchTrick):
         self.keep, self.method, self.stop_at, self.max_drop, self.beta = keep, method, stop_at, max_drop, beta
         self.logs_facts = log
         self.kept = 1.0
-        self.reads = method != "random"
+        self.reads = method != "random" and keep < 1
         self.loader = _Selects(self, reads_rows=self.reads)
-        self.grips = (self.loader, ShorterRun(self), *([LossGrip(self)] if self.reads else []))
+        if keep < 1:
+            self.grips = (self.loader, ShorterRun(self), *([LossGrip(self)] if self.reads else []))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join loader, batch pipeline and training step; settle which epochs are shortened."""
         known = self.saved
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
+        if stage != "fit" or not self.grips:
             return
         epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
         if epochs < 0 and self.stop_at < 1.0:

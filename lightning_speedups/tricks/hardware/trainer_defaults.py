@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_speedups.attach.packages import is_a
+from lightning_speedups.core.arguments import plain
 
 
 def choose_precision(asked: Any, kind: str, native_bf16: bool) -> tuple[Any, str]:
@@ -78,6 +79,7 @@ def trainer_defaults(
         >>> settings["accelerator"], settings["max_epochs"], settings["precision"] in ("bf16-mixed", "32-true")
         ('cpu', 3, True)
     """
+    devices, overrides = plain(devices), plain(overrides)
     known = inspect.signature(Trainer).parameters
     for name in overrides:
         if name not in known:

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.arguments import check_choice, check_number, plain
+from lightning_speedups.core.counts import counted
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -27,9 +28,9 @@ def as_smoothing(smoothing: float | Sequence[float] | Tensor) -> float | Tensor:
         >>> as_smoothing(0.1), as_smoothing([0.0, 0.5])
         (0.1, tensor([0.0000, 0.5000]))
     """
-    if isinstance(smoothing, Real):
-        check_number("smoothing", smoothing, 0, 1, below=True)
-        return smoothing  # type: ignore[return-value]  # whatever kind of number it is
+    if isinstance(plain(smoothing), Real):
+        number: float = check_number("smoothing", smoothing, 0, 1, below=True)
+        return number
     dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
     numbers = smoothing.tolist() if hasattr(smoothing, "tolist") else smoothing
     if not isinstance(numbers, (list, tuple)) or not numbers:
@@ -91,8 +92,8 @@ class Smoothing(nn.Module):
         if isinstance(smoothing, Tensor):
             if scores.ndim < 2 or scores.shape[1] != len(smoothing):
                 raise ValueError(
-                    f"Expected scores of shape (N, {len(smoothing)}, ...) for a `smoothing` of {len(smoothing)} values,"
-                    f" one for each class, but got {tuple(scores.shape)}."
+                    f"Expected scores of shape (N, {len(smoothing)}, ...) for a `smoothing` of "
+                    f"{counted(len(smoothing), 'value')}, one for each class, but got {tuple(scores.shape)}."
                 )
             smoothing = smoothing.to(scores)
         return smoothing if self.strength is None else smoothing * self.strength.to(scores)

@@ -79,10 +79,9 @@ class LabelSmoothingLoss(Smoothing):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(smoothing, reduction)
-        check_number("ignore_index", ignore_index, whole=True)
         if weight is not None and not (isinstance(weight, Tensor) and weight.ndim == 1 and bool((weight >= 0).all())):
             raise ValueError(f"Expected `weight` to be a tensor (C,) of class weights >= 0, or None, but got {weight}.")
-        self.ignore_index = ignore_index
+        self.ignore_index: int = check_number("ignore_index", ignore_index, whole=True)
         self.register_buffer("weight", weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

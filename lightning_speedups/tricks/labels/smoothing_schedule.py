@@ -26,7 +26,7 @@ def factor_at(progress: float, shape: Shape, start: float, stop: float) -> float
     Args:
         progress: Part of the run that is over, in [0, 1].
         shape: Its curve between ``start`` and ``stop``, as a function of progress in [0, 1].
-        start: Part of the run, in [0, 1), before which the factor is the curve's first one.
+        start: Part of the run, in [0, 1], before which the factor is the curve's first one.
         stop: Part of the run, from ``start`` to 1, from which on it is the curve's last one.
 
     Example:
@@ -70,15 +70,15 @@ class SmoothingSchedule(Trick):
             or ``"cosine_restarts"``; or your own function of progress in [0, 1] that returns a factor of 0 or more.
         end_factor: Factor at the end of a named shape, 0 or more; above 1 it grows. None: the shape's own: 0, or 0.01
             where it falls exponentially. Not for the step and your own.
-        start: Where the curve begins, as a fraction of the run in [0, 1).
+        start: Where the curve begins, as a fraction of the run in [0, 1].
         stop: Where it ends, as a fraction of the run from ``start`` to 1; with ``stop=start`` it is a jump.
         options: More arguments of a named shape, those of ``LRCurve``: ``power``, ``milestones`` and ``gamma``,
             ``start`` and ``rise``, ``cycles`` and ``growth``.
 
     Raises:
-        ValueError: If an argument is out of range, or if the curve stays at 1.
-        MisconfigurationException: At fit start, if the module has no such loss or only ones with ε = 0, if an ε would
-            reach 1, if the length of the run is unknown, or if there are two schedules.
+        ValueError: If an argument is out of range, or if the curve of a shape stays at 1 unasked.
+        MisconfigurationException: At fit start, if the module has no such loss, if an ε would reach 1, if the
+            length of the run is unknown, or if there are two schedules.
 
     Source:
         Xu et al., arXiv:2006.11653.
@@ -101,17 +101,16 @@ class SmoothingSchedule(Trick):
     ) -> None:
         super().__init__()
         check_number("end_factor", end_factor, 0, optional=True)
-        check_number("start", start, 0, 1, below=True)
+        check_number("start", start, 0, 1)
         check_number("stop", stop, 0, 1)
         if stop < start:
             raise ValueError(f"Expected `stop` to be `start` or more, but got {stop} after {start}.")
         end = {} if end_factor is None else {"end": end_factor}
         self.shape = pick_shape(shape, {**options, **end} if isinstance(options, dict) else options or end)
         factors = [factor_at(place / 100, self.shape, start, stop) for place in range(101)]
-        if all(factor == 1 for factor in factors):
+        if end_factor is None and all(factor == 1 for factor in factors):
             raise ValueError(
-                f"Expected `shape` {shape!r} to change the smoothing, but its factor stays at 1. Give another one, or "
-                "another `end_factor`."
+                f"Expected `shape` {shape!r} to change the smoothing, but its factor stays at 1. Give another one."
             )
         self.start, self.stop = start, stop
         self._highest = max(factors)
@@ -122,11 +121,10 @@ class SmoothingSchedule(Trick):
         others = [one for one in callbacks_of(trainer) if isinstance(one, SmoothingSchedule) and one is not self]
         if others:
             raise self.refusal("multiplies the ε of every loss, and there are two such callbacks", "Remove one.")
-        losses = [module for module in pl_module.modules() if isinstance(module, Smoothing) and module.highest > 0]
+        losses = [module for module in pl_module.modules() if isinstance(module, Smoothing)]
         if not losses:
             raise self.refusal(
-                "drives losses of this package with a `smoothing` above 0, but among the submodules of "
-                f"{type(pl_module).__name__} there are none",
+                f"drives losses of this package, but among the submodules of {type(pl_module).__name__} there are none",
                 "Assign one in its `__init__`, as `self.criterion = LabelSmoothingLoss(0.1)`, and let `training_step` "
                 "use it.",
             )

@@ -16,6 +16,7 @@ from lightning_speedups.attach.run_length import raw_optimizers, run_length
 from lightning_speedups.attach.steps import GIVE_STEPS, OptimizerTrick, Steps, ValueOrder, get_value
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_choice, check_number
+from lightning_speedups.core.counts import counted
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.run_length import Outlook
 from lightning_speedups.core.schedules import Course
@@ -193,13 +194,14 @@ class ScheduleTrick(OptimizerTrick):
         optimizers began with.
         """
         if self.optimizer is not None and self.optimizer >= len(optimizers):
-            what = f"counts from 0, but there are {len(optimizers)} optimizers"
+            what = f"counts from 0, but this run has {counted(len(optimizers), 'optimizer')}"
             raise self.refusal(what, "Name one of these.", optimizer=self.optimizer)
         for i, optimizer in enumerate(optimizers):
             count = self.saved.groups[i] if i < len(self.saved.groups) else len(optimizer.param_groups)
             for name, rates in arguments.items():
                 if self.drives(i) and isinstance(rates, (list, tuple)) and len(rates) != count:
-                    what = f"has {len(rates)} values, but {type(optimizer).__name__} has {count} parameter groups"
+                    has = f"{type(optimizer).__name__} has {counted(count, 'parameter group')}"
+                    what = f"has {counted(len(rates), 'value')}, but {has}"
                     raise self.refusal(what, "Give one number, or one for each group.", **{name: rates})
 
     def _other_owners(self, trainer: Trainer) -> Iterator[str]:
@@ -243,7 +245,8 @@ class ScheduleTrick(OptimizerTrick):
                 courses = [Course(end, end)] * len(courses)
                 how = "the curve is stretched over the new total"
             rank_zero_warn(
-                f"{self.name}: the checkpoint's run had {before} optimizer steps, this one has {total}; {how}."
+                f"{self.name}: the checkpoint's run had {counted(before, 'optimizer step')}, this one has {total}; "
+                f"{how}."
             )
         self.saved.courses, self.saved.told = courses, told
 
@@ -290,9 +293,9 @@ class ScheduleTrick(OptimizerTrick):
         super().on_train_end(trainer, pl_module)
         if self.total_steps or not self.needs_length or trainer.should_stop:
             return
-        if (counted := self.counted(trainer)) != self.planned:
+        if (steps := self.counted(trainer)) != self.planned:
             self._warn(
-                f"the run was planned with {self.planned} optimizer steps and ended after {counted}, so that the curve "
+                f"the run was planned with {self.planned} optimizer steps and ended after {steps}, so that the curve "
                 "did not end with it"
             )
 

@@ -90,7 +90,7 @@ class LRCurve(ScheduleTrick):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[LRCurve("cosine", warmup="1 epochs"), LRCurve("linear", key="weight_decay")])
+        >>> trainer = Trainer(callbacks=[LRCurve("cosine", warmup="1 epoch"), LRCurve("linear", key="weight_decay")])
     """
 
     saved_as, run_as = Cooling, Pieces

@@ -15,6 +15,7 @@ from lightning_speedups.attach.run_length import facts, logger_step, steps_until
 from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch import count_by_loader
+from lightning_speedups.core.counts import counted
 from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.plateau import Mode, is_reached
 from lightning_speedups.core.schedules import anneal_between
@@ -85,11 +86,11 @@ class StopAtTarget(OptimizerTrick):
     Args:
         monitor: Name of a logged metric, looked at after each validation and each training epoch. What the module logs
             in its ``on_train_epoch_end`` comes too late for that.
-        target: The value to reach.
+        target: The value to reach; an infinite one never is.
         mode: ``"max"``: at least the target; ``"min"``: at most.
         finish: ``"now"``: end at once; ``"anneal"``: after a last decay of the learning rate.
-        anneal: Length of that decay: a whole number of optimizer steps, 1 or more, a float in (0, 1] as a fraction of
-            the steps done so far, or a text like ``"1 epochs"``. It ends with the run at the latest.
+        anneal: Length of that decay: a whole number of optimizer steps, a float in [0, 1] as a fraction of the
+            steps done so far, or a text like ``"1 epoch"``; 0 ends the run at once. It ends with the run at the latest.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -120,14 +121,14 @@ class StopAtTarget(OptimizerTrick):
         super().__init__()
         if not isinstance(monitor, str) or not monitor:
             raise ValueError(f"Expected `monitor` to be the name of a metric, but got {monitor!r}.")
-        check_number("target", target)
+        if target not in (math.inf, -math.inf):  # never reached
+            check_number("target", target)
         check_choice("mode", mode, get_args(Mode))
         check_choice("finish", finish, ("now", "anneal"))
         self.anneal = Duration.parse("anneal", anneal)
-        if not self.anneal.amount:
-            raise ValueError(f"Expected `anneal` to be above 0, but got {anneal!r}. Use `finish='now'`.")
-        self.monitor, self.target, self.mode, self.finish = monitor, target, mode, finish
-        self.keys = ("lr",) if finish == "anneal" else ()
+        self.monitor, self.target, self.mode = monitor, target, mode
+        self.finish = finish if self.anneal.amount else "now"
+        self.keys = ("lr",) if self.finish == "anneal" else ()
 
     @property
     def reached(self) -> Reached | None:
@@ -221,10 +222,10 @@ class StopAtTarget(OptimizerTrick):
 
     def _note(self, trainer: Trainer, reached: Reached) -> None:
         self.saved.reached = asdict(reached)
-        samples = "an unknown number of" if reached.samples is None else reached.samples
+        samples = "an unknown number of samples" if reached.samples is None else counted(reached.samples, "sample")
         rank_zero_info(
             f"{self.name}: {self.monitor} = {reached.value:g} (target {self.target:g}) after {reached.seconds:.1f} s, "
-            f"{reached.steps} optimizer steps, {samples} samples."
+            f"{counted(reached.steps, 'optimizer step')}, {samples}."
         )
         report = {f"target/{name}": number for name, number in self.saved.reached.items() if number is not None}
         for logger in trainer.loggers:

@@ -15,6 +15,7 @@ from lightning_speedups.attach.run_length import facts
 from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch_scaling import Rule, scaling_factor
+from lightning_speedups.core.counts import counted
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.schedules import ramp
 
@@ -113,11 +114,11 @@ class WarmupLRScaler(OptimizerTrick):
         run, steps, scaled = facts(trainer, pl_module), self.run.steps, self.base_batch_size and not self.scale
         size = f" (effective batch {run.batch_size}, base {self.base_batch_size})" if scaled else ""
         factors = ", ".join(f"× {self.start_factor:g} → × {full:g}" for full in self.run.full)
-        rank_zero_info(f"{self.name}: learning rate {factors}{size} over the first {steps} optimizer steps.")
-        if run.steps is not None and steps > run.steps:
+        rank_zero_info(f"{self.name}: learning rate {factors}{size} over the first {counted(steps, 'optimizer step')}.")
+        if run.steps is not None and steps > run.steps and any(full != self.start_factor for full in self.run.full):
             rank_zero_warn(
-                f"{self.name}: the ramp takes {steps} optimizer steps, but the run has {run.steps} and never "
-                "reaches the full rate. Give a shorter `warmup_epochs` or `warmup_steps`."
+                f"{self.name}: the ramp takes {counted(steps, 'optimizer step')}, but the run has {run.steps} and "
+                "never reaches the full rate. Give a shorter `warmup_epochs` or `warmup_steps`."
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,7 +15,7 @@ from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
-from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs
+from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs, may_hold_pairs
 from lightning_speedups.modules.freezing import Frozen, InEval, wholly_frozen
 from lightning_speedups.modules.layers import (
     Layer,
@@ -188,7 +188,7 @@ class FreezingTrick(OptimizerTrick):
     def _settle_layer_of_group(self, layer_of: dict[int, Layer], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         lacking = {id(p) for layer in self.layers for p in layer.parameters() if p.requires_grad}
         self.run.layer_of_group.clear()
-        if not lacking and not self.run.frozen:  # which are what it froze itself, in mid-run
+        if self.layers and not lacking and not self.run.frozen:  # which are what it froze itself, in mid-run
             what = "finds that no parameter of the backbone can be trained at all"
             raise self.refusal(what, "Leave the freezing to this callback.")
         for i, optimizer in enumerate(optimizers):
@@ -281,7 +281,8 @@ class FreezingTrick(OptimizerTrick):
     def _fold(self, trainer: Trainer, pl_module: LightningModule) -> None:
         frozen = {module for layer in self.layers if layer.name in self.run.frozen for module in layer.modules}
         if self.run.pairs is None:
-            children = [child for child in pl_module.children() if not frozen.isdisjoint(child.modules())]
+            held = {module for layer in self.layers for module in layer.modules}
+            children = [child for child in pl_module.children() if may_hold_pairs(held.intersection(child.modules()))]
             self.run.pairs = [pair for child in children for pair in conv_norm_pairs(child, [pl_module, trainer])]
         self.run.folded = FoldedNorms(pair for pair in self.run.pairs if frozen.issuperset(pair))
 

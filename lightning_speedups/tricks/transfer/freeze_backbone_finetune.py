@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.counts import counted
 from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.plateau import Mode, Plateau
 from lightning_speedups.modules.layers import HEAD, Layer, rates_by_depth
@@ -114,7 +115,7 @@ class FreezeBackboneFinetune(FreezingTrick):
         lr_decay: In (0, 1]: rate of each layer over the next one's, and of the last one over the head's.
         head_lr_ratio: Head's learning rate over its own while nothing else trains, above 0.
         unfreeze_warmup: Ramp of what was thawed, to its rate: optimizer steps, a float as a fraction of the run, or a
-            text like ``"1 epochs"``.
+            text like ``"1 epoch"``.
         schedule: Which layers begin to train in which epoch, such as ``{0: "head", 2: "layer4", 4: ["layer3",
             "layer2"]}``; a path means all layers under it, ``"all"`` all. What is never named stays frozen.
         refreeze: Which of them stop again, in the same form.
@@ -239,7 +240,8 @@ class FreezeBackboneFinetune(FreezingTrick):
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= change:
             rank_zero_warn(
                 f"{self.name} thaws or freezes layers in epoch {change}, but the run ends before, after "
-                f"{trainer.max_epochs} epochs. Let it come earlier, or give None if the backbone shall stay frozen."
+                f"{counted(trainer.max_epochs, 'epoch')}. Let it come earlier, or give None if the backbone shall stay "
+                "frozen."
             )
         self._move(trainer, pl_module, self.saved.stage)
 

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.counts import counted
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.modules.layers import Layer
 from lightning_speedups.tricks.transfer.base import Backbone, Freezing, FreezingTrick
@@ -87,7 +88,8 @@ class FreezeProgressively(FreezingTrick):
             layer each), or None for a timm model: everything but its classifier. The rest is never frozen.
         start: When the first layer is frozen, as a fraction of the run, in (0, 1].
         until: When the last one is, from ``start`` to 1. At 1 that one is not frozen, but its rate still comes to 0.
-        share: Share of the layers that are frozen at all, in (0, 1], rounded, at least one; the others train as ever.
+        share: Share of the layers that are frozen at all, in [0, 1], rounded, at least one but for 0; the others train
+            as ever.
         power: Spacing between them, above 0. 1: equal; 3: FreezeOut's cubic times, whose t₀ is ``start ** (1 / 3)``.
         anneal: Bring each layer's rate down to 0 until it is frozen. False if a schedule of yours has brought it down
             by then.
@@ -129,7 +131,7 @@ class FreezeProgressively(FreezingTrick):
         super().__init__(backbone, fold=fold)  # norms that train would keep the backward pass going through all layers
         check_number("start", start, 0, 1, above=True)
         check_number("until", until, start, 1)
-        check_number("share", share, 0, 1, above=True)
+        check_number("share", share, 0, 1)
         check_number("power", power, 0, above=True)
         if scale_lr and not anneal:
             raise ValueError(
@@ -143,7 +145,7 @@ class FreezeProgressively(FreezingTrick):
     def find_layers(self, pl_module: LightningModule) -> list[Layer]:
         """Return the layers that are frozen in the run; the others need no groups of their own."""
         layers = super().find_layers(pl_module)
-        return layers[: max(1, round(self.share * len(layers)))]
+        return layers[: max(self.share > 0, round(self.share * len(layers)))]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a run at whose end nothing would train."""
@@ -173,8 +175,9 @@ class FreezeProgressively(FreezingTrick):
         due = [name for name, at in self.run.freeze_at.items() if done[optimizer_of[name]] >= at]
         if self.freeze_only(trainer, pl_module, due):
             rank_zero_info(
-                f"{self.name}: after {done[optimizer_of[due[-1]]]} optimizer steps {len(due)} of {len(self.layers)} "
-                f"layers are frozen, up to {due[-1]!r}: {self.frozen_parameters:,} parameters."
+                f"{self.name}: after {counted(done[optimizer_of[due[-1]]], 'optimizer step')} {len(due)} of "
+                f"{len(self.layers)} layers are frozen, up to {due[-1]!r}: "
+                f"{counted(self.frozen_parameters, 'parameter')}."
             )
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:

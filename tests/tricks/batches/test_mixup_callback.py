@@ -592,7 +592,6 @@ def test_a_fraction_of_an_endless_run_is_refused():
         ({"alpha": -0.1}, "`alpha` to be a number of 0 or more, but got -0.1"),
         ({"alpha": float("nan")}, "`alpha`"),
         ({"cutmix_alpha": float("inf")}, "`cutmix_alpha`"),
-        ({"alpha": 0.0}, "mixes nothing"),
         ({"prob": 1.1}, r"`prob` to be a number in \[0, 1\], but got 1.1"),
         ({"switch_prob": -1.0}, "`switch_prob`"),
         ({"stop_after": float("nan")}, "`stop_after`"),

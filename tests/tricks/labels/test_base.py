@@ -10,10 +10,11 @@ import torch
 from lightning_speedups.tricks.labels.base import Smoothing, as_smoothing
 
 
-def test_a_number_stays_the_number_that_it_was():
-    for smoothing in (0.1, 0, np.float32(0.25)):
-        assert as_smoothing(smoothing) is smoothing
-        assert Smoothing(smoothing).epsilon(torch.zeros(2, 3)) is smoothing
+def test_a_number_stays_a_number_and_is_pythons():
+    for smoothing in (0.1, 0, np.float32(0.25), np.array(0.25), torch.tensor(0.25)):
+        assert as_smoothing(smoothing) == smoothing
+        assert type(as_smoothing(smoothing)) in (int, float)
+        assert Smoothing(smoothing).epsilon(torch.zeros(2, 3)) == smoothing
         assert Smoothing(smoothing).highest == float(smoothing)
 
 
@@ -56,7 +57,7 @@ def test_it_is_a_copy_of_what_was_given():
         (None, "but got None"),
         ([], r"but got \[\]"),
         ([[0.1, 0.2]], r"`smoothing\[0\]`"),
-        (torch.tensor(0.1), r"but got tensor\(0.1000\)"),
+        (torch.tensor(1.5), r"but got tensor\(1.5000\)"),
         ([True, False], r"`smoothing\[0\]`"),
         ([0.1, "x"], r"`smoothing\[1\]`"),
         ([0.1 + 0j], r"`smoothing\[0\]`"),

@@ -292,11 +292,14 @@ def test_a_module_without_such_a_loss_is_refused(criterion):
 
 
 @pytest.mark.parametrize("smoothing", [0, 0.0, [0.0] * CLASSES])
-def test_losses_without_smoothing_are_refused(smoothing):
-    refused(
-        "a `smoothing` above 0, but among the submodules of Classifier there are none",
-        Classifier(LabelSmoothingLoss(smoothing)),
-    )
+def test_losses_without_smoothing_stay_as_they_are(smoothing):
+    ends = []
+    for callbacks in ([], [SmoothingSchedule()]):
+        torch.manual_seed(0)
+        module = Classifier(LabelSmoothingLoss(smoothing))
+        trainer(callbacks=callbacks, max_epochs=1).fit(module, loader())
+        ends.append(weights(module))
+    assert_same_weights(*ends)
 
 
 @pytest.mark.parametrize("smoothing", [0.5, [0.1, 0.2, 0.5, 0.0]])
@@ -332,11 +335,11 @@ def test_two_schedules_are_refused():
         ({"shape": math.cos, "end_factor": 0.1}, "no `options` or `end_factor` for your own `shape`"),
         ({"shape": lambda p: p - 0.5}, "finite factors of 0 or more"),
         ({"end_factor": -0.1}, "`end_factor` to be a number of 0 or more, or None, but got -0.1"),
-        ({"start": 1.0}, r"`start` to be a number in \[0, 1\), but got 1.0"),
+        ({"start": 1.1}, r"`start` to be a number in \[0, 1\], but got 1.1"),
         ({"stop": -0.5}, r"`stop` to be a number in \[0, 1\], but got -0.5"),
         ({"start": 0.6, "stop": 0.5}, "`stop` to be `start` or more, but got 0.5 after 0.6"),
         ({"shape": "trapezoid"}, "`shape` 'trapezoid' to change the smoothing, but its factor stays at 1"),
-        ({"end_factor": 1.0}, "but its factor stays at 1"),
+        ({"shape": lambda progress: 1.0}, "but its factor stays at 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, told):

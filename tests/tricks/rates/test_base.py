@@ -426,7 +426,7 @@ def test_several_optimizers_extend_each_from_its_own_place():
 def test_a_curve_over_a_part_of_the_optimizers_names_a_missing_one():
     with pytest.raises(
         MisconfigurationException,
-        match=r"Place\(optimizer=2\) counts from 0, but there are 2 optim",
+        match=r"Place\(optimizer=2\) counts from 0, but this run has 2 optim",
     ):
         trainer(callbacks=[Place(total_steps=5, optimizer=2)]).fit(Adversaries(), loader())
 
@@ -641,7 +641,7 @@ def test_a_list_of_rates_is_for_the_groups_of_its_own_optimizer():
             return first, second
 
     trainer(callbacks=[Lists(total_steps=9, optimizer=1)], max_epochs=1).fit(Three(), loader())
-    with pytest.raises(MisconfigurationException, match="has 1 values, but SGD has 2 parameter groups"):
+    with pytest.raises(MisconfigurationException, match="has 1 value, but SGD has 2 parameter groups"):
         trainer(callbacks=[Lists(total_steps=9, optimizer=0)], max_epochs=1).fit(Three(), loader())
 
 
@@ -653,7 +653,7 @@ def test_a_list_of_rates_is_for_the_groups_of_the_start_also_when_resumed_with_m
     assert len(again.values[-1]) == 3
     two = With(lambda m: SGD([{"params": m.backbone.parameters()}, {"params": m.head.parameters()}], lr=0.1))
     with pytest.raises(
-        MisconfigurationException, match=r"max_lr=\[0.1\]\) has 1 values, but SGD has 2 parameter groups"
+        MisconfigurationException, match=r"max_lr=\[0.1\]\) has 1 value, but SGD has 2 parameter groups"
     ):
         trainer(callbacks=[Lists()]).fit(two, loader())
 

@@ -105,7 +105,7 @@ class NoMomentum(Classifier):
 @pytest.mark.parametrize(
     ("module", "callback", "told"),
     [
-        (Classifier, OneCycleMomentum([0.4, 0.1]), "has 2 values, but SGD has 1 parameter groups"),
+        (Classifier, OneCycleMomentum([0.4, 0.1]), "has 2 values, but SGD has 1 parameter group"),
         (NoMomentum, OneCycleMomentum(0.4), "but Adagrad has none, only .* Use `cycle_momentum=False`"),
     ],
 )

@@ -666,8 +666,6 @@ def test_a_run_of_unknown_length_ends_and_decays_as_well(arguments):
         ({"target": "high"}, "`target`"),
         ({"mode": "auto"}, "`mode` to be 'min' or 'max', but got 'auto'"),
         ({"finish": "later"}, "`finish` to be 'now' or 'anneal', but got 'later'"),
-        ({"anneal": 0}, "`anneal` to be above 0, but got 0. Use `finish='now'`"),
-        ({"anneal": 0.0}, "`anneal` to be above 0"),
         ({"anneal": -1}, "`anneal` to be a whole number of optimizer steps"),
         ({"anneal": 1.5}, "`anneal`"),
         ({"anneal": "a while"}, "`anneal`"),

@@ -365,3 +365,22 @@ def test_lightnings_own_finetuning_moves_the_statistics_that_ours_keeps():
     assert torch.equal(trained, evaluated)
     trained, evaluated = first_features(BackboneFinetuning(5, verbose=False, train_bn=False), Finetuned)
     assert not torch.allclose(trained, evaluated, rtol=0.01)
+
+
+@pytest.mark.parametrize(("norm", "traces"), [(nn.BatchNorm2d, True), (partial(nn.GroupNorm, 2), False)])
+def test_a_backbone_without_batch_norm_is_not_traced_whatever_the_head_holds(norm, traces, monkeypatch):
+    class Whole(Classifier):
+        def __init__(self):
+            super().__init__()
+            backbone = nn.Sequential(nn.Conv2d(2, 6, 3), norm(6))
+            self.backbone = nn.Sequential(
+                backbone, nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+            )
+
+    seen, trace = [], torch.fx.Tracer.trace
+    monkeypatch.setattr(torch.fx.Tracer, "trace", lambda *args: seen.append(args[1]) or trace(*args))
+    module = Whole()
+    trainer(callbacks=[FreezeBackboneFinetune("backbone.0", unfreeze_at_epoch=None)], max_epochs=1).fit(
+        module, loader()
+    )
+    assert bool(seen) == traces

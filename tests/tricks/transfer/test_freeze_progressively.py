@@ -400,7 +400,7 @@ def test_a_module_without_a_name_for_its_backbone_keeps_its_last_layers():
         {"start": 1.1},
         {"until": 0.4},
         {"until": 1.5},
-        {"share": 0.0},
+        {"share": -0.1},
         {"share": 1.5},
         {"power": 0.0},
         {"scale_lr": True, "anneal": False},

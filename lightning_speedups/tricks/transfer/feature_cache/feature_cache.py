@@ -25,6 +25,7 @@ from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.batch import Place, check_place, replace_part
+from lightning_speedups.core.counts import counted
 from lightning_speedups.modules.frozen_part import is_compiled
 from lightning_speedups.tensors.feature_store import FeatureStore, bytes_needed
 from lightning_speedups.tricks.transfer.feature_cache.cuts import Cuts
@@ -103,7 +104,7 @@ class FeatureCache(BatchTrick):
         folder: Where to keep the features in files, for this run and others; each combination of weights and data has
             a subfolder of its own, which can be deleted at any time. Delete it when you replace single samples of the
             data, and after a power failure. None: in memory, for a run in one process.
-        max_gib: Largest size of the features, in GiB, above 0. A run that needs more trains without the cache.
+        max_gib: Largest size of the features, in GiB, 0 or more. A run that needs more trains without the cache.
         inputs: Where the inputs stand in the batch: index, key or attribute, or a tuple of these, a path.
 
     Attributes:
@@ -134,7 +135,7 @@ class FeatureCache(BatchTrick):
         super().__init__()
         if folder is not None and not (isinstance(folder, (str, Path)) and str(folder)):
             raise ValueError(f"Expected `folder` to be a path or None, but got {folder!r}.")
-        check_number("max_gib", max_gib, 0, above=True)
+        check_number("max_gib", max_gib, 0)
         check_place("inputs", inputs)
         self.folder, self.max_gib, self.inputs = folder, max_gib, inputs
         self.hits = self.misses = 0
@@ -225,7 +226,7 @@ class FeatureCache(BatchTrick):
         found = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         if not found or any(shape[:1] != (len(samples),) for shape in found):
             raise self.refusal(
-                f"expected tensors with one row for each of the batch's {len(samples)} samples, but found "
+                f"expected tensors with one row for each of the batch's {counted(len(samples), 'sample')}, but found "
                 f"{found or 'none'}",
                 "Name the right place; a `collate_fn` that leaves samples out or repeats them does not go with "
                 f"{self.name}.",
@@ -282,9 +283,10 @@ class FeatureCache(BatchTrick):
             run.store, run.fingerprint = FeatureStore(kinds, samples, folder), found
         except (OSError, RuntimeError) as error:  # torch's own, of a file that it cannot open
             rank_zero_warn(
-                f"FeatureCache: the features of {samples:,} samples, {shapes(kinds)}, need {need / 2**30:.3g} GiB, "
-                f"which is too much ({error}). The run goes on without the cache. Give it a larger `max_gib` or a "
-                "`folder` on a larger disk, or freeze up to a layer with smaller features."
+                f"FeatureCache: the features of {counted(samples, 'sample')}, {shapes(kinds)}, need "
+                f"{need / 2**30:.3g} GiB, which is too much ({error}). The run goes on without "
+                "the cache. Give it a larger `max_gib` or a `folder` on a larger disk, or freeze "
+                "up to a layer with smaller features."
             )
             run.phase = Phase.OFF
 
@@ -306,8 +308,11 @@ class FeatureCache(BatchTrick):
             rank_zero_info(f"FeatureCache could not try a step on cached features: {error}.")
 
     def _turn_off(self, reason: str) -> None:
-        say = rank_zero_warn if self.hits + self.misses <= 1 else rank_zero_info
-        say(f"FeatureCache finds nothing to do: {reason}.")
+        if self.hits + self.misses <= 1:
+            rank_zero_warn(f"FeatureCache finds nothing to do: {reason}.")
+        else:
+            saved = f"{self.hits} of {counted(self.hits + self.misses, 'batch')} came from the cache"
+            rank_zero_info(f"FeatureCache rests from epoch {self.run.epoch} on, as {reason}; {saved}.")
         self.run.store, self.run.phase = None, Phase.OFF
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -771,7 +771,7 @@ def test_it_pickles_without_features_and_frees_them():
     [
         ({"folder": 3}, "`folder` to be a path or None, but got 3"),
         ({"folder": ""}, "`folder` to be a path or None, but got ''"),
-        ({"max_gib": 0}, "`max_gib` to be a number above 0"),
+        ({"max_gib": -1}, "`max_gib` to be a number of 0 or more"),
         ({"inputs": None}, "`inputs` to be an index"),
     ],
 )
