@@ -36,7 +36,8 @@ from lightning_speedups.measure.machine import machine_facts, versions
 
 OWN = {"SGD": 0.05, "AdamW": 0.001}  # what one writes who does not tune
 SWEEPS = 3
-RUINED = 100.0  # the share of a run that ends in NaN or worse than this
+LOST = 1e6  # the loss of a run that ends in NaN
+RUINED = 100.0  # the highest share that counts
 QUIET = {
     "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
     "accelerator": "cpu", "devices": 1,
@@ -205,11 +206,12 @@ RULES = {
     "steepest, 1 to 10 × own": lambda r, s, own: bounded(field(r, s[0], steepest), own),
     "lowest / 10, 1 to 10 × own": lambda r, s, own: bounded(r[lowest(s[0])] / 10, own),
     "lowest without lag / 2, 1 to 10 × own": lambda r, s, own: bounded(r[lowest_without_lag(s[0])] / 2, own),
-    "lowest / 5, 1 to 10 × own (the rule)": lambda r, s, own: safe_peak(r[lowest(s[0])], [own]),
+    "lowest / 5, 1 to 10 × own": lambda r, s, own: bounded(r[lowest(s[0])] / 5, own),
+    "lowest / 5, 2 to 10 × own (the rule)": lambda r, s, own: safe_peak(r[lowest(s[0])], [own]),
 }
 
 
-def measure(name, optimizer, seed):
+def measure(seed, name, optimizer, rules):
     """Sweep with one network under one optimizer from one seed, and train it to each pick."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -225,7 +227,8 @@ def measure(name, optimizer, seed):
     def end(callbacks):
         module, loader = prepare()
         Trainer(callbacks=callbacks, max_epochs=epochs, **QUIET).fit(module, loader)
-        return torch.stack(module.losses[-max(len(module.losses) // 10, 1) :]).mean().item()
+        last = torch.stack(module.losses[-max(len(module.losses) // 10, 1) :]).mean().item()
+        return last if last < LOST else LOST  # NaN is not below
 
     sweeps = []
     for order in range(SWEEPS):
@@ -233,7 +236,8 @@ def measure(name, optimizer, seed):
         sweeps.append(list(takewhile(math.isfinite, run_range_test(Trainer(**QUIET), module, Sweep(), loader)[1])))
     rates = [sweep_rate(step, 100, Sweep().min_lr, Sweep().max_lr) for step in range(100)]
     found, ends = {}, {}
-    for rule, pick in RULES.items():
+    for rule in rules:
+        pick = RULES[rule]
         rate = min(rates, key=lambda rate: abs(math.log(rate / pick(rates, sweeps, OWN[optimizer]))))
         if rate not in ends:
             ends[rate] = end([OneCycleMomentum(rate)])
@@ -250,48 +254,52 @@ def shares(cells, rule):
     for key in {(cell["network"], cell["optimizer"]) for cell in cells}:
         these = [cell for cell in cells if (cell["network"], cell["optimizer"]) == key]
         share = sum(cell["picks"][rule]["end"] for cell in these) / sum(cell["own_end"] for cell in these)
-        found[key] = share if share < RUINED else RUINED  # NaN is not below
+        found[key] = min(share, RUINED)
     return found
 
 
 def summary(cells):
     rows = []
-    for rule in RULES:
+    for rule in cells[0]["picks"]:
         of = shares(cells, rule)
         worst = max(of, key=of.__getitem__)
         rows.append({
             "rule": rule, "mean": round(statistics.geometric_mean(of.values()), 3), "worst": round(of[worst], 3), "where": " ".join(worst),
-            "above_1.1": sum(share > 1.1 for share in of.values()), "of": len(of),
+            "too high": sum(share > 1.1 for share in of.values()), "of": len(of),
         })  # fmt: skip
     return rows
-
-
-def show(cells):
-    for row in summary(cells):
-        print("{rule:40s} mean {mean:6.3f}, worst {worst:7.3f} ({where}), {above_1.1} of {of} above 1.1".format(**row))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--rules", help="numbers of the rules in the order of RULES, from 0 on, with commas; all by default"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peak_rules.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    names = list(RULES)
+    rules = names if args.rules is None else [names[int(number)] for number in args.rules.split(",")]
+    facts = {"machine": machine_facts(), "versions": versions(), "own_rates": OWN}
     cells = []
+    jobs = zip(*product(range(args.seeds), networks(), OWN, [rules]), strict=True)
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        for cell in pool.map(measure, *zip(*product(networks(), OWN, range(args.seeds)), strict=True)):
+        for cell in pool.map(measure, *jobs):
             cells.append(cell)
+            sound = [cell for cell in cells if cell["falls"][0]]  # the range test refuses the others
+            found = {"all sweeps": summary(cells), "without flat sweeps": summary(sound or cells)}
+            lines = ",\n  ".join(json.dumps(cell) for cell in cells)
+            args.out.write_text(
+                f'{json.dumps({**facts, "rules": found}, indent=1)[:-2]},\n "cells": [\n  {lines}\n ]\n}}\n'
+            )
             print(*(cell[key] for key in ("network", "optimizer", "seed", "own_end", "falls")), flush=True)
-    flat = [cell for cell in cells if not cell["falls"][0]]
-    print(
-        f"\n{len(flat)} of {len(cells)} sweeps are flat: {sorted({cell['network'] for cell in flat})}. Counted all the same:"
-    )
-    show(cells)
-    print("\nWithout them:")
-    show([cell for cell in cells if cell not in flat])
-    facts = {"machine": machine_facts(), "versions": versions(), "own_rates": OWN, "rules": summary(cells)}
-    args.out.write_text(json.dumps({**facts, "cells": cells}, indent=1) + "\n")
+    for name, rows in found.items():
+        print(f"\n{name}")
+        for row in rows:
+            print(*row.values(), sep=", ")
+    print("flat:", [(cell["network"], cell["optimizer"], cell["seed"]) for cell in cells if cell not in sound])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ FEWEST_POINTS = 10
 LAST_POINTS = 5  # where the loss blows up
 # Measured in benchmarks/peak_rules.py:
 MARGIN = 5  # how many times below the rate of the lowest loss the peak lies
-MOST_OF_OWN = 10  # how many times above the module's own rate it may lie
+LEAST_OF_OWN, MOST_OF_OWN = 2, 10  # times the module's own rate; a cycle's mean rate is half its peak
 PLACEHOLDER = 1e4  # how many times below the rate of the lowest loss an own rate means nothing
 NOISE = 3.3  # standard errors by which the loss must fall
 
@@ -201,9 +201,9 @@ def falls(losses: Sequence[float]) -> bool:
 
 
 def safe_peak(lowest: float, own: Sequence[float] = ()) -> float:
-    """Return a fifth of a rate, but neither below the module's own rate nor more than ten times it.
+    """Return a fifth of a rate, but no less than twice the module's own rate and no more than ten times it.
 
-    An own rate above ``lowest``, or more than ten thousand times below it, is taken for a placeholder.
+    An own rate more than five times above ``lowest``, or ten thousand times below it, is taken for a placeholder.
 
     Args:
         lowest: The rate at which the smoothed loss is lowest, above 0.
@@ -211,11 +211,11 @@ def safe_peak(lowest: float, own: Sequence[float] = ()) -> float:
 
     Example:
         >>> safe_peak(0.5), safe_peak(0.5, [0.2]), safe_peak(0.5, [0.001]), safe_peak(0.5, [1e-8])
-        (0.1, 0.2, 0.01, 0.1)
+        (0.1, 0.4, 0.01, 0.1)
     """
     peak = lowest / MARGIN
-    meant = [rate for rate in own if lowest / PLACEHOLDER < rate < lowest]
-    return max(min(peak, MOST_OF_OWN * max(meant)), min(meant)) if meant else peak
+    meant = [rate for rate in own if lowest / PLACEHOLDER < rate < lowest * MARGIN]
+    return max(min(peak, MOST_OF_OWN * max(meant)), LEAST_OF_OWN * min(meant)) if meant else peak
 
 
 def suggest(

@@ -69,10 +69,10 @@ class LRRangeTest:
     """Raise the learning rate step by step on a copy of the model, watch the loss, and suggest a rate.
 
     The suggestion suits the peak of a cycle (``OneCycleMomentum(max_lr=...)``); a good constant rate is a few times
-    lower. It lies between one and ten times the rate that ``configure_optimizers`` gives, unless that is a placeholder:
-    above the rate at which the loss is lowest, or more than ten thousand times below it. It belongs to this batch size,
-    optimizer and weight decay. Model, Trainer, loaders and random states are left as they were: a fit that follows is
-    the same as without the test.
+    lower. It lies between two and ten times the rate that ``configure_optimizers`` gives, unless that is a placeholder:
+    five times above the rate at which the loss is lowest, or ten thousand times below it. It belongs to this batch
+    size, optimizer and weight decay. Model, Trainer, loaders and random states are left as they were: a fit that
+    follows is the same as without the test.
 
     When not to use it: in manual optimization, with several optimizers, or when parameters are split between devices
     (FSDP, DeepSpeed); for a model whose copy does not fit beside it into memory; or to tell rates apart that are closer

@@ -67,7 +67,7 @@ def test_the_result_holds_the_curve_and_its_pick():
     ("lr", "low", "high"),
     [
         (1e-3, 0.8e-3, 1.2e-2),  # up to ten times the module's own
-        (0.3, 0.25, 0.4),  # no lower than it
+        (0.3, 0.5, 0.7),  # no lower than twice it
         (123.0, 0.003, 0.5),  # a placeholder: the sweep knows better
         (1e-9, 0.003, 0.5),
     ],

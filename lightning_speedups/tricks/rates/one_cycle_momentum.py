@@ -38,7 +38,7 @@ class OneCycleMomentum(ScheduleTrick):
 
     Args:
         max_lr: The peak, above 0: one number, one for each parameter group, or ``"auto"``: found before the first step
-            by a range test on a copy of the model (see ``LRRangeTest``), the same on every rank, and between one and
+            by a range test on a copy of the model (see ``LRRangeTest``), the same on every rank, and between two and
             ten times the rate that ``configure_optimizers`` gives, if that is no placeholder. The other callbacks do
             not take part in it.
         total_steps: Length in optimizer steps, 1 or more. None: the length of the run, from the Trainer.
