@@ -1,7 +1,8 @@
 """Which pick of the range test makes a good peak of one cycle: the test's suggestions and a grid of rates, each trained.
 
-For each optimizer and seed: one sweep, its picks by each method, and one run of OneCycleMomentum to each of them and to each rate of a
-grid. The images are digit collages, the network is a small convolutional one. Seconds play no part, so other work beside it does no harm.
+For each optimizer and seed: one sweep, what can be read off it ("minimum" is the rate of the lowest smoothed loss itself, of which the test
+suggests a fifth, within bounds: see peak_rules.py), and one run of OneCycleMomentum to each of these and to each rate of a grid. The images
+are digit collages, the network is a small convolutional one. Seconds play no part, so other work beside it does no harm.
 
     python benchmarks/range_test.py [--seeds 3] [--epochs 8]
 """
@@ -14,7 +15,6 @@ import logging
 import statistics
 import warnings
 from pathlib import Path
-from typing import get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_speedups import LRRangeTest, OneCycleMomentum
-from lightning_speedups.core.range_test import Method, suggest
+from lightning_speedups.core.range_test import suggest
 from lightning_speedups.measure.digits import digit_collages
 from lightning_speedups.measure.machine import machine_facts, versions
 
@@ -82,7 +82,9 @@ def main() -> None:
     for kind, seed in track([(kind, seed) for kind in GRIDS for seed in range(args.seeds)], "optimizers and seeds"):
         module, loader = prepare(kind, seed)
         result = LRRangeTest().run(Trainer(**QUIET), module, loader)
-        picks = {method: suggest(result.rates, result.smoothed, method) for method in get_args(Method)}
+        smoothed, kept = result.smoothed, range(len(result.smoothed) // 10, len(result.smoothed) - 5)
+        picks = {"minimum": result.rates[min(kept, key=smoothed.__getitem__)]}
+        picks |= {method: suggest(result.rates, smoothed, method) for method in ("valley", "steepest")}
         peaks = {**picks, **{f"{rate:g}": rate for rate in GRIDS[kind]}}
         rows += [
             {"optimizer": kind, "seed": seed, "peak": name, "rate": rate, "accuracy": accuracy(kind, seed, rate)}

@@ -58,7 +58,7 @@ def run_range_test(
     sweep: Sweep,
     loaders: Any = None,
     datamodule: LightningDataModule | None = None,
-) -> tuple[list[float], list[float]]:
+) -> tuple[list[float], list[float], list[float]]:
     """Train a copy of a module with an exponentially rising rate, and note the loss of each step.
 
     The copy is trained like the module: same device, precision, gradient clipping, hooks and batches in each step, but
@@ -79,11 +79,13 @@ def run_range_test(
         datamodule: The datamodule of a fit that is still to come; that of a running one is the Trainer's own.
 
     Returns:
-        The rates, and the raw loss at each of them, averaged over the batches of the step.
+        The rates; the raw loss at each of them, averaged over the batches of the step; and the module's own rate for
+        each parameter group.
 
     Raises:
         MisconfigurationException: If the optimization is manual, if there is not exactly one optimizer, if the strategy
             splits parameters between devices, or if the module or a loader's sampler cannot be copied.
+        Exception: What the copy raises, with a note that says where in the sweep.
     """
     require_copyable(trainer, pl_module)
     run = _Run(sweep)
@@ -92,15 +94,16 @@ def run_range_test(
         try:
             _fit_a_copy(trainer, pl_module, loaders, datamodule, run)
         except Exception as error:
+            error.add_note(run.place())
             failure = error
     told = failure and f"{type(failure).__name__}: {failure}"
     # told to all, or those that wait for the losses would wait for ever
-    losses, told = trainer.strategy.broadcast((run.losses, told))
+    losses, own, told = trainer.strategy.broadcast((run.losses, run.own, told))
     if failure is not None:
         raise failure
     if told is not None:
         raise RuntimeError(f"The learning-rate range test failed in the first process: {told}")
-    return run.rates[: len(losses)], losses
+    return run.rates[: len(losses)], losses, own
 
 
 def _fit_a_copy(
@@ -140,6 +143,7 @@ class _Run(Callback):
         self.sweep = sweep
         self.rates = [sweep_rate(step, sweep.steps, sweep.min_lr, sweep.max_lr) for step in range(sweep.steps)]
         self.losses: list[float] = []  # of the steps that were done
+        self.own: list[float] = []  # rates that the module gave its parameter groups
         self.bar: Any = None
         self._window: list[float] = []  # losses of the batches of the step under way
         self._stepped = False
@@ -153,12 +157,20 @@ class _Run(Callback):
                 "The learning-rate range test drives one optimizer with an `lr`, but configure_optimizers gave "
                 f"{names}. {WAY_OUT}"
             )
+        # before a scheduler's warm-up
+        self.own = [float(group.get("initial_lr", group["lr"])) for group in groups]
         optimizers[0].register_step_pre_hook(self._set_rate)
         optimizers[0].register_step_post_hook(self._note_step)
         loop = trainer.fit_loop
         # Only now, so that configure_optimizers has seen the length of the user's run. Skipped steps count here.
         loop.max_epochs, loop.epoch_loop.max_steps = -1, 2 * len(self.rates)
         loop.epoch_loop.__dict__["update_lr_schedulers"] = _nothing
+
+    def place(self) -> str:
+        """Say where in the sweep an error has been raised."""
+        done = min(len(self.losses), len(self.rates) - 1)
+        step = f"step {done + 1} of {len(self.rates)}, at the rate {self.rates[done]:.3g}" if self.own else "its set-up"
+        return f"This was raised in a learning-rate range test, on a copy of the module: in {step}."
 
     def _set_rate(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         rate = self.rates[len(self.losses)]

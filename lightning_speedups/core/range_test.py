@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from statistics import fmean, variance
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +21,11 @@ Method = Literal["minimum", "valley", "steepest"]
 
 FEWEST_POINTS = 10
 LAST_POINTS = 5  # where the loss blows up
+# Measured in benchmarks/peak_rules.py:
+MARGIN = 5  # how many times below the rate of the lowest loss the peak lies
+LEAST_OF_OWN, MOST_OF_OWN = 2, 10  # times the module's own rate; a cycle's mean rate is half its peak
+PLACEHOLDER = 1e4  # how many times below the rate of the lowest loss an own rate means nothing
+NOISE = 3.3  # standard errors by which the loss must fall
 
 
 @dataclass(frozen=True)
@@ -53,18 +59,29 @@ class Sweep:
         check_number("beta", self.beta, 0, 1, below=True)
         check_number("stop_factor", self.stop_factor, 1, above=True)
 
-    def read(self, rates: Sequence[float], losses: Sequence[float]) -> tuple[list[float], float]:
+    def read(
+        self, rates: Sequence[float], losses: Sequence[float], own: Sequence[float] = ()
+    ) -> tuple[list[float], float]:
         """Return the smoothed losses and the suggested rate.
 
         Args:
             rates: The rates of the sweep.
             losses: The raw loss at each of them.
+            own: The module's own rates, as in `suggest`.
 
         Raises:
-            ValueError: If nothing can be suggested, as in `suggest`.
+            ValueError: If nothing can be suggested, as in `suggest`, or if the loss falls no further than its noise.
         """
         smoothed = smooth(losses, self.beta)
-        return smoothed, suggest(rates, smoothed, self.method)
+        suggestion = suggest(rates, smoothed, self.method, own)
+        if not falls(losses):
+            raise ValueError(
+                f"Expected the loss to fall by more than its noise somewhere between the rates {rates[0]:.2g} and "
+                f"{rates[len(losses) - 1]:.2g}, but the sweep of {len(losses)} steps shows no rate: its lowest "
+                f"smoothed loss is {min(filter(math.isfinite, smoothed)):.4g}. Use more `steps` or larger batches; "
+                "otherwise see whether the model learns at all, or give a learning rate yourself."
+            )
+        return smoothed, suggestion
 
 
 def sweep_rate(step: int, steps: int, min_lr: float, max_lr: float) -> float:
@@ -163,7 +180,48 @@ def valley(rates: Sequence[float], losses: Sequence[float]) -> float:
     return rates[max(end - len(tails) + len(tails) // 3 + len(tails) // 6, 0)]
 
 
-def suggest(rates: Sequence[float], losses: Sequence[float], method: Method = "minimum") -> float:
+def falls(losses: Sequence[float]) -> bool:
+    """Tell whether the loss comes to lie lower than it began by more than its noise.
+
+    ``mean(first) - mean(run) > 3.3 * sqrt(var(first) / len(first) + var(run) / len(run))``, with the first third of the
+    losses, and any run of a sixth of them. Of sweeps of noise alone, about one in thirty passes. What comes after a
+    loss that is not finite does not count.
+
+    Args:
+        losses: The raw losses, 10 or more finite ones.
+
+    Example:
+        >>> falls([2.0, 2.2] * 30 + [1.5, 1.7] * 6), falls([2.0, 2.2] * 35)
+        (True, False)
+    """
+    finite = list(takewhile(math.isfinite, losses))
+    first, length = finite[: max(len(finite) // 3, 3)], max(len(finite) // 6, 3)
+    began, spread = fmean(first), variance(first) / len(first)
+    runs = (finite[start : start + length] for start in range(len(finite) - length + 1))
+    return any(began - fmean(run) > NOISE * math.sqrt(spread + variance(run) / length) for run in runs)
+
+
+def safe_peak(lowest: float, own: Sequence[float] = ()) -> float:
+    """Return a fifth of a rate, but no less than twice the module's own rate and no more than ten times it.
+
+    An own rate more than five times above ``lowest``, or ten thousand times below it, is taken for a placeholder.
+
+    Args:
+        lowest: The rate at which the smoothed loss is lowest, above 0.
+        own: The module's own rates, one for each parameter group; their range counts.
+
+    Example:
+        >>> safe_peak(0.5), safe_peak(0.5, [0.2]), safe_peak(0.5, [0.001]), safe_peak(0.5, [1e-8])
+        (0.1, 0.4, 0.01, 0.1)
+    """
+    peak = lowest / MARGIN
+    meant = [rate for rate in own if lowest / PLACEHOLDER < rate < lowest * MARGIN]
+    return max(min(peak, MOST_OF_OWN * max(meant)), LEAST_OF_OWN * min(meant)) if meant else peak
+
+
+def suggest(
+    rates: Sequence[float], losses: Sequence[float], method: Method = "minimum", own: Sequence[float] = ()
+) -> float:
     """Pick a rate from a sweep.
 
     Left out are the first tenth of the points (the average has not settled), the last five (the loss blows up), and
@@ -172,8 +230,12 @@ def suggest(rates: Sequence[float], losses: Sequence[float], method: Method = "m
     Args:
         rates: The rates of the sweep.
         losses: The smoothed loss at each of them.
-        method: ``"minimum"``: where the loss is lowest; ``"valley"``: the middle of the longest way down;
-            ``"steepest"``: where the loss falls fastest.
+        method: ``"minimum"``: a fifth of the rate at which the loss is lowest, bounded as in `safe_peak`;
+            ``"valley"``: the middle of the longest way down; ``"steepest"``: where the loss falls fastest.
+        own: The module's own rates, one for each parameter group, which bound ``"minimum"``; none, no bounds.
+
+    Returns:
+        One of ``rates``.
 
     Raises:
         ValueError: If there are fewer than 10 finite points, or if the loss never falls.
@@ -181,8 +243,8 @@ def suggest(rates: Sequence[float], losses: Sequence[float], method: Method = "m
     Example:
         >>> rates = [sweep_rate(step, 50, 1e-5, 1.0) for step in range(50)]
         >>> losses = [2 - rate / (rate + 0.003) + rate**2 for rate in rates]
-        >>> round(suggest(rates, losses, "steepest"), 4), round(suggest(rates, losses, "valley"), 4)
-        (0.0028, 0.0018)
+        >>> [round(suggest(rates, losses, method), 4) for method in ("minimum", "steepest", "valley")]
+        [0.0233, 0.0028, 0.0018]
     """
     finite = sum(1 for _ in takewhile(math.isfinite, losses))
     if finite < FEWEST_POINTS:
@@ -190,14 +252,15 @@ def suggest(rates: Sequence[float], losses: Sequence[float], method: Method = "m
             f"Expected {FEWEST_POINTS} points or more from the learning-rate range test, but got {finite} before the "
             "loss diverged or the sweep ended. Lower `min_lr`, or use more `steps`."
         )
-    kept = slice(finite // 10, finite - LAST_POINTS)
-    rates, losses = rates[kept], losses[kept]
+    part = slice(finite // 10, finite - LAST_POINTS)
+    kept, losses = rates[part], losses[part]
     if min(losses) == losses[0]:
         raise ValueError(
-            f"Expected the loss to fall somewhere between the rates {rates[0]:.2g} and {rates[-1]:.2g}, but it only "
+            f"Expected the loss to fall somewhere between the rates {kept[0]:.2g} and {kept[-1]:.2g}, but it only "
             f"rises or stays at {losses[0]:.4g}. Lower `min_lr` if it diverges at once; otherwise see whether the "
             "model learns at all, or give a learning rate yourself."
         )
     if method == "minimum":
-        return rates[losses.index(min(losses))]
-    return (valley if method == "valley" else steepest)(rates, losses)
+        peak = safe_peak(kept[losses.index(min(losses))], own)
+        return min(rates, key=lambda rate: abs(math.log(rate / peak)))
+    return (valley if method == "valley" else steepest)(kept, losses)

@@ -69,22 +69,24 @@ class LRRangeTest:
     """Raise the learning rate step by step on a copy of the model, watch the loss, and suggest a rate.
 
     The suggestion suits the peak of a cycle (``OneCycleMomentum(max_lr=...)``); a good constant rate is a few times
-    lower. It belongs to this batch size, optimizer and weight decay. Model, Trainer, loaders and random states are left
-    as they were: a fit that follows is the same as without the test.
+    lower. It lies between two and ten times the rate that ``configure_optimizers`` gives, unless that is a placeholder:
+    five times above the rate at which the loss is lowest, or ten thousand times below it. It belongs to this batch
+    size, optimizer and weight decay. Model, Trainer, loaders and random states are left as they were: a fit that
+    follows is the same as without the test.
 
     When not to use it: in manual optimization, with several optimizers, or when parameters are split between devices
     (FSDP, DeepSpeed); for a model whose copy does not fit beside it into memory; or to tell rates apart that are closer
-    than a factor of two or three, since the suggestion is no finer. In a small problem without noise the lowest loss
-    may lie above the rate that diverges; there ``"steepest"`` is safe. A model that is trained already hardly falls any
-    further, and its suggestion means little. Callbacks do not run in the test (no mixing, no freezing).
+    than a factor of two or three, since the suggestion is no finer. A loss that falls no further than its noise within
+    the sweep is refused, as that of a model that is trained already or learns too slowly. Callbacks do not run in the
+    test (no mixing, no freezing).
 
     Args:
         min_lr: Rate of the first step, above 0; far too low on purpose.
         max_lr: Rate of the last step, above ``min_lr``; far too high on purpose.
         steps: Length of the sweep in optimizer steps, 10 or more. It starts the loader again as often as it must.
-        method: ``"minimum"``: where the loss is lowest, a good peak of a cycle; ``"valley"``: the middle of the longest
-            way down of the loss; ``"steepest"``: where it falls fastest. The last two are the field's usual picks, but
-            were 10 to 100 times too low for a cycle's peak in ``benchmarks/range_test.py``.
+        method: ``"minimum"``: a fifth of the rate at which the loss is lowest, within the bounds; ``"valley"``: the
+            middle of the longest way down of the loss; ``"steepest"``: where it falls fastest. The last two are the
+            field's usual picks, without bounds, and ruined runs in ``benchmarks/peak_rules.py``.
         beta: Weight of the past in the smoothed loss, in [0, 1).
         stop_factor: The sweep ends early when the smoothed loss is above this many times its best, above 1.
 
@@ -141,7 +143,8 @@ class LRRangeTest:
             datamodule: As for ``Trainer.fit``.
 
         Raises:
-            ValueError: If the loss never falls, or diverges before there are enough points.
+            ValueError: If the loss never falls, or no further than its noise, or diverges before there are enough
+                points.
             MisconfigurationException: If the Trainer is not one of ``lightning.pytorch``, if the optimization is
                 manual, if there is not exactly one optimizer, if the strategy splits parameters between devices, or if
                 the model cannot be copied.
@@ -150,6 +153,6 @@ class LRRangeTest:
         if is_a(train_dataloaders, "LightningDataModule"):
             train_dataloaders, datamodule = None, train_dataloaders
         unwrapped = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-        rates, losses = run_range_test(trainer, unwrapped, self.sweep, train_dataloaders, datamodule)
-        smoothed, suggestion = self.sweep.read(rates, losses)
+        rates, losses, own = run_range_test(trainer, unwrapped, self.sweep, train_dataloaders, datamodule)
+        smoothed, suggestion = self.sweep.read(rates, losses, own)
         return RangeTestResult(tuple(rates), tuple(losses), tuple(smoothed), suggestion, self.sweep.method)

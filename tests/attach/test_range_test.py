@@ -49,7 +49,7 @@ SWEEP = {"min_lr": 1e-3, "max_lr": 1.0, "steps": 10, "stop_factor": 1e6}
 
 
 def run_range_test(trainer, module, loaders=None, datamodule=None, **settings):
-    return range_test.run_range_test(trainer, module, Sweep(**settings), loaders, datamodule)
+    return range_test.run_range_test(trainer, module, Sweep(**settings), loaders, datamodule)[:2]
 
 
 class Sweeps(Callback):
@@ -730,6 +730,55 @@ def test_functions_that_do_not_hold_the_model_are_no_hindrance():
     assert id(module) not in Noted.notes
 
 
+class Groups(Classifier):
+    def configure_optimizers(self):
+        groups = [{"params": self.backbone.parameters(), "lr": torch.tensor(0.01)}, {"params": self.head.parameters()}]
+        optimizer = torch.optim.SGD(groups, lr=0.2)
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, 0.001, total_iters=5)]
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_the_modules_own_rates_are_those_before_any_schedule(within):
+    found = []
+
+    class Asks(Callback):
+        def on_train_start(self, trainer, pl_module):
+            found.append(range_test.run_range_test(trainer, pl_module, Sweep(**SWEEP)))
+
+    if within:
+        trainer(callbacks=[Asks()], max_epochs=1).fit(Groups(), loader())
+    else:
+        found.append(range_test.run_range_test(trainer(), Groups(), Sweep(**SWEEP), loader()))
+    np.testing.assert_allclose(found[0][2], [0.01, 0.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("hook", "call", "place"),
+    [
+        ("configure_optimizers", 1, "in its set-up."),
+        ("training_step", 1, "in step 1 of 10, at the rate 0.001."),
+        ("training_step", 4, "in step 4 of 10, at the rate 0.01."),
+        ("on_after_backward", 10, "in step 10 of 10, at the rate 1."),
+        ("on_train_end", 1, "in step 10 of 10, at the rate 1."),
+    ],
+)
+def test_an_error_of_the_modules_carries_a_note_of_the_place_in_the_sweep(hook, call, place):
+    class Breaks(Classifier):
+        calls = 0
+
+    def broken(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == call:
+            raise KeyError("the module's own")
+        return getattr(Classifier, hook)(self, *args, **kwargs)
+
+    setattr(Breaks, hook, broken)
+    with pytest.raises(KeyError, match="the module's own") as told:
+        run_range_test(trainer(), Breaks(), loader(), **SWEEP)
+    (note,) = told.value.__notes__
+    assert note == f"This was raised in a learning-rate range test, on a copy of the module: {place}"
+
+
 def test_strategies_that_split_the_parameters_are_refused():
     user = trainer()
     user._accelerator_connector.strategy = FSDPStrategy()
@@ -743,7 +792,7 @@ class Writes(Callback):
     def on_train_start(self, trainer, pl_module):
         before = weights(pl_module)
         try:
-            result = run_range_test(trainer, pl_module, trainer.train_dataloader, **SWEEP)
+            result = range_test.run_range_test(trainer, pl_module, Sweep(**SWEEP), trainer.train_dataloader)
         except RuntimeError as error:
             result = str(error)
         assert_same_weights(before, weights(pl_module))
@@ -778,6 +827,7 @@ def test_of_two_processes_the_first_sweeps_and_tells_the_other(broken, monkeypat
         assert second == "The learning-rate range test failed in the first process: RuntimeError: broken on purpose"
         return
     assert first == second
+    assert first[2] == [Measured().configure_optimizers().param_groups[0]["lr"]]
     # Four batches of its own make a step: what one process alone does with four times the accumulation.
     module = Measured()
     alone = trainer(accumulate_grad_batches=4)

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_speedups.core.range_test import diverged, smooth, steepest, suggest, sweep_rate, valley
+from lightning_speedups.core.range_test import (
+    Sweep,
+    diverged,
+    falls,
+    safe_peak,
+    smooth,
+    steepest,
+    suggest,
+    sweep_rate,
+    valley,
+)
 
 losses_of_some_length = st.lists(st.floats(-100, 100), min_size=3, max_size=60)
 
@@ -84,9 +94,49 @@ def test_suggestions_lie_where_the_curve_falls(method):
     assert suggest(rates, losses, "steepest") == pytest.approx(1e-3, rel=0.1)  # the logistic curve's middle
 
 
-def test_the_minimum_is_that_of_the_points_that_count():
+def nearest(rates, rate):
+    return rates[int(np.abs(np.log(rates) - np.log(rate)).argmin())]
+
+
+def test_the_peak_is_a_fifth_of_the_rate_of_the_lowest_loss_among_the_points_that_count():
     rates, losses = curve(200)
-    assert suggest(rates, losses, "minimum") == rates[int(np.argmin(losses))]
+    assert suggest(rates, losses, "minimum") == nearest(rates, rates[int(np.argmin(losses))] / 5)
+
+
+@pytest.mark.parametrize(
+    ("own", "peak"),
+    [
+        ([], 0.1),
+        ([0.2], 0.4),  # no lower than twice the module's own
+        ([0.1], 0.2),
+        ([0.03], 0.1),
+        ([0.002], 0.02),  # at most ten times it
+        ([1e-4], 1e-3),
+        ([0.6], 1.2),  # where the loss is lowest is known no better than to a small factor
+        ([2.6], 0.1),  # placeholders: the sweep shows that these diverge, or do nothing
+        ([123.0], 0.1),
+        ([1e-8], 0.1),
+        ([0.0], 0.1),
+        ([1e-4, 1e-3], 0.01),  # of several groups, the range
+        ([0.2, 0.3], 0.4),
+        ([1e-9, 1e-3, 5.0], 0.01),  # what is meant
+    ],
+)
+def test_the_modules_own_rates_bound_the_peak(own, peak):
+    assert safe_peak(0.5, own) == pytest.approx(peak)
+
+
+@given(st.floats(1e-6, 10.0), st.lists(st.floats(0, 100.0), max_size=4))
+def test_no_own_rate_brings_a_peak_far_above_the_rate_of_the_lowest_loss(lowest, own):
+    assert 0 < safe_peak(lowest, own) <= 10 * lowest
+
+
+def test_own_rates_bound_the_minimum_alone_and_the_peak_stays_one_of_the_rates():
+    rates, losses = curve(200)
+    assert suggest(rates, losses, own=[5e-4]) == nearest(rates, 5e-3)
+    assert suggest(rates, losses, own=[5e-4]) in rates
+    for method in ("valley", "steepest"):
+        assert suggest(rates, losses, method, [1e-5]) == suggest(rates, losses, method)
 
 
 @pytest.mark.parametrize("method", ["minimum", "valley", "steepest"])
@@ -118,7 +168,40 @@ def test_a_loss_that_never_falls_is_told_with_the_way_out(losses):
         suggest(curve(30)[0], losses)
 
 
-def test_the_minimum_is_where_the_kept_losses_are_lowest():
-    rates = list(np.geomspace(1e-4, 1.0, 30))
-    losses = [3 - 0.05 * i for i in range(18)] + [2.2 + 0.3 * i for i in range(12)]
-    assert suggest(rates, losses) == rates[17]
+def noisy(losses, noise, seed):
+    return (np.asarray(losses) + noise * np.random.default_rng(seed).standard_normal(len(losses))).tolist()
+
+
+@pytest.mark.parametrize(("steps", "share"), [(40, 0.1), (100, 0.05), (300, 0.05)])
+def test_noise_alone_is_taken_for_a_fall_in_few_of_many_sweeps(steps, share):
+    assert sum(falls(noisy(np.full(steps, 2.3), 0.3, seed)) for seed in range(300)) <= 300 * share
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_a_real_fall_is_seen_through_noise_of_any_size(noise, scale):
+    _, losses = curve(100, high=1.0)
+    assert all(falls((scale * np.array(noisy(losses, noise, seed))).tolist()) for seed in range(100))
+
+
+@pytest.mark.parametrize("losses", [[2.0] * 30, [1.0 + i for i in range(30)]])
+def test_what_stands_or_rises_does_not_fall(losses):
+    assert not falls(losses)
+
+
+def test_what_comes_after_a_loss_that_is_not_finite_is_no_fall():
+    assert not falls([2.0, 2.1] * 10 + [math.nan] + [0.0] * 10)
+    assert falls([2.0, 2.1] * 10 + [0.1] * 5 + [math.inf, 5.0])
+
+
+def test_reading_a_sweep_refuses_noise_with_the_way_out():
+    rates = [sweep_rate(step, 100, 1e-6, 10.0) for step in range(100)]
+    with pytest.raises(ValueError, match=r"more than its noise .* of 100 steps shows no rate: .* Use more `steps`"):
+        Sweep().read(rates, noisy(np.full(100, 2.3), 0.3, 1))
+
+
+def test_reading_a_sweep_returns_what_is_suggested_with_the_own_rates():
+    rates, losses = curve(100, low=1e-6)
+    smoothed, suggestion = Sweep(beta=0.5).read(rates, losses, [1e-3])
+    assert smoothed == smooth(losses, 0.5)
+    assert suggestion == nearest(rates, 1e-2)

@@ -23,15 +23,15 @@ from zoo import Classifier, assert_same_weights, images, loader, trainer, weight
 class Bowl(LightningModule):
     """A quadratic of one curvature: plain SGD contracts below 2 / curvature and diverges above."""
 
-    def __init__(self, curvature=4.0):
+    def __init__(self, curvature=4.0, lr=123.0):
         super().__init__()
-        self.curvature, self.place = curvature, nn.Parameter(torch.tensor([3.0, -2.0]))
+        self.curvature, self.place, self.lr = curvature, nn.Parameter(torch.tensor([3.0, -2.0])), lr
 
     def training_step(self, batch, batch_idx):
         return 1.0 + self.curvature / 2 * self.place.square().sum()
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=123.0)
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
 
     def train_dataloader(self):
         return DataLoader(torch.zeros(4), batch_size=2)
@@ -63,9 +63,49 @@ def test_the_result_holds_the_curve_and_its_pick():
         result.suggestion = 1.0
 
 
+@pytest.mark.parametrize(
+    ("lr", "low", "high"),
+    [
+        (1e-3, 0.8e-3, 1.2e-2),  # up to ten times the module's own
+        (0.3, 0.5, 0.7),  # no lower than twice it
+        (123.0, 0.003, 0.5),  # a placeholder: the sweep knows better
+        (1e-9, 0.003, 0.5),
+    ],
+)
+def test_the_suggestion_is_bounded_by_the_rate_that_the_module_has_itself(lr, low, high):
+    assert low < LRRangeTest(1e-5, 100.0, beta=0.5).run(trainer(), Bowl(lr=lr)).suggestion < high
+
+
+class Guesses(LightningModule):
+    """Its labels are drawn anew in each batch, and it starts at the best that can be had."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.layer, self.optimizer = nn.Linear(8, 5), optimizer
+        for parameter in self.layer.parameters():
+            nn.init.zeros_(parameter)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.layer(batch), torch.randint(5, (len(batch),)))
+
+    def train_dataloader(self):
+        return DataLoader(torch.randn(256, 8), batch_size=16, shuffle=True)
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("method", ["minimum", "valley", "steepest"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_loss_of_noise_alone_is_told_with_the_way_out(method, optimizer):
+    with pytest.raises(ValueError, match=r"(more than its noise|to fall somewhere) .* give a learning rate yourself"):
+        LRRangeTest(method=method).run(trainer(), Guesses(optimizer))
+
+
 class Data(LightningDataModule):
     def setup(self, stage):
-        self.set = TensorDataset(*(part[torch.randperm(32)] for part in images(32)))
+        order = torch.randperm(32)
+        self.set = TensorDataset(*(part[order] for part in images(32)))
 
     def train_dataloader(self):
         return DataLoader(self.set, batch_size=8, shuffle=True)
@@ -98,7 +138,7 @@ def test_a_fit_after_the_test_is_the_fit_without_it_to_the_bit(given, same_train
         user = trainer()
         if test:
             before = weights(module)
-            result = LRRangeTest(1e-3, 1.0, steps=20).run(user if same_trainer else trainer(), module, *args, **kwargs)
+            result = LRRangeTest(1e-3, 1.0, steps=40).run(user if same_trainer else trainer(), module, *args, **kwargs)
             assert len(result.rates) > 10
             assert_same_weights(before, weights(module))
         user.fit(module, *args, **kwargs)

@@ -38,7 +38,8 @@ class OneCycleMomentum(ScheduleTrick):
 
     Args:
         max_lr: The peak, above 0: one number, one for each parameter group, or ``"auto"``: found before the first step
-            by a range test on a copy of the model (see ``LRRangeTest``), the same on every rank. The other callbacks do
+            by a range test on a copy of the model (see ``LRRangeTest``), the same on every rank, and between two and
+            ten times the rate that ``configure_optimizers`` gives, if that is no placeholder. The other callbacks do
             not take part in it.
         total_steps: Length in optimizer steps, 1 or more. None: the length of the run, from the Trainer.
         pct_start: Fraction of the run in which the rate rises, in (0, 1); at most 0.5 with ``three_phase``.
@@ -109,9 +110,11 @@ class OneCycleMomentum(ScheduleTrick):
         """Find the peak, if that was asked for, and settle the length of the cycle."""
         super().on_train_start(trainer, pl_module)
         if self.max_lr == "auto" and self.saved.found_lr is None:
-            points = run_range_test(trainer, pl_module, self.sweep, trainer.train_dataloader)
-            _, self.saved.found_lr = self.sweep.read(*points)
-            rank_zero_info(f"{self.name}: the range test suggests max_lr={self.saved.found_lr:.3g}.")
+            rates, losses, own = run_range_test(trainer, pl_module, self.sweep, trainer.train_dataloader)
+            _, self.saved.found_lr = self.sweep.read(rates, losses, own)
+            given = " and ".join(f"{rate:.3g}" for rate in dict.fromkeys(own))
+            found = f"max_lr={self.saved.found_lr:.3g}; the module's own rate is {given}"
+            rank_zero_info(f"{self.name}: the range test suggests {found}.")
 
     def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Set rate and momentum."""

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from curves import Curve
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_speedups import LRRangeTest, OneCycleMomentum
 from lightning_speedups.core.schedules import OneCycle
@@ -204,8 +207,56 @@ def test_auto_searches_anew_in_another_fit():
     callback = auto()
     trainer(callbacks=[callback]).fit(Classifier(), loader())
     first = callback.found_lr
-    trainer(callbacks=[callback]).fit(Classifier(optimizer="adam"), loader())
-    assert callback.found_lr != first
+    trainer(callbacks=[callback]).fit(Classifier(optimizer="adam", lr=0.001), loader())
+    assert callback.found_lr <= 0.0115 < first  # ten times its own
+
+
+class Unteachable(Classifier):
+    """A loss of noise, whatever the rate."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * 0 + torch.rand(())
+
+
+class Taught(LightningModule):
+    """Deep enough that the rate of the lowest loss ruins it."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        self.optimizer, self.losses = optimizer, []
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        if self.optimizer == "SGD":
+            return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize(("optimizer", "lowest_ruins"), [("SGD", True), ("AdamW", False)])
+def test_auto_ends_better_than_the_modules_own_constant_rate_also_where_the_rate_of_the_lowest_loss_ruins(
+    optimizer, lowest_ruins
+):
+    generator = torch.Generator().manual_seed(0)
+    inputs, teacher = torch.randn(640, 20, generator=generator), torch.randn(20, 8, generator=generator)
+    data = TensorDataset(inputs, (inputs @ teacher).argmax(1))
+
+    def end(*callbacks):
+        torch.manual_seed(1)
+        module = Taught(optimizer)
+        trainer(callbacks=[*callbacks], max_epochs=5).fit(module, DataLoader(data, batch_size=32, shuffle=True))
+        return np.mean(module.losses[-10:])
+
+    own = end()
+    assert end(OneCycleMomentum("auto")) < own
+    torch.manual_seed(1)
+    result = LRRangeTest().run(trainer(), Taught(optimizer), DataLoader(data, batch_size=32, shuffle=True))
+    lowest = result.rates[int(np.argmin(result.smoothed[:-5]))]
+    assert not lowest_ruins or not end(OneCycleMomentum(lowest)) < 1.1 * own
 
 
 @pytest.mark.parametrize(
@@ -218,6 +269,7 @@ def test_auto_searches_anew_in_another_fit():
             "optimizes manually. Give the learning rate as a numb",
         ),
         (Classifier, {"range_test": {"min_lr": 1e5, "max_lr": 1e6}}, ValueError, "Lower `min_lr`"),
+        (Unteachable, {}, ValueError, "the sweep of 100 steps shows no rate"),
     ],
 )
 def test_auto_that_cannot_find_a_rate_says_so_before_the_first_step(module, arguments, error, told):

@@ -690,7 +690,7 @@ def test_the_rate_is_not_scaled_twice_where_the_loader_has_a_batch_sampler_of_it
 def test_a_range_test_before_the_run_sweeps_and_leaves_the_loader_alone(fill_batch):
     module, dataset = Classifier(), Pictures()
     callbacks = [OneCycleMomentum(max_lr="auto"), ProgressiveResizing(fill_batch=fill_batch, by="epoch")]
-    trainer(callbacks=callbacks).fit(module, DataLoader(dataset, batch_size=4))
+    trainer(callbacks=callbacks).fit(module, DataLoader(dataset, batch_size=8))  # of four, the sweep shows no rate
     assert sides(module)[0] == (8, 8)
     assert sides(module)[-1] == (12, 12)
     assert tuple(dataset.transform.size) == (16, 16)
