@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import CellType, FunctionType
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import TorchSyncBatchNorm
@@ -26,8 +25,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -35,7 +33,7 @@ from lightning_speedups.attach.copies import NoCopyError, copy_module, flat, req
 from lightning_speedups.attach.packages import is_a, is_overridden
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.run_length import accumulation, raw_optimizers
-from lightning_speedups.attach.steps import has_stepped
+from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder
 from lightning_speedups.core.range_test import Sweep, diverged, smooth, sweep_rate
 
 WAY_OUT = "Give the learning rate as a number."
@@ -88,7 +86,7 @@ def run_range_test(
         Exception: What the copy raises, with a note that says where in the sweep.
     """
     require_copyable(trainer, pl_module)
-    run = _Run(sweep)
+    run = RangeTest(sweep)
     failure: Exception | None = None
     if trainer.world_size == 1 or not torch.distributed.is_initialized() or trainer.is_global_zero:
         try:
@@ -107,7 +105,7 @@ def run_range_test(
 
 
 def _fit_a_copy(
-    trainer: Trainer, pl_module: LightningModule, loaders: Any, datamodule: LightningDataModule | None, run: _Run
+    trainer: Trainer, pl_module: LightningModule, loaders: Any, datamodule: LightningDataModule | None, run: RangeTest
 ) -> None:
     running = trainer.state.status == TrainerStatus.RUNNING and trainer.lightning_module is pl_module
     if running:
@@ -136,10 +134,13 @@ def _fit_a_copy(
         inner.fit(twin, datamodule=twin_data)
 
 
-class _Run(Callback):
+class RangeTest(OptimizerTrick):
     """Sets the rate of each step, notes its loss, and ends the run."""
 
+    order = ValueOrder.ABSOLUTE
+
     def __init__(self, sweep: Sweep) -> None:
+        super().__init__()
         self.sweep = sweep
         self.rates = [sweep_rate(step, sweep.steps, sweep.min_lr, sweep.max_lr) for step in range(sweep.steps)]
         self.losses: list[float] = []  # of the steps that were done
@@ -149,6 +150,7 @@ class _Run(Callback):
         self._stepped = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what has no single rate, and let the run go on until the sweep ends it."""
         optimizers = raw_optimizers(trainer)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         if len(optimizers) != 1 or not groups or not all("lr" in group for group in groups):
@@ -157,10 +159,9 @@ class _Run(Callback):
                 "The learning-rate range test drives one optimizer with an `lr`, but configure_optimizers gave "
                 f"{names}. {WAY_OUT}"
             )
+        super().on_fit_start(trainer, pl_module)
         # before a scheduler's warm-up
         self.own = [float(group.get("initial_lr", group["lr"])) for group in groups]
-        optimizers[0].register_step_pre_hook(self._set_rate)
-        optimizers[0].register_step_post_hook(self._note_step)
         loop = trainer.fit_loop
         # Only now, so that configure_optimizers has seen the length of the user's run. Skipped steps count here.
         loop.max_epochs, loop.epoch_loop.max_steps = -1, 2 * len(self.rates)
@@ -172,20 +173,20 @@ class _Run(Callback):
         step = f"step {done + 1} of {len(self.rates)}, at the rate {self.rates[done]:.3g}" if self.own else "its set-up"
         return f"This was raised in a learning-rate range test, on a copy of the module: in {step}."
 
-    def _set_rate(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        rate = self.rates[len(self.losses)]
-        for group in optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)  # a compiled or captured step holds this very tensor
-            else:
-                group["lr"] = rate
+    def group_values(self, optimizer: int, group: int, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Set the rate of the step."""
+        return {"lr": self.rates[len(self.losses)]}
 
-    def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._stepped = has_stepped(optimizer)
+    def stepped(self, optimizer: int) -> None:
+        """Note that the step was a real one."""
+        super().stepped(optimizer)
+        self._stepped = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Note the loss of a step, and end the sweep where it diverges."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if "loss" in outputs:  # else training_step has skipped the batch
             self._window.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
         if trainer.fit_loop.epoch_loop._should_accumulate():
@@ -199,6 +200,8 @@ class _Run(Callback):
         self._window, self._stepped = [], False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a sweep that has no more batches."""
+        super().on_train_epoch_end(trainer, pl_module)
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:  # the loader has run dry, and will stay so
             trainer.should_stop = True
 

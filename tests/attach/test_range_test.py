@@ -37,6 +37,7 @@ from zoo import (
     Manual,
     ReplayLoader,
     SometimesInfinite,
+    Wrapper,
     assert_same_weights,
     images,
     loader,
@@ -476,7 +477,7 @@ def test_batches_without_a_loss_are_no_points():
     assert len(rates) == len(losses) == 10
 
 
-def test_all_groups_get_the_rate_tensors_in_place_and_the_schedulers_rest():
+def test_all_groups_get_the_rate_tensors_as_tensors_and_the_schedulers_rest():
     class Grouped(Noted):
         def configure_optimizers(self):
             groups = [
@@ -484,7 +485,6 @@ def test_all_groups_get_the_rate_tensors_in_place_and_the_schedulers_rest():
                 {"params": self.head.parameters(), "lr": 7.0},
             ]
             optimizer = torch.optim.SGD(groups)
-            self.tensor = groups[0]["lr"]
             optimizer.register_step_post_hook(self._rates)
             length = self.trainer.max_epochs * 4  # the user's run, not the sweep's
             assert (length, self.trainer.estimated_stepping_batches) == (12, 12)
@@ -493,11 +493,44 @@ def test_all_groups_get_the_rate_tensors_in_place_and_the_schedulers_rest():
 
         def _rates(self, optimizer, *_):
             super()._rates(optimizer)
-            assert optimizer.param_groups[0]["lr"] is self.tensor
+            assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
             assert self.lr_schedulers() is not None
 
     rates, _ = run_range_test(trainer(), Grouped(), loader(), **SWEEP)
     np.testing.assert_allclose(Noted.notes, np.stack([rates, rates], axis=1), rtol=1e-6)
+
+
+def test_rates_that_the_module_writes_in_its_hooks_do_not_disturb_the_sweep():
+    class Writes(Noted):
+        def training_step(self, batch, batch_idx):
+            self.optimizers().param_groups[0]["lr"] = 77.0
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            optimizer.register_step_post_hook(self._rates)
+            return optimizer
+
+    rates, _ = run_range_test(trainer(), Writes(), loader(), **SWEEP)
+    np.testing.assert_allclose(np.ravel(Noted.notes), rates)
+    assert len(rates) == 10
+
+
+def test_an_optimizer_without_torchs_hooks_is_swept_too():
+    class Wrapped(Classifier):
+        def configure_optimizers(self):
+            return Wrapper(torch.optim.SGD(self.parameters(), lr=0.1))
+
+    class Plain(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    losses = []
+    for make in (Plain, Wrapped):
+        torch.manual_seed(0)
+        losses.append(run_range_test(trainer(), make(), loader(), **SWEEP)[1])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 10
 
 
 def test_a_plateau_scheduler_misses_its_metric_and_nobody_minds():

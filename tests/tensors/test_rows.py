@@ -223,7 +223,7 @@ def test_a_reloaded_loader_is_tried_again_if_it_collates_otherwise():
             return DataLoader(data, 4, collate_fn=in_order if self.trainer.current_epoch < 2 else by_length)
 
     module, data = Reloads(), Sentences()
-    run = trainer(callbacks=[SubsetTraining(1.0, seed=1)], reload_dataloaders_every_n_epochs=1)
+    run = trainer(callbacks=[SubsetTraining(0.99, seed=1)], reload_dataloaders_every_n_epochs=1)
     with pytest.raises(MisconfigurationException, match="knows samples by their places"):
         run.fit(module)
     assert len(module.drawn) == 2 * 6

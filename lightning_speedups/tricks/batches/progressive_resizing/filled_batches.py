@@ -78,6 +78,16 @@ class FilledBatches(LoaderGrip):
         super().on_fit_start(trainer)
         self.meet(trainer)
 
+    def on_train_start(self, trainer: Any) -> None:
+        """Stand at the optimizers' steps."""
+        super().on_train_start(trainer)
+        Driver.of(trainer).watch()
+
+    def on_train_epoch_start(self, trainer: Any) -> None:
+        """Look whether a callback has put other optimizers into the Trainer."""
+        super().on_train_epoch_start(trainer)
+        Driver.of(trainer).watch()
+
     def meet(self, trainer: Any) -> None:
         """Refuse optimizers without a rate to scale."""
         for optimizer in raw_optimizers(trainer):

@@ -2,6 +2,7 @@
 
 import pytest
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_speedups import ProgressiveResizing
 from lightning_speedups.attach.steps import Driver
@@ -35,13 +36,23 @@ def test_the_batch_has_as_many_images_as_have_the_pixels_of_full_ones():
     assert [grip.batch_size_in_epoch(epoch, 8) for epoch in range(5)] == [32, 20, 14, 10, 8]
 
 
-def test_the_rate_is_multiplied_where_there_is_one():
+def test_the_rate_is_multiplied():
     grip = filled()
     assert grip.values_now(0, 0, {"lr": 0.1}) == {}
     grip.factors = [4.0, 1.0]
     assert grip.values_now(0, 0, {"lr": 0.5}) == {"lr": 2.0}
     assert grip.values_now(1, 0, {"lr": 0.5}) == {}
-    assert grip.values_now(0, 0, {"momentum": 0.5}) == {}
+
+
+def test_an_optimizer_without_a_rate_is_refused():
+    class Without(Classifier):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            optimizer.param_groups[0]["lr"] = None
+            return optimizer
+
+    with pytest.raises(MisconfigurationException, match=r"ProgressiveResizing drives `lr`.*fill_batch=False"):
+        trainer(callbacks=[ProgressiveResizing(fill_batch=True)], max_epochs=1).fit(Without(), ReplayLoader())
 
 
 def test_a_second_fit_looks_at_its_own_images():
