@@ -18,7 +18,7 @@ from lightning_speedups.attach.copies import NoCopyError
 from lightning_speedups.attach.rehearsal import Statistics, swap_statistics
 from lightning_speedups.attach.run_length import ShorterRun
 from lightning_speedups.core.arguments import check_choice, check_number
-from lightning_speedups.core.batch import Place, get_part
+from lightning_speedups.core.batch import Place
 from lightning_speedups.core.batch_scaling import Rule
 from lightning_speedups.core.resizing import Growth, Size, checked_stages
 from lightning_speedups.tricks.batches.progressive_resizing.filled_batches import FilledBatches
@@ -182,10 +182,10 @@ class ProgressiveResizing(BatchTrick):
         """Distinct for each place in the batch."""
         return self._generate_state_key(inputs=repr(self.images.inputs))
 
-    def left_behind(self, trainer: Trainer, batch: Any, *more: Size) -> tuple[list[Place], list[Place]]:
-        """Return the places of maps, of full size or the images', and of points in pixels that it was not given."""
+    def left_behind(self, trainer: Trainer, batch: Any, *more: Size) -> tuple[dict[Place, Any], dict[Place, Any]]:
+        """Return maps, of full size or the images', and points in pixels that it was not given, by places."""
         maps, points = super().left_behind(trainer, batch, self.full_size(batch), *more)
-        return maps, [place for place in points if (get_part(batch, place) > 1).any()]
+        return maps, {place: one for place, one in points.items() if (one > 1).any()}
 
     def look(self, trainer: Trainer, batch: Any) -> None:
         """Warn of images that cannot be smaller, too."""
@@ -208,9 +208,8 @@ class ProgressiveResizing(BatchTrick):
         self.saved.full = list(full)
         if self.probe and not self.run.is_tried:
             self.run.is_tried = True
-            sizes, (maps, _) = self.sizes.to_come(trainer, full), self.left_behind(trainer, batch)
             with suppress(NoCopyError):
-                try_sizes(trainer, self, full, sizes, partial(self.images.resized, batch), maps)
+                try_sizes(trainer, self, full, self.sizes.to_come(trainer, full), partial(self.images.resized, batch))
         size = self.sizes.now(trainer, full)
         resized = self.images.resized(batch, size)
         if size == full:
