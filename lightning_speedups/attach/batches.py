@@ -35,6 +35,7 @@ from lightning_speedups.core.batch import (
     seems_channels_last,
 )
 from lightning_speedups.core.randomness import generator_for
+from lightning_speedups.core.resizing import Size
 
 
 class BatchOrder(IntEnum):
@@ -114,9 +115,7 @@ class BatchTrick(Trick):
         way_out = f"Name the right place with `{next(iter(given))}=`{say_places(batch)}. {more}".strip()
         return self.refusal(what, way_out, **given)
 
-    def left_behind(
-        self, trainer: Trainer, batch: Any, *more: tuple[int, int]
-    ) -> tuple[dict[Place, Tensor], dict[Place, Tensor]]:
+    def left_behind(self, trainer: Trainer, batch: Any, *more: Size) -> tuple[dict[Place, Any], dict[Place, Any]]:
         """Return what goes with the images and no trick of this kind was given, by places: maps that it could take, and
         what it cannot change, such as points.
 
@@ -128,7 +127,7 @@ class BatchTrick(Trick):
         alike = [one for one in callbacks_of(trainer) if isinstance(one, type(self))]
         named = [(one, place, argument) for one in alike for argument in one.pixels for place in one.pixels[argument]]
         moved = [one.part_of(batch, place, argument) for one, place, argument in named]
-        inputs, loaders = self.pixels["inputs"], trainer.fit_loop._combined_loader.iterables  # type: ignore[union-attr]
+        inputs, loaders = self.pixels["inputs"], trainer.train_dataloader
         sides = [tuple(self.tensor_of(batch, place, "inputs").shape[-2:]) for place in inputs]
         begins = [path for path in loader_paths(loaders) if any(path_of(one)[: len(path)] == path for one in inputs)]
         maps, fixed = left_behind(batch, moved, [*sides, *more], begins or [()])  # a hook may make another batch
@@ -181,9 +180,7 @@ class BatchTrick(Trick):
         except AbsentPartError as error:
             if not self.has_changed:
                 raise
-            rank_zero_warn(
-                f"{error} It leaves others as they are, such as those of a CombinedLoader's loader that ended."
-            )
+            rank_zero_warn(f"{error} Batches without it stay as they are, such as those of a loader that ended.")
             return batch
         self.has_changed = True
         return changed

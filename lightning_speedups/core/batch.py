@@ -239,7 +239,8 @@ def say_places(batch: Any, most: int = 8) -> str:
         >>> say_places([(Tensor(8, 3, 4, 4), Tensor(8))])
         ': the batch has tensors at (0, 0) of shape (8, 3, 4, 4), (0, 1) of shape (8,)'
     """
-    places = [(place, tuple(one.shape)) for place, one in islice(places_of_tensors(batch), most + 1) if place != ()]
+    dense = ((place, one) for place, one in places_of_tensors(batch) if place != () and not one.is_nested)
+    places = [(place, tuple(one.shape)) for place, one in islice(dense, most + 1)]
     said = ", ".join(f"{place!r} of shape {shape}" for place, shape in places[:most])
     return said and f": the batch has tensors at {said}{', …' * (len(places) > most)}"
 
@@ -280,7 +281,7 @@ def left_behind(
         [['mask'], ['boxes']]
     """
     near = [found for branch in branches for found in places_of_tensors(get_part(batch, branch), branch)]
-    rest = [(place, one) for place, one in near if not any(one is part for part in moved)]
+    rest = [(place, one) for place, one in near if not (one.is_nested or any(one is part for part in moved))]
     maps = {place: one for place, one in rest if one.ndim > 2 and tuple(one.shape[-2:]) in sides}
     return maps, {place: one for place, one in rest if one.ndim > 1 and one.shape[-1] < 6 and _are_points(place, one)}
 
@@ -385,7 +386,7 @@ def _twin(batch: Any, step: int | str, value: Any) -> Any:
     twin = copy.copy(batch)
     for name in [*getattr(twin, "__dict__", ())]:
         if isinstance(getattr(type(batch), name, None), cached_property):
-            delattr(twin, name)  # made of the old part
+            del vars(twin)[name]  # made of the old part
     return twin
 
 

@@ -286,6 +286,7 @@ def test_maps_have_the_proportions_of_their_images():
     assert not is_map_of((8, 3, 32, 32), (8, 5, 10))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_goes_with_images_is_found_and_nothing_else_is():
     size = (16, 12)
     goes = {
@@ -313,6 +314,9 @@ def test_what_goes_with_images_is_found_and_nothing_else_is():
     moved = [goes["image"], goes["mask"], goes["targets"][0]["masks"]]
     assert left_behind(goes, moved, [size])[0] == {}
     assert [*left_behind(goes, [], [size], [("targets",), ("deep",)])[0]] == [("targets", 0, "masks")]
+    ragged = torch.nested.nested_tensor([torch.zeros(n, 4) for n in (2, 3)], layout=torch.strided)  # of no shape
+    assert left_behind({"boxes": ragged}, [], [size]) == ({}, {})
+    assert say_places([ragged, torch.zeros(2)]) == ": the batch has tensors at 1 of shape (2,)"
     several = {"mask": torch.zeros(2, *size), "full": torch.zeros(2, 32, 24)}
     assert [*left_behind(several, [], [size, (32, 24)])[0]] == ["mask", "full"]
 

@@ -188,15 +188,13 @@ class ProgressiveResizing(BatchTrick):
         return maps, {place: one for place, one in points.items() if (one > 1).any()}
 
     def look(self, trainer: Trainer, batch: Any) -> None:
-        """Warn of images that cannot be smaller, too."""
-        super().look(trainer, batch)
-        full, growth = self.full_size(batch), self.sizes.growth
-        if growth.sizes(full) == [full]:
-            rank_zero_warn(
-                f"{self.name} finds nothing to do: images of {full[0]} × {full[1]} pixels are full from the start, "
-                f"by start={growth.start}, full_from={growth.full_from}, stages={growth.stages} or multiple="
-                f"{growth.multiple}."
-            )
+        """Warn of images that cannot be smaller, else of what does not go with them."""
+        full = self.full_size(batch)
+        if self.sizes.growth.sizes(full) == [full]:
+            reason = "are full from the start, by `start`, `full_from`, `stages` or `multiple`"
+            rank_zero_warn(f"{self.name} finds nothing to do: images of {full[0]} × {full[1]} pixels {reason}.")
+        else:
+            super().look(trainer, batch)
 
     def full_size(self, batch: Any) -> Size:
         """Return the size that a batch's images have when they are full."""
