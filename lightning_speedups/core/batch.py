@@ -367,9 +367,8 @@ def _hands_out(batch: Any, step: int | str, part: Any, ways: Sequence[Any]) -> b
 
 def _put(batch: Any, step: int | str, part: Any, ways: Sequence[Any]) -> None:
     """Write a part in one way after another, until it is handed out in all of them."""
-    # Writing a mapping's items is enough for most, of others the attributes; the last is for frozen dataclasses.
-    first: list[Any] = [setitem, setattr] if isinstance(batch, Mapping) else [setattr, setitem]
-    for write in (*first, object.__setattr__):
+    writes: tuple[Any, ...] = setitem, setattr, object.__setattr__  # the last for frozen dataclasses
+    for write in writes:
         if not _hands_out(batch, step, part, ways):
             with suppress(Exception):
                 write(batch, step, part)
