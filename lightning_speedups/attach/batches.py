@@ -7,7 +7,7 @@ a DataModule), and before any callback, metric or training_step does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -28,12 +28,14 @@ from lightning_speedups.core.batch import (
     Place,
     get_part,
     left_behind,
+    loader_paths,
     path_of,
     replace_part,
     say_places,
     seems_channels_last,
 )
 from lightning_speedups.core.randomness import generator_for
+from lightning_speedups.core.resizing import Size
 
 
 class BatchOrder(IntEnum):
@@ -113,9 +115,9 @@ class BatchTrick(Trick):
         way_out = f"Name the right place with `{next(iter(given))}=`{say_places(batch)}. {more}".strip()
         return self.refusal(what, way_out, **given)
 
-    def left_behind(self, trainer: Trainer, batch: Any, *more: tuple[int, int]) -> tuple[list[Place], list[Place]]:
-        """Return the places of what goes with the images and no trick of this kind was given: maps that it could take,
-        and what it cannot change, such as points.
+    def left_behind(self, trainer: Trainer, batch: Any, *more: Size) -> tuple[dict[Place, Any], dict[Place, Any]]:
+        """Return what goes with the images and no trick of this kind was given, by places: maps that it could take, and
+        what it cannot change, such as points.
 
         Args:
             trainer: A fitting Trainer.
@@ -123,16 +125,15 @@ class BatchTrick(Trick):
             *more: Heights and widths that maps may have, besides those of the images.
         """
         alike = [one for one in callbacks_of(trainer) if isinstance(one, type(self))]
-        named = [place for one in alike for places in one.pixels.values() for place in places]
-        sides = [tuple(self.tensor_of(batch, place, "inputs").shape[-2:]) for place in self.pixels["inputs"]]
-        branches = [_branch(trainer, place) for place in self.pixels["inputs"]]
-        maps, fixed = (
-            [place for place in places if any(path_of(place)[: len(one)] == one for one in branches)]
-            for places in left_behind(batch, named, [*sides, *more])
-        )
+        named = [(one, place, argument) for one in alike for argument in one.pixels for place in one.pixels[argument]]
+        moved = [one.part_of(batch, place, argument) for one, place, argument in named]
+        inputs, loaders = self.pixels["inputs"], trainer.train_dataloader
+        sides = [tuple(self.tensor_of(batch, place, "inputs").shape[-2:]) for place in inputs]
+        begins = [path for path in loader_paths(loaders) if any(path_of(one)[: len(path)] == path for one in inputs)]
+        maps, fixed = left_behind(batch, moved, [*sides, *more], begins or [()])  # a hook may make another batch
         if self.pixels_argument == "inputs":  # which takes no class ids
-            fixed += [place for place in maps if not get_part(batch, place).is_floating_point()]
-        return [place for place in maps if place not in fixed], fixed
+            fixed |= {place: one for place, one in maps.items() if not one.is_floating_point()}
+        return {place: one for place, one in maps.items() if place not in fixed}, fixed
 
     def look(self, trainer: Trainer, batch: Any) -> None:
         """Look at a first batch: refuse pixels in another order, and warn of what goes with them and stays behind."""
@@ -146,10 +147,10 @@ class BatchTrick(Trick):
         if maps:
             rank_zero_warn(f"{self.name} changes images, but not the maps of their size. {self.naming(maps)}")
         if fixed:
-            places = ", ".join(map(repr, fixed[:8]))
+            places = ", ".join(map(repr, [*fixed][:8]))
             rank_zero_warn(f"{self.name} moves the pixels of images, but cannot move what is at {places} with them.")
 
-    def naming(self, maps: Sequence[Place]) -> str:
+    def naming(self, maps: Iterable[Place]) -> str:
         """Return the sentence that tells how to name more that goes with the images."""
         places = [*self.pixels.get(self.pixels_argument, ()), *maps]
         return f"If it belongs to them, name it: `{self.pixels_argument}={places if len(places) > 1 else places[0]!r}`."
@@ -179,9 +180,7 @@ class BatchTrick(Trick):
         except AbsentPartError as error:
             if not self.has_changed:
                 raise
-            rank_zero_warn(
-                f"{error} It leaves others as they are, such as those of a CombinedLoader's loader that ended."
-            )
+            rank_zero_warn(f"{error} Batches without it stay as they are, such as those of a loader that ended.")
             return batch
         self.has_changed = True
         return changed
@@ -265,19 +264,6 @@ def transferred(trainer: Trainer, batch: Any) -> Any:
 def batch_number(trainer: Trainer) -> int:
     """Return how many training batches came before this one in the whole run; the same after a resume."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
-
-
-def _branch(trainer: Trainer, place: Place) -> tuple[int | str, ...]:
-    """Return the beginning of a path that leads to the batch of one of several loaders."""
-    loaders, path = trainer.fit_loop._combined_loader.iterables, path_of(place)  # type: ignore[union-attr]
-    for depth, step in enumerate(path):
-        if not isinstance(loaders, (Mapping, list, tuple)):
-            return path[:depth]
-        try:
-            loaders = get_part(loaders, step)
-        except LookupError:  # a hook has made another batch of it
-            return ()
-    return path
 
 
 def _pipeline(trainer: Trainer) -> Station:

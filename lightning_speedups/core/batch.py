@@ -8,15 +8,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import islice
+from operator import getitem, setitem
 from typing import Any
 
 from torch import Tensor
 
-Place = int | str | tuple[int | str, ...]
-"""Where a part stands in a batch: an index (list, tuple), a key (mapping) or an attribute (any object); a tuple of them
-is a path into a nested batch."""
-Way = tuple[Any, bool]
-"""How a container hands out a part: under which index, key or name, and whether as an attribute."""
+Path = tuple[int | str, ...]
+"""The steps into a nested batch."""
+Place = int | str | Path
+"""Where a part stands in a batch: an index (list, tuple), a key (mapping) or an attribute (any object), or a path of
+them."""
 
 
 def check_place(name: str, place: Any) -> None:
@@ -75,7 +76,7 @@ def check_places(name: str, places: Any, **apart: Any) -> tuple[Place, ...]:
     return tuple(several)
 
 
-def path_of(place: Place) -> tuple[int | str, ...]:
+def path_of(place: Place) -> Path:
     """Return a place as a path.
 
     Args:
@@ -155,13 +156,30 @@ def count_by_loader(loaders: Any, batch: Any) -> int | None:
         >>> count_by_loader({"a": "loader", "b": "loader"}, {"a": Tensor(4, 2), "b": [Tensor(3)]})
         7
     """
-    if isinstance(loaders, (list, tuple)):
-        loaders, batch = dict(enumerate(loaders)), dict(enumerate(batch))
-    if not isinstance(loaders, Mapping):
-        return count_samples(batch)
-    given = [(loader, batch[key]) for key, loader in loaders.items() if batch[key] is not None]
-    counts = [count_by_loader(loader, part) for loader, part in given]
+    try:
+        parts = [get_part(batch, path) for path in loader_paths(loaders)]
+    except LookupError:  # a hook has made another batch of them
+        parts = [batch]
+    counts = [count_samples(part) for part in parts if part is not None]
     return None if None in counts else sum(count for count in counts if count)
+
+
+def loader_paths(loaders: Any, path: Path = ()) -> Iterator[Path]:
+    """Yield the path that leads to each of several loaders, and to its batch in what they give together.
+
+    Args:
+        loaders: A loader, or a list, tuple or mapping of loaders.
+        path: Where that stands.
+
+    Example:
+        >>> [*loader_paths({"a": ["loader", "loader"], "b": "loader"})], [*loader_paths("loader")]
+        ([('a', 0), ('a', 1), ('b',)], [()])
+    """
+    if isinstance(loaders, (Mapping, list, tuple)):
+        for step, inner in _steps(loaders):
+            yield from loader_paths(inner, (*path, step))
+    else:
+        yield path
 
 
 def tensors_in(part: Any) -> Iterator[Tensor]:
@@ -180,9 +198,7 @@ def tensors_in(part: Any) -> Iterator[Tensor]:
     return (tensor for _, tensor in places_of_tensors(part))
 
 
-def places_of_tensors(
-    part: Any, path: tuple[Any, ...] = (), seen: set[int] | None = None
-) -> Iterator[tuple[Place, Tensor]]:
+def places_of_tensors(part: Any, path: Path = (), seen: set[int] | None = None) -> Iterator[tuple[Place, Tensor]]:
     """Yield the place of each tensor in something, nested as they may be, and the tensor.
 
     Args:
@@ -200,25 +216,16 @@ def places_of_tensors(
     elif id(part) not in seen:
         seen.add(id(part))
         for step, inner in _steps(part):
-            yield from places_of_tensors(inner, (*path, step), seen)
+            # What an object keeps in a mapping of its own, as torch_geometric's Data does, has names of its own.
+            is_store = isinstance(inner, Mapping) and not isinstance(part, Mapping) and str(step).startswith("_")
+            yield from places_of_tensors(inner, path if is_store else (*path, step), seen)
 
 
 def _steps(part: Any) -> Iterable[tuple[Any, Any]]:
-    """Return what leads into a part, and where to; names in an object's store stand for themselves."""
+    """Return what leads into a part, and where to."""
     if isinstance(part, (list, tuple)):
         return enumerate(part)
-    if isinstance(part, Mapping):
-        return part.items()
-    held = [*getattr(part, "__dict__", {}).items()]
-    return [
-        step for name, inner in held for step in (inner.items() if _is_store(part, name, inner) else [(name, inner)])
-    ]
-
-
-def _is_store(part: Any, name: Any, inner: Any) -> bool:
-    """Tell whether an object keeps its attributes there."""
-    is_hidden = isinstance(inner, Mapping) and str(name).startswith("_")
-    return is_hidden and all(_hands_out(part, (key, True), value) for key, value in inner.items())
+    return [*(part if isinstance(part, Mapping) else getattr(part, "__dict__", {})).items()]
 
 
 def say_places(batch: Any, most: int = 8) -> str:
@@ -232,7 +239,8 @@ def say_places(batch: Any, most: int = 8) -> str:
         >>> say_places([(Tensor(8, 3, 4, 4), Tensor(8))])
         ': the batch has tensors at (0, 0) of shape (8, 3, 4, 4), (0, 1) of shape (8,)'
     """
-    places = [(place, tuple(one.shape)) for place, one in islice(places_of_tensors(batch), most + 1) if place != ()]
+    dense = ((place, one) for place, one in places_of_tensors(batch) if place != () and not one.is_nested)
+    places = [(place, tuple(one.shape)) for place, one in islice(dense, most + 1)]
     said = ", ".join(f"{place!r} of shape {shape}" for place, shape in places[:most])
     return said and f": the batch has tensors at {said}{', …' * (len(places) > most)}"
 
@@ -254,30 +262,28 @@ def seems_channels_last(shape: Sequence[int]) -> bool:
 
 
 def left_behind(
-    batch: Any, named: Iterable[Place], sides: Collection[Sequence[int]]
-) -> tuple[list[Place], list[Place]]:
-    """Return the places of what goes with the pixels of moved images and stays behind: maps of their size, and points.
+    batch: Any, moved: Sequence[Any], sides: Collection[Any], branches: Iterable[Path] = ((),)
+) -> tuple[dict[Place, Tensor], dict[Place, Tensor]]:
+    """Return what goes with the pixels of moved images and stays behind, by places: maps of their size, and points.
 
     Args:
         batch: As in [get_part][lightning_speedups.core.batch.get_part].
-        named: The places of what is moved.
+        moved: The parts that are moved.
         sides: Height and width of the images; more than one pair where they may differ.
+        branches: The paths to where to look.
 
     Returns:
-        Places of tensors of three dimensions or more with such sides, and of boxes or points, by their names or types.
+        Tensors of three dimensions or more with such sides, and boxes or points, by their names or types.
 
     Example:
         >>> batch = {"image": Tensor(8, 3, 16, 16), "mask": Tensor(8, 16, 16), "boxes": Tensor(8, 2, 4), "y": Tensor(8)}
-        >>> left_behind(batch, ["image"], [(16, 16)])
-        (['mask'], ['boxes'])
+        >>> [[*found] for found in left_behind(batch, [batch["image"]], [(16, 16)])]
+        [['mask'], ['boxes']]
     """
-    known = set()
-    for place in named:
-        with suppress(LookupError):
-            known.add(id(get_part(batch, place)))  # there may be several ways to one part
-    rest = [(place, one) for place, one in places_of_tensors(batch) if id(one) not in known]
-    maps = [place for place, one in rest if one.ndim > 2 and tuple(one.shape[-2:]) in sides]
-    return maps, [place for place, one in rest if one.ndim > 1 and one.shape[-1] < 6 and _are_points(place, one)]
+    near = [found for branch in branches for found in places_of_tensors(get_part(batch, branch), branch)]
+    rest = [(place, one) for place, one in near if not (one.is_nested or any(one is part for part in moved))]
+    maps = {place: one for place, one in rest if one.ndim > 2 and tuple(one.shape[-2:]) in sides}
+    return maps, {place: one for place, one in rest if one.ndim > 1 and one.shape[-1] < 6 and _are_points(place, one)}
 
 
 def _are_points(place: Place, part: Tensor) -> bool:
@@ -328,12 +334,12 @@ def replace_part(batch: Any, place: Place, value: Any) -> Any:
         return value
     step, old = path[0], get_part(batch, path[0])
     value = replace_part(old, path[1:], value)
-    if type(batch) in (list, tuple, dict):  # of others less is known
+    if type(batch) in (list, tuple, dict):  # as most are: quickly
         parts: Any = dict(batch) if type(batch) is dict else list(batch)
         parts[step] = value
         return tuple(parts) if type(batch) is tuple else parts
     try:
-        return _copied(batch, step, old, value)
+        return _copy_with(batch, step, old, value)
     except Exception as error:
         raise ValueError(
             f"Expected a container of which a copy takes another part {step!r}, but got {type(batch).__name__} "
@@ -341,75 +347,45 @@ def replace_part(batch: Any, place: Place, value: Any) -> Any:
         ) from error
 
 
-def _ways(batch: Any, step: int | str, old: Any) -> list[Way]:
-    """Return how a container hands out a part: as an item, as an attribute, as attributes that repeat an item."""
-    repeats = [name for name, held in getattr(batch, "__dict__", {}).items() if held is old]
-    ways = [(step, False), *((name, True) for name in ([step] if isinstance(step, str) else repeats))]
-    # Who writes into a mapping writes its items; all others are asked to set an attribute before.
-    ways = ways if isinstance(batch, Mapping) else ways[::-1]
-    return [way for way in ways if _hands_out(batch, way, old)]
-
-
-def _hands_out(batch: Any, way: Way, part: Any) -> bool:
-    """Tell whether a container hands out this very part, or another wrapping of these very tensors."""
-    try:
-        found = getattr(batch, way[0]) if way[1] else batch[way[0]]
-    except Exception:
-        return False
-    if found is part or isinstance(part, Tensor):
-        return found is part
-    tensors = [id(one) for one in tensors_in(part)]
-    return tensors != [] and tensors == [id(one) for one in tensors_in(found)]
-
-
-def _write(batch: Any, way: Way, part: Any) -> None:
-    step, is_attribute = way
-    if not is_attribute:
-        batch[step] = part
-        return
-    try:
-        batch.__setattr__(step, part)
-    except Exception:  # as of a frozen dataclass
-        object.__setattr__(batch, step, part)
-
-
-def _copied(batch: Any, step: int | str, old: Any, value: Any) -> Any:
-    """Return a copy with the part written into it, which the batch itself must not notice."""
-    ways, changed = _ways(batch, step, old), _twin(batch, step, value)
-    try:
-        for way in ways:
-            if not _hands_out(changed, way, value):
-                _write(changed, way, value)
-    finally:
-        shared = [way for way in ways if not _hands_out(batch, way, old)]
-        for way in shared:
-            _write(batch, way, old)
-    if shared:
-        raise TypeError("its copy shares its parts with it")
-    if not ways or not all(_hands_out(changed, way, value) for way in ways):
-        raise TypeError("it does not hand out what it was given")
+def _copy_with(batch: Any, step: int | str, old: Any, value: Any) -> Any:
+    """Return a copy with the part put into it, which the batch itself must not notice."""
+    ways = [way for way in (getattr, getitem) if _hands_out(batch, step, old, [way])]
+    changed = _twin(batch, step, value)
+    _put(changed, step, value, ways)
+    _put(batch, step, old, ways)
+    if not ways or not _hands_out(changed, step, value, ways):
+        raise TypeError("it does not hand out what it was given, or its copy shares its parts with it")
     return changed
 
 
+def _hands_out(batch: Any, step: int | str, part: Any, ways: Sequence[Any]) -> bool:
+    try:
+        return all(way(batch, step) is part for way in ways)
+    except Exception:
+        return False
+
+
+def _put(batch: Any, step: int | str, part: Any, ways: Sequence[Any]) -> None:
+    """Write a part in one way after another, until it is handed out in all of them."""
+    writes: tuple[Any, ...] = setitem, setattr, object.__setattr__  # the last for frozen dataclasses
+    for write in writes:
+        if not _hands_out(batch, step, part, ways):
+            with suppress(Exception):
+                write(batch, step, part)
+
+
 def _twin(batch: Any, step: int | str, value: Any) -> Any:
-    """Return a copy with stores of its own; a tuple's has the part already."""
-    fields = getattr(batch, "_fields", ())
-    if isinstance(batch, tuple) and (isinstance(step, int) or step in fields):
+    """Return a copy; a tuple's has the part already."""
+    if isinstance(batch, tuple):
         parts = list(batch)
-        parts[step if isinstance(step, int) else fields.index(step)] = value
+        parts[step if isinstance(step, int) else batch._fields.index(step)] = value  # type: ignore[attr-defined]
         twin = tuple.__new__(type(batch), parts)  # its own may take something else
-        if hasattr(batch, "__dict__"):
-            vars(twin).update(vars(batch))
+        getattr(twin, "__dict__", {}).update(getattr(batch, "__dict__", {}))
         return twin
     twin = copy.copy(batch)
-    if twin is batch:
-        raise TypeError("its copy is itself")
-    held = getattr(twin, "__dict__", {})
-    for name, inner in [*held.items()]:
+    for name in [*getattr(twin, "__dict__", ())]:
         if isinstance(getattr(type(batch), name, None), cached_property):
-            del held[name]  # made of the old part
-        elif isinstance(inner, dict) and inner is vars(batch).get(name):
-            held[name] = copy.copy(inner)
+            del vars(twin)[name]  # made of the old part
     return twin
 
 

@@ -535,6 +535,9 @@ class Stored:
     def __getitem__(self, name):
         return self._store[name]
 
+    def __copy__(self):
+        return type(self)(**self._store)
+
 
 class ReadOnly:
     def __init__(self, image, label):
@@ -594,7 +597,7 @@ def test_a_trick_changes_what_a_store_hands_out_as_attribute_and_as_item(trick):
 @pytest.mark.parametrize("trick", ["augmentation", "resizing"])
 def test_a_container_that_cannot_be_changed_is_refused_with_the_names_of_both(trick):
     with pytest.raises(
-        MisconfigurationException, match=r"inputs='image'\) .*'image', but got ReadOnly .*no setter.*collate_fn"
+        MisconfigurationException, match=r"inputs='image'\) .*'image', but got ReadOnly .*hand out.*collate_fn"
     ):
         fit(trick, ReadOnly(pictures(), torch.arange(8)), inputs="image")
 

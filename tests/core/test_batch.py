@@ -12,10 +12,12 @@ import torch
 from lightning_speedups.core.batch import (
     check_place,
     check_places,
+    count_by_loader,
     count_samples,
     get_part,
     is_map_of,
     left_behind,
+    loader_paths,
     path_of,
     places_of_tensors,
     replace_part,
@@ -124,12 +126,12 @@ class Encoding(UserDict):
         return self.data[name]
 
 
-class Twice(tuple):
-    """A tuple that takes its parts one by one, and has one of them as an attribute of its own."""
+class OneByOne(tuple):
+    """A tuple that takes its parts one by one, and has an attribute of its own."""
 
     def __new__(cls, image, label):
         made = super().__new__(cls, (image, label))
-        made.origin, made.also = "kept", label
+        made.origin = "kept"
         return made
 
 
@@ -160,15 +162,14 @@ def attribute(name):
 BY_NAME = [attribute("label")]
 BOTH = [attribute("label"), item("label")]
 HANDS_OUT = [
-    (lambda x, y: Keeps(image=x, label=y), "label", BY_NAME),
     (lambda x, y: Indexed(image=x, label=y), "label", BOTH),
     (lambda x, y: OwnDict(image=x, label=y), "label", BOTH),
     (lambda x, y: Output(image=x, label=y), "label", BOTH),
     (lambda x, y: Encoding(image=x, label=y), "label", BOTH),
-    (Twice, 1, [item(1), attribute("also")]),
+    (OneByOne, 1, [item(1)]),
     (lambda x, y: Strict(image=x, label=y), "label", BY_NAME),
-    (lambda x, y: [Keeps(image=x, label=y)], (0, "label"), [lambda batch: batch[0].label]),
-    (lambda x, y: Keeps(image=x, parts={"label": y}), ("parts", "label"), [lambda batch: batch.parts["label"]]),
+    (lambda x, y: [Indexed(image=x, label=y)], (0, "label"), [lambda batch: batch[0].label]),
+    (lambda x, y: Indexed(image=x, parts={"label": y}), ("parts", "label"), [lambda batch: batch.parts["label"]]),
     (namedtuple("Named", ["image", "label"]), 1, [item(1), attribute("label")]),
 ]  # fmt: skip
 
@@ -187,7 +188,7 @@ def test_the_new_part_is_handed_out_in_every_way_and_the_old_one_by_the_batch_it
 
 
 def test_what_a_tuple_carries_is_kept_and_what_was_made_of_the_old_part_is_made_anew():
-    assert replace_part(Twice(1, 2), 0, 3).origin == "kept"
+    assert replace_part(OneByOne(1, 2), 0, 3).origin == "kept"
     batch = Derives(label=torch.ones(2))
     assert batch.half.tolist() == [0.5, 0.5]
     assert replace_part(batch, "label", torch.zeros(2)).half.tolist() == [0, 0]
@@ -229,9 +230,10 @@ class Casts(ReadOnly):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (ReadOnly, "has no setter"),
+        (ReadOnly, "does not hand out what it was given"),
+        (lambda label: Keeps(label=label), "its copy shares its parts with it"),
         (Inside, "its copy shares its parts with it"),
-        (lambda label: Single(label=label), "its copy is itself"),
+        (lambda label: Single(label=label), "its copy shares its parts with it"),
         (Fresh, "does not hand out what it was given"),
         (Casts, "does not hand out what it was given"),
         (lambda label: MappingProxyType({"label": label}), "mappingproxy"),
@@ -284,6 +286,7 @@ def test_maps_have_the_proportions_of_their_images():
     assert not is_map_of((8, 3, 32, 32), (8, 5, 10))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_goes_with_images_is_found_and_nothing_else_is():
     size = (16, 12)
     goes = {
@@ -304,14 +307,18 @@ def test_what_goes_with_images_is_found_and_nothing_else_is():
         "keypoint": torch.zeros(2, 5, 64),
         "path": ["a"],
     }
-    maps, points = left_behind(goes | stays, ["image"], [size])
-    assert maps == ["mask", ("targets", 0, "masks")]
-    assert points == ["gt_boxes", "keypoints", ("deep", "bbox")]
-    assert left_behind(goes, ["image", ("mask",), ("targets", 0, "masks")], [size])[0] == []
-    assert left_behind({"mask": torch.zeros(2, *size), "full": torch.zeros(2, 32, 24)}, [], [size, (32, 24)])[0] == [
-        "mask",
-        "full",
-    ]
+    maps, points = left_behind(goes | stays, [goes["image"]], [size])
+    assert [*maps] == ["mask", ("targets", 0, "masks")]
+    assert [*points] == ["gt_boxes", "keypoints", ("deep", "bbox")]
+    assert all(get_part(goes, place) is one for place, one in (maps | points).items())
+    moved = [goes["image"], goes["mask"], goes["targets"][0]["masks"]]
+    assert left_behind(goes, moved, [size])[0] == {}
+    assert [*left_behind(goes, [], [size], [("targets",), ("deep",)])[0]] == [("targets", 0, "masks")]
+    ragged = torch.nested.nested_tensor([torch.zeros(n, 4) for n in (2, 3)], layout=torch.strided)  # of no shape
+    assert left_behind({"boxes": ragged}, [], [size]) == ({}, {})
+    assert say_places([ragged, torch.zeros(2)]) == ": the batch has tensors at 1 of shape (2,)"
+    several = {"mask": torch.zeros(2, *size), "full": torch.zeros(2, 32, 24)}
+    assert [*left_behind(several, [], [size, (32, 24)])[0]] == ["mask", "full"]
 
 
 def test_only_the_containers_on_the_path_are_copied():
@@ -407,6 +414,24 @@ def test_a_tensor_of_no_dimension_is_one_sample_and_an_empty_one_none():
 )
 def test_without_a_tensor_nobody_knows_the_samples(batch):
     assert count_samples(batch) is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        ({"a": [FIVE, torch.zeros(5)], "b": [[FIVE], {"x": torch.zeros(2)}]}, 12),
+        ({"a": None, "b": [[FIVE], None]}, 5),
+        ({"a": None, "b": None}, 0),
+        ({"a": ["text"], "b": [FIVE, FIVE]}, None),
+        ({"image": FIVE, "label": torch.zeros(5)}, 5),  # what a hook has made of it
+        ([FIVE, torch.zeros(5)], 5),
+        (FIVE, 5),
+    ],
+)
+def test_the_samples_of_several_loaders_count_together_and_what_a_hook_made_of_them_as_one(batch, count):
+    loaders = {"a": "loader", "b": ["loader", "loader"]}
+    assert [*loader_paths(loaders)] == [("a",), ("b", 0), ("b", 1)]
+    assert count_by_loader(loaders, batch) == count
 
 
 def test_a_batch_that_holds_itself_is_counted():

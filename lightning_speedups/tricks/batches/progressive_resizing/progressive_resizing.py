@@ -18,7 +18,7 @@ from lightning_speedups.attach.copies import NoCopyError
 from lightning_speedups.attach.rehearsal import Statistics, swap_statistics
 from lightning_speedups.attach.run_length import ShorterRun
 from lightning_speedups.core.arguments import check_choice, check_number
-from lightning_speedups.core.batch import Place, get_part
+from lightning_speedups.core.batch import Place
 from lightning_speedups.core.batch_scaling import Rule
 from lightning_speedups.core.resizing import Growth, Size, checked_stages
 from lightning_speedups.tricks.batches.progressive_resizing.filled_batches import FilledBatches
@@ -182,21 +182,19 @@ class ProgressiveResizing(BatchTrick):
         """Distinct for each place in the batch."""
         return self._generate_state_key(inputs=repr(self.images.inputs))
 
-    def left_behind(self, trainer: Trainer, batch: Any, *more: Size) -> tuple[list[Place], list[Place]]:
-        """Return the places of maps, of full size or the images', and of points in pixels that it was not given."""
+    def left_behind(self, trainer: Trainer, batch: Any, *more: Size) -> tuple[dict[Place, Any], dict[Place, Any]]:
+        """Return maps, of full size or the images', and points in pixels that it was not given, by places."""
         maps, points = super().left_behind(trainer, batch, self.full_size(batch), *more)
-        return maps, [place for place in points if (get_part(batch, place) > 1).any()]
+        return maps, {place: one for place, one in points.items() if (one > 1).any()}
 
     def look(self, trainer: Trainer, batch: Any) -> None:
-        """Warn of images that cannot be smaller, too."""
-        super().look(trainer, batch)
-        full, growth = self.full_size(batch), self.sizes.growth
-        if growth.sizes(full) == [full]:
-            rank_zero_warn(
-                f"{self.name} finds nothing to do: images of {full[0]} × {full[1]} pixels are full from the start, "
-                f"by start={growth.start}, full_from={growth.full_from}, stages={growth.stages} or multiple="
-                f"{growth.multiple}."
-            )
+        """Warn of images that cannot be smaller, else of what does not go with them."""
+        full = self.full_size(batch)
+        if self.sizes.growth.sizes(full) == [full]:
+            reason = "are full from the start, by `start`, `full_from`, `stages` or `multiple`"
+            rank_zero_warn(f"{self.name} finds nothing to do: images of {full[0]} × {full[1]} pixels {reason}.")
+        else:
+            super().look(trainer, batch)
 
     def full_size(self, batch: Any) -> Size:
         """Return the size that a batch's images have when they are full."""
@@ -208,9 +206,8 @@ class ProgressiveResizing(BatchTrick):
         self.saved.full = list(full)
         if self.probe and not self.run.is_tried:
             self.run.is_tried = True
-            sizes, (maps, _) = self.sizes.to_come(trainer, full), self.left_behind(trainer, batch)
             with suppress(NoCopyError):
-                try_sizes(trainer, self, full, sizes, partial(self.images.resized, batch), maps)
+                try_sizes(trainer, self, full, self.sizes.to_come(trainer, full), partial(self.images.resized, batch))
         size = self.sizes.now(trainer, full)
         resized = self.images.resized(batch, size)
         if size == full:

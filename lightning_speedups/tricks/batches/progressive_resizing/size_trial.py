@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning_speedups.attach.batches import BatchTrick, rest_of_pipeline
 from lightning_speedups.attach.rehearsal import rehearsal
-from lightning_speedups.core.batch import Place
 from lightning_speedups.core.resizing import Size
 
 ANY_SIZE = (
@@ -18,12 +17,7 @@ ANY_SIZE = (
 
 
 def try_sizes(
-    trainer: Any,
-    trick: BatchTrick,
-    full: Size,
-    sizes: Sequence[Size],
-    resized: Callable[[Size], Any],
-    maps: Sequence[Place] = (),
+    trainer: Any, trick: BatchTrick, full: Size, sizes: Sequence[Size], resized: Callable[[Size], Any]
 ) -> None:
     """Refuse a model that takes full images, but not those of other sizes.
 
@@ -33,7 +27,6 @@ def try_sizes(
         full: The full size.
         sizes: Those to come, the smallest first.
         resized: Returns the batch at a size.
-        maps: Where it has maps that stay as they are.
 
     Raises:
         MisconfigurationException: If the model does not take one of them.
@@ -56,6 +49,7 @@ def try_sizes(
         for size in chosen:
             error = failure(size)
             if error is not None and failure(full) is None:  # else the first step will say what is wrong
+                maps, _ = trick.left_behind(trainer, resized(full))
                 rest = f", while what is at {', '.join(map(repr, maps))} keeps its size" if maps else ""
                 raise trick.refusal(
                     f"needs a model for more than one size, but {type(trainer.lightning_module).__name__} takes images "

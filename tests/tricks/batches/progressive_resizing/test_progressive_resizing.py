@@ -879,6 +879,14 @@ def test_forgotten_maps_are_told_instead_of_a_network_that_takes_any_size(in_loa
     assert {8, 16} <= set(fit(maps="mask"))
 
 
+def test_who_resizes_nothing_is_not_told_of_maps():
+    with pytest.warns(UserWarning, match="finds nothing to do") as told:
+        trainer(callbacks=[ProgressiveResizing(1, inputs="image")], max_epochs=1).fit(
+            Segmenter(), DataLoader(Scenes(), 8)
+        )
+    assert not [one for one in told if "maps" in str(one.message)]
+
+
 def test_an_error_without_words_is_named():
     class Picky(Classifier):
         def training_step(self, batch, batch_idx):
