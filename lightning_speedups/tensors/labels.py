@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_speedups.core.mixing import Mixture, blended_share, boxes_in, mix_values, paste
 from lightning_speedups.tensors.reads import WRITES, OneOfTwo, Reads, call_plain, follow, on_part
@@ -88,7 +88,7 @@ class MixedLabels(OneOfTwo):
             )
         if func in _KEEPS_MIXTURE and (mixed := _all_mixed(args, kwargs)) is not None:
             if OneOfTwo in types:
-                args, kwargs = tree_map_only(OneOfTwo, _settled, (args, kwargs))
+                mixed.reads.selections += [one._labels for one in tree_leaves((args, kwargs)) if type(one) is OneOfTwo]
             labels, other = (on_part(part, func, args, kwargs) for part in ("_labels", "_other"))
             share = mixed._share if func in _CASTS else on_part("_share", func, args, kwargs)
             return tree_map(partial(_wrap_result, func, mixed), labels, other, share)
@@ -302,12 +302,6 @@ def _wrap_result(func: Callable[..., Any], mixed: MixedLabels, labels: Any, othe
     return _wrap(labels, other, share.to(labels.device), mixed.reads)
 
 
-def _settled(one: OneOfTwo) -> OneOfTwo:
-    if not isinstance(one, MixedLabels):
-        one.settle()
-    return one
-
-
 def _mark_result(func: Callable[..., Any], source: BlendedTargets, result: Any, rounded: Any) -> Any:
     """Go on watching what is blended, and follow classes."""
     if not isinstance(result, Tensor) or result.dtype == torch.bool:
@@ -395,7 +389,7 @@ _KEEPS_MIXTURE = _CASTS | {
     Tensor.__getitem__, torch.cat, torch.stack,
     *(getattr(owner, name) for owner in (Tensor, torch) for name in (
         "reshape", "flatten", "ravel", "squeeze", "unsqueeze", "clone", "permute", "transpose", "flip", "roll",
-        "index_select", "repeat_interleave", "chunk", "split", "unbind", "detach",
+        "index_select", "repeat_interleave", "chunk", "split", "unbind", "detach", "masked_select",
     )),
     *(getattr(Tensor, name) for name in ("view", "contiguous", "repeat", "expand")),
 }  # fmt: skip

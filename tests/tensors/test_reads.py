@@ -1,7 +1,9 @@
 """What depends on which of two targets was taken is told when a loss comes of it, and only then."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -156,6 +158,7 @@ def test_a_selection_of_labels_with_their_scores_is_one_of_the_mixture():
     some = labels != 2
     F.cross_entropy(scores[some], labels[some]).backward()
     F.cross_entropy(scores[labels == 2], labels[labels == 2]).backward()
+    F.cross_entropy(scores[some], labels.masked_select(some)).backward()
     assert not labels.reads.misread
     (scores[some].sum() + scores[labels != 1].sum()).backward()
     assert labels.reads.misread
@@ -173,9 +176,39 @@ def test_at_the_end_everything_is_plain_again():
     assert type(counts) is torch.Tensor
     assert not vars(counts)
     assert counts.sum() == N
-    assert type(hits.float()) is type(hits & hits) is torch.Tensor
+    assert type(hits) is type(hits.float()) is type(hits & hits) is torch.Tensor
+    assert not vars(hits)
     hits &= hits
     assert type(hits) is torch.Tensor
+
+
+def test_nothing_that_was_followed_lives_longer_for_it():
+    scores, labels = pair()
+    table = (labels == 1).float()
+    seen = [weakref.ref(table), weakref.ref(labels), weakref.ref(table * scores[:, 0])]
+    (table * scores[:, 0]).sum().backward()
+    assert labels.reads.misread
+    del table, labels
+    gc.collect()
+    assert [one() for one in seen] == [None] * 3
+
+
+def test_a_backward_pass_may_come_after_the_end():
+    scores, labels = pair()
+    loss = ((labels == 1).float() * scores[:, 0]).sum() + scores.gather(1, labels[:, None]).sum()
+    labels.reads.close()
+    loss.backward()
+    assert labels.reads.misread == ["gather", "mul"]
+    assert scores.grad.isfinite().all()
+
+
+def test_a_tensor_that_a_function_hands_back_is_not_changed():
+    _, labels = pair()
+    for source in (labels, labels == 1, labels.float().exp()):
+        plain = source._labels
+        assert type(source.positive() if plain.dtype != torch.bool else source.resolve_conj()) is OneOfTwo
+        assert type(plain) is torch.Tensor
+        assert torch.equal(source, plain)
 
 
 def test_use_is_more_than_a_look_at_the_form():

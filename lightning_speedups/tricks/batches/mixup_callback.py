@@ -143,7 +143,7 @@ class MixupCallback(SeededBatchTrick):
         """Mix inputs and labels."""
         mixes = batch_number(trainer) < self.run.mixed_batches
         mixed, self.last = self.mix(batch, self.generator(trainer) if mixes else None)
-        self.run.reads = None
+        self.run.seen = None
         targets = get_part(mixed, self.labels)
         if targets is get_part(batch, self.labels):
             return mixed
@@ -211,10 +211,10 @@ class MixupCallback(SeededBatchTrick):
     ) -> None:
         """Stop a run whose loss does not see the mixture."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        reads = self.run.end()
-        if reads is None or (pl_module.automatic_optimization and not outputs):
+        seen = self.run.end()
+        if seen is None or (pl_module.automatic_optimization and not outputs):
             return  # nothing mixed, or training_step skipped the batch: the next one will tell
-        fault = self.run.fault(reads, f"{type(pl_module).__name__}.training_step")
+        fault = self.run.fault(seen, f"{type(pl_module).__name__}.training_step")
         if fault and not self.run.is_right:
             raise self.refusal(*fault, labels=self.labels)
         if fault and not self.run.has_warned:  # so late it is not for a trick to end the run
