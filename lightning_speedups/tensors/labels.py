@@ -103,12 +103,12 @@ class BlendedTargets(OneOfTwo):
     """
 
     @staticmethod
-    def of(blended: Tensor, reads: Reads) -> BlendedTargets:
-        """Mark targets.
+    def of(blended: Tensor, reads: Reads) -> Tensor:
+        """Mark targets; those that are whole numbers are no blends, and handed back.
 
         Args:
             blended: The targets, plain.
-            reads: Who is told, unless all of them are whole numbers.
+            reads: Who is told.
 
         Example:
             >>> reads = Reads(follows=True)
@@ -119,8 +119,10 @@ class BlendedTargets(OneOfTwo):
             >>> F.cross_entropy(scores, targets.long()).backward(), reads.misread
             (None, ['cross_entropy'])
         """
+        if torch.equal(blended, blended.ceil()):
+            return blended
         marked = blended.as_subclass(BlendedTargets)
-        marked._labels, marked._other, marked.reads = blended, blended.ceil(), reads
+        marked._labels, marked.reads = blended, reads
         return marked
 
     @classmethod
@@ -132,12 +134,11 @@ class BlendedTargets(OneOfTwo):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Compute on the plain tensor, and see what gives whole numbers."""
-        kwargs = kwargs or {}
-        result = on_part("_labels", func, args, kwargs)
+        result = on_part("_labels", func, args, kwargs or {})
         watched = func in _KEEPS_MIXTURE or func.__name__ in _GIVES_CLASSES
         if torch.compiler.is_compiling() or not (watched and args and isinstance(args[0], BlendedTargets)):
             return result
-        return tree_map(partial(_mark_result, func, args[0]), result, on_part("_other", func, args, kwargs))
+        return tree_map_only(Tensor, partial(_mark_result, func, args[0]), result)
 
 
 def mix_targets(targets: Tensor, mixture: Mixture) -> Tensor:
@@ -302,13 +303,11 @@ def _wrap_result(func: Callable[..., Any], mixed: MixedLabels, labels: Any, othe
     return _wrap(labels, other, share.to(labels.device), mixed.reads)
 
 
-def _mark_result(func: Callable[..., Any], source: BlendedTargets, result: Any, rounded: Any) -> Any:
+def _mark_result(func: Callable[..., Any], source: BlendedTargets, result: Tensor) -> Tensor:
     """Go on watching what is blended, and follow classes."""
-    if not isinstance(result, Tensor) or result.dtype == torch.bool:
-        return result
     if result.is_floating_point():
         return BlendedTargets.of(result, source.reads)
-    return follow(func, (source,), rounded, result)
+    return result if result.dtype == torch.bool else follow(func, (source,), None, result)
 
 
 def _all_mixed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> MixedLabels | None:

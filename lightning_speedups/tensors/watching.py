@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_speedups.tensors.labels import BlendedTargets, MixedLabels
-from lightning_speedups.tensors.reads import Reads
+from lightning_speedups.tensors.reads import OneOfTwo, Reads
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Watch:
 
     batches: int = 0
     epoch: int = -1
-    seen: MixedLabels | BlendedTargets | None = None
+    seen: OneOfTwo | None = None
     is_right: bool = False
 
     def begin(self, targets: Tensor, epoch: int) -> Tensor:
@@ -42,18 +42,18 @@ class Watch:
         self.epoch, self.seen = epoch, None
         if follows and targets.is_floating_point():
             targets = BlendedTargets.of(targets, Reads())
-        if isinstance(targets, (MixedLabels, BlendedTargets)):
+        if isinstance(targets, OneOfTwo):
             self.seen, targets.reads.follows = targets, follows
         return targets
 
-    def end(self) -> MixedLabels | BlendedTargets | None:
+    def end(self) -> OneOfTwo | None:
         """Follow nothing any more; return what the step has seen of its targets, None where nothing is to be judged."""
         seen, self.seen = self.seen, None
         if seen is not None:
             seen.reads.close()
         return seen
 
-    def fault(self, seen: MixedLabels | BlendedTargets, step: str) -> tuple[str, str] | None:
+    def fault(self, seen: OneOfTwo, step: str) -> tuple[str, str] | None:
         """Return what is wrong with the loss of a step, and the way out; None where it is right.
 
         A step that reads nothing is wrong as long as no earlier one was right: it may be one of several kinds.

@@ -238,9 +238,9 @@ TARGETS = torch.tensor([0.3, 1.0, 1.6, 2.0])
 def test_classes_made_of_blended_numbers_are_told(classes):
     scores = torch.randn(4, 4, requires_grad=True)
     for targets, told in ((TARGETS, True), (TARGETS.round(), False)):
-        seen = BlendedTargets.of(targets, Reads(True))
-        F.cross_entropy(scores, classes(seen)).backward()
-        assert bool(seen.reads.misread) == told
+        reads = Reads(True)
+        F.cross_entropy(scores, classes(BlendedTargets.of(targets, reads))).backward()
+        assert bool(reads.misread) == told
 
 
 def test_classes_by_the_largest_of_several_are_told():
