@@ -135,7 +135,7 @@ class BlendedTargets(OneOfTwo):
     ) -> Any:
         """Compute on the plain tensor, and see what gives whole numbers."""
         result = on_part("_labels", func, args, kwargs or {})
-        watched = func in _KEEPS_MIXTURE or func.__name__ in _GIVES_CLASSES
+        watched = func in _KEEPS_MIXTURE or func.__name__ == "argmax"
         if torch.compiler.is_compiling() or not (watched and args and isinstance(args[0], BlendedTargets)):
             return result
         return tree_map_only(Tensor, partial(_mark_result, func, args[0]), result)
@@ -382,7 +382,7 @@ _READS_MIXTURE: dict[Callable[..., Any], Callable[..., Any]] = {
 _READS_BLEND = {
     F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss,
 }  # fmt: skip
-_CASTS = {Tensor.to, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as}
+_CASTS = {Tensor.to, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as, Tensor.byte, Tensor.char, Tensor.short}
 _CASTS |= {Tensor.long, Tensor.int, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
 _KEEPS_MIXTURE = _CASTS | {
     Tensor.__getitem__, torch.cat, torch.stack,
@@ -392,4 +392,3 @@ _KEEPS_MIXTURE = _CASTS | {
     )),
     *(getattr(Tensor, name) for name in ("view", "contiguous", "repeat", "expand")),
 }  # fmt: skip
-_GIVES_CLASSES = {"byte", "char", "short", "argmax"}

@@ -116,7 +116,7 @@ def call_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         return result
     if _takes_form_only(func, args) or isinstance(result, torch.Size):  # a tree to torch, which would make it a tuple
         return result
-    if isinstance(result, Tensor) or func.__name__ in WRITES | _LEAVES_TENSORS:
+    if isinstance(result, Tensor) or func.__name__ in _USES:
         sources[0].reads.is_used = True
     if args and func.__name__ in WRITES:
         _follow(func, sources, None, args[0])
@@ -178,5 +178,5 @@ def _takes_form_only(func: Callable[..., Any], args: Sequence[Any]) -> bool:
 WRITES = {name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {"__setitem__"}
 WRITES |= {name for name in dir(Tensor) if name.startswith("__i") and hasattr(Tensor, name.replace("__i", "__", 1))}
 """Names of the functions that write into their first argument."""
-_LEAVES_TENSORS = {"tolist", "item", "numpy", "__array__", "__int__", "__float__", "__index__", "__bool__"}
+_USES = WRITES | {"tolist", "item", "numpy", "__array__", "__int__", "__float__", "__index__", "__bool__"}
 _COMPARES = {"isin", *(form.format(name) for name in ("eq", "ne", "lt", "le", "gt", "ge") for form in ("{}", "__{}__"))}

@@ -144,9 +144,9 @@ class MixupCallback(SeededBatchTrick):
         mixes = batch_number(trainer) < self.run.mixed_batches
         mixed, self.last = self.mix(batch, self.generator(trainer) if mixes else None)
         self.run.seen = None
-        targets = get_part(mixed, self.labels)
-        if targets is get_part(batch, self.labels):
+        if self.last.method == "none":
             return mixed
+        targets = get_part(mixed, self.labels)
         seen = self.run.begin(targets, trainer.current_epoch)
         return mixed if seen is targets else self.with_part(mixed, self.labels, seen, "labels")
 
