@@ -134,7 +134,7 @@ class BlendedTargets(OneOfTwo):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Compute on the plain tensor, and see what gives whole numbers."""
-        result = on_part("_labels", func, args, kwargs or {})
+        result = on_part("_labels", func, args, kwargs or {}, BlendedTargets)
         watched = func in _KEEPS_MIXTURE or func.__name__ == "argmax"
         if torch.compiler.is_compiling() or not (watched and args and isinstance(args[0], BlendedTargets)):
             return result

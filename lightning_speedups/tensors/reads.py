@@ -83,7 +83,13 @@ class OneOfTwo(Tensor):
         return call_plain(func, args, kwargs or {})
 
 
-def on_part(part: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def on_part(
+    part: str,
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    kind: type[OneOfTwo] = OneOfTwo,
+) -> Any:
     """Call with one plain part in the place of all tensors that have it, and with the plain tensor else.
 
     Args:
@@ -91,13 +97,14 @@ def on_part(part: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Ma
         func: What to call.
         args: Its arguments.
         kwargs: The same by name.
+        kind: Of which tensors.
     """
 
     def plain(one: OneOfTwo) -> Tensor:
         found = getattr(one, part, None)
         return one._labels if found is None else found
 
-    args, kwargs = tree_map_only(OneOfTwo, plain, (args, kwargs))
+    args, kwargs = tree_map_only(kind, plain, (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -109,11 +116,13 @@ def call_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         args: Its arguments.
         kwargs: The same by name.
     """
-    result = on_part("_labels", func, args, kwargs)
     sources = [one for one in tree_leaves((args, kwargs)) if isinstance(one, OneOfTwo)]
     if torch.compiler.is_compiling():
         sources[0].reads.is_used = True
-        return result
+        return on_part("_labels", func, args, kwargs)
+    if any([_leads_to_gradient(one) for one in sources]):
+        return func(*args, **kwargs)
+    result = on_part("_labels", func, args, kwargs)
     if _takes_form_only(func, args) or isinstance(result, torch.Size):  # a tree to torch, which would make it a tuple
         return result
     if isinstance(result, Tensor) or func.__name__ in _USES:
@@ -149,9 +158,23 @@ def _follow(func: Callable[..., Any], sources: Sequence[OneOfTwo], other: Tensor
     reads, pairs = sources[0].reads, [(one._labels, one._other) for one in sources]
     followed = reads.follows and computed.ndim and type(computed) is Tensor and not computed.requires_grad
     if computed.requires_grad and torch.is_grad_enabled():
-        computed.register_hook(partial(_tell, reads, func.__name__, pairs))  # type: ignore[no-untyped-call]
+        _listen(computed, reads, func.__name__, pairs)
     elif followed and any(_differ(*pair) for pair in (pairs if other is None else [(computed, other)])):
         reads.mark(computed)
+
+
+def _leads_to_gradient(one: OneOfTwo) -> bool:
+    """Let a marked tensor be a plain one again that has come out of an `autograd.Function` with a gradient."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if type(one) is not OneOfTwo or not one.requires_grad:
+            return False
+        _listen(one, one.reads, "autograd.Function", [(one._labels, None)])
+    one.__class__ = Tensor  # type: ignore[assignment]
+    return True
+
+
+def _listen(result: Tensor, *told: Any) -> None:
+    result.register_hook(partial(_tell, *told))  # type: ignore[no-untyped-call]
 
 
 def _tell(reads: Reads, name: str, pairs: Sequence[tuple[Tensor, Tensor | None]], gradient: Tensor) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from torch.utils.checkpoint import checkpoint
 
 from lightning_speedups.core.randomness import generator_for
 from lightning_speedups.tensors.labels import BlendedTargets, MixedLabels
@@ -180,6 +181,42 @@ def test_at_the_end_everything_is_plain_again():
     assert not vars(hits)
     hits &= hits
     assert type(hits) is torch.Tensor
+
+
+class Picked(torch.autograd.Function):
+    """Probabilities of the labels, with a gradient of one's own."""
+
+    @staticmethod
+    def forward(ctx, s, y):
+        ctx.save_for_backward(s, y)
+        return s.softmax(1).gather(1, y[:, None]).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        s, y = ctx.saved_tensors
+        return torch.zeros_like(s).scatter_(1, y[:, None], gradient[:, None]), None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda s, y: Picked.apply(s, y).mean(),
+        lambda s, y: F.mse_loss(Picked.apply(s, y), BlendedTargets.of(torch.full((N,), 0.5), y.reads)),
+        lambda s, y: F.cross_entropy(Picked.apply(s, y)[:, None] * s, y),
+        lambda s, y: checkpoint(lambda s, y: s.gather(1, y[:, None]), s, y, use_reentrant=True).mean(),
+        lambda s, y: checkpoint(lambda s, y: s.gather(1, y[:, None]), s, y, use_reentrant=False).mean(),
+    ],
+)
+@pytest.mark.parametrize("beside", [0.0, 1.0])
+def test_functions_with_gradients_of_their_own_keep_them_and_are_told(loss, beside):
+    gradients = []
+    for follows in (True, False):
+        scores, labels = pair(follows)
+        (loss(scores, labels) + beside * F.cross_entropy(scores, labels)).backward()
+        gradients.append(scores.grad)
+        assert labels.reads.misread or not follows
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
 
 
 def test_nothing_that_was_followed_lives_longer_for_it():
