@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -134,7 +135,8 @@ class BlendedTargets(OneOfTwo):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Compute on the plain tensor, and see what gives whole numbers."""
-        result = on_part("_labels", func, args, kwargs or {}, BlendedTargets)
+        plain, by_name = tree_map_only(BlendedTargets, attrgetter("_labels"), (args, kwargs or {}))
+        result = func(*plain, **by_name)
         watched = func in _KEEPS_MIXTURE or func.__name__ == "argmax"
         if torch.compiler.is_compiling() or not (watched and args and isinstance(args[0], BlendedTargets)):
             return result

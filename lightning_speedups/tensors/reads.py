@@ -34,8 +34,8 @@ class Reads:
         self.selections: list[Tensor] = []
         self._marked: list[weakref.ref[OneOfTwo]] = []
 
-    def mark(self, computed: Tensor) -> None:
-        """Follow a plain tensor from here on.
+    def mark(self, computed: Tensor) -> Tensor:
+        """Return a plain tensor as one that is followed from here on: the same, changed.
 
         Args:
             computed: What was computed from one of two targets, or what that was written into.
@@ -44,6 +44,7 @@ class Reads:
         computed.__class__ = OneOfTwo
         computed._labels, computed.reads = plain, self  # type: ignore[attr-defined]
         self._marked.append(weakref.ref(computed))  # type: ignore[arg-type]
+        return computed
 
     def close(self) -> None:
         """Follow nothing any more; what was followed is plain again."""
@@ -83,13 +84,7 @@ class OneOfTwo(Tensor):
         return call_plain(func, args, kwargs or {})
 
 
-def on_part(
-    part: str,
-    func: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    kind: type[OneOfTwo] = OneOfTwo,
-) -> Any:
+def on_part(part: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Call with one plain part in the place of all tensors that have it, and with the plain tensor else.
 
     Args:
@@ -97,14 +92,13 @@ def on_part(
         func: What to call.
         args: Its arguments.
         kwargs: The same by name.
-        kind: Of which tensors.
     """
 
     def plain(one: OneOfTwo) -> Tensor:
         found = getattr(one, part, None)
         return one._labels if found is None else found
 
-    args, kwargs = tree_map_only(kind, plain, (args, kwargs))
+    args, kwargs = tree_map_only(OneOfTwo, plain, (args, kwargs))
     return func(*args, **kwargs)
 
 
@@ -128,39 +122,37 @@ def call_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
     if isinstance(result, Tensor) or func.__name__ in _USES:
         sources[0].reads.is_used = True
     if args and func.__name__ in WRITES:
-        _follow(func, sources, None, args[0])
-        return args[0]
+        return follow(func, sources, None, args[0], written=True)
     is_comparison = func.__name__ in _COMPARES and all(one._other is not None for one in sources)
     other = on_part("_other", func, args, kwargs) if sources[0].reads.follows and is_comparison else None
     return tree_map_only(Tensor, partial(follow, func, sources, other), result)
 
 
-def follow(func: Callable[..., Any], sources: Sequence[OneOfTwo], other: Tensor | None, result: Tensor) -> Tensor:
-    """Return what was computed from one of two targets such that its reads learn where it goes.
+def follow(
+    func: Callable[..., Any], sources: Sequence[OneOfTwo], other: Tensor | None, computed: Tensor, written: bool = False
+) -> Tensor:
+    """Let the reads learn where it goes what was computed from one of two targets.
 
     Args:
         func: What computed it.
         sources: Of what.
         other: What it would be of the other targets, if that is known.
-        result: A plain tensor.
+        computed: A plain tensor; where it requires a gradient, the loss can depend on it.
+        written: Whether it was there before, and was written into.
 
     Returns:
         The plain tensor, or one of two; a number for a whole batch says too little of its targets to be followed.
     """
-    if sources[0].reads.follows and not result.requires_grad:
-        result = result.detach()  # `mark` changes it, and it may be a part of a source
-    _follow(func, sources, other, result)
-    return result
-
-
-def _follow(func: Callable[..., Any], sources: Sequence[OneOfTwo], other: Tensor | None, computed: Tensor) -> None:
-    """Mark a tensor that depends on the targets; where the loss can depend on it, listen to its gradient instead."""
     reads, pairs = sources[0].reads, [(one._labels, one._other) for one in sources]
-    followed = reads.follows and computed.ndim and type(computed) is Tensor and not computed.requires_grad
-    if computed.requires_grad and torch.is_grad_enabled():
-        _listen(computed, reads, func.__name__, pairs)
-    elif followed and any(_differ(*pair) for pair in (pairs if other is None else [(computed, other)])):
-        reads.mark(computed)
+    if computed.requires_grad:
+        if torch.is_grad_enabled():
+            _listen(computed, reads, func.__name__, pairs)
+        return computed
+    if not (reads.follows and computed.ndim and type(computed) is Tensor):
+        return computed
+    differs = any(_differ(*pair) for pair in pairs) if other is None else _differ(computed, other)
+    # What was not written into may be the very tensor that a source holds.
+    return reads.mark(computed if written else computed.detach()) if differs else computed
 
 
 def _leads_to_gradient(one: OneOfTwo) -> bool:

@@ -91,8 +91,7 @@ class Watch:
         return (
             f"mixed the inputs, but {whose} used the dominant labels only{through and f' (through {through})'}, which "
             "is the wrong target",
-            "Use F.cross_entropy, F.nll_loss, F.one_hot or LabelSmoothingLoss on the labels as they come; or "
-            'MixupCallback(targets="soft", num_classes=...) with a loss that takes class probabilities; or, for yes or '
-            "no and for numbers, F.binary_cross_entropy_with_logits or F.mse_loss on `labels.float()`, or labels that "
-            "are floating point in the dataset, which are blended for any loss.",
+            "Use F.cross_entropy, F.nll_loss, F.one_hot or LabelSmoothingLoss on the labels as they come; for yes or "
+            "no and for numbers F.binary_cross_entropy_with_logits or F.mse_loss on `labels.float()`; for other losses "
+            'MixupCallback(targets="soft", num_classes=...), or labels that are floating point in the dataset.',
         )

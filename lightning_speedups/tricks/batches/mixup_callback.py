@@ -41,9 +41,10 @@ class MixupCallback(SeededBatchTrick):
     ``F.one_hot``, the modules built on them and ``LabelSmoothingLoss`` see the mixture, and losses of numbers, such as
     ``F.binary_cross_entropy``, the blend of 0 and 1. If the loss of the first step depends on dominant labels, in whole
     or in part, the run stops with an error rather than train on the wrong target; if that of a later step does, it
-    warns. Inside ``torch.compile`` it is only seen whether anything reads the mixture. Targets that are floating point
-    (regression, multi-label, one-hot) are mixed directly. With class weights take ``LabelSmoothingLoss``: torch divides
-    the loss of mixed and of unmixed labels by different sums.
+    warns. Inside ``torch.compile``, and of labels that become numbers of Python's or NumPy's, it is only seen whether
+    anything reads the mixture. Targets that are floating point (regression, multi-label, one-hot) are mixed directly.
+    With class weights take ``LabelSmoothingLoss``: torch divides the loss of mixed and of unmixed labels by different
+    sums.
 
     Targets of three dimensions or more are maps ``(N, ..., H, W)``, as in segmentation: mixup blends each pixel,
     CutMix pastes the same box, scaled to the map's own size, so that integer maps stay plain labels.
