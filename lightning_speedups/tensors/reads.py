@@ -147,12 +147,11 @@ def follow(
     if computed.requires_grad:
         if torch.is_grad_enabled():
             _listen(computed, reads, func.__name__, pairs)
-        return computed
-    if not (reads.follows and computed.ndim and type(computed) is Tensor):
-        return computed
-    differs = any(_differ(*pair) for pair in pairs) if other is None else _differ(computed, other)
-    # What was not written into may be the very tensor that a source holds.
-    return reads.mark(computed if written else computed.detach()) if differs else computed
+    elif reads.follows and computed.ndim and type(computed) is Tensor:
+        differs = any(_differ(*pair) for pair in pairs) if other is None else _differ(computed, other)
+        if differs:  # what was not written into may be the very tensor that a source holds
+            return reads.mark(computed if written else computed.detach())
+    return computed
 
 
 def _leads_to_gradient(one: OneOfTwo) -> bool:
@@ -171,11 +170,12 @@ def _listen(result: Tensor, *told: Any) -> None:
 
 def _tell(reads: Reads, name: str, pairs: Sequence[tuple[Tensor, Tensor | None]], gradient: Tensor) -> None:
     """Note, in a backward pass, a function through which the loss depends on the targets that were taken."""
-    # What selects targets along with their scores is no target; it may be computed twice, and be two tensors.
-    if name not in reads.misread and any(
-        _differ(*pair) and not any(torch.equal(pair[0], same) for same in reads.selections) for pair in pairs
-    ):
-        reads.misread.append(name)
+    for own, other in pairs if name not in reads.misread else ():
+        # What selects targets along with their scores is no target; it may be computed twice, and be two tensors.
+        selections = [one for one in reads.selections if (one.device, one.dtype) == (own.device, own.dtype)]
+        if _differ(own, other) and not any(torch.equal(own, one) for one in selections):
+            reads.misread.append(name)
+            return
 
 
 def _differ(own: Tensor, other: Tensor | None) -> bool:
@@ -185,9 +185,8 @@ def _differ(own: Tensor, other: Tensor | None) -> bool:
 def _takes_form_only(func: Callable[..., Any], args: Sequence[Any]) -> bool:
     """Tell whether a function takes nothing but the shape, type or place of one of two targets."""
     name = func.__name__
-    if name.startswith("new_") or name.endswith("_like"):
-        return True
-    return (name.endswith("_as") or name == "to") and not isinstance(args[0], OneOfTwo)
+    takes_another = (name.endswith("_as") or name == "to") and not isinstance(args[0], OneOfTwo)
+    return takes_another or name.startswith("new_") or name.endswith("_like")
 
 
 WRITES = {name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {"__setitem__"}

@@ -165,6 +165,14 @@ def test_a_selection_of_labels_with_their_scores_is_one_of_the_mixture():
     assert labels.reads.misread
 
 
+def test_labels_may_be_selected_on_another_device_as_well():
+    scores, labels = pair()
+    order = labels.argsort()
+    assert labels.to("meta")[order.to("meta")].shape == (N,)
+    F.cross_entropy(scores[order], labels[order]).backward()
+    assert not labels.reads.misread
+
+
 def test_at_the_end_everything_is_plain_again():
     scores, labels = pair()
     counts, hits = torch.zeros(C), scores.argmax(1) == labels
