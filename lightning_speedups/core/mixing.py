@@ -282,18 +282,12 @@ def blend(values: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
     wide = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
     share = lam.to(wide).view(-1, *[1] * (values.ndim - 1))
     own, other = values.to(wide), values[partner].to(wide)
-    if len(lam) == 1:
-        mixed = torch.addcmul(other * (1 - share), own, share)  # not `lerp`, which makes NaN of two infinities
-    else:
-        mixed = _portion(own, share) + _portion(other, 1 - share)
+    mixed = torch.addcmul(other * (1 - share), own, share)  # not `lerp`, which makes NaN of two infinities
+    if len(lam) > 1:  # a share of 0 is nothing, also of what is infinite
+        mixed = mixed.where(share > 0, other).where(share < 1, own)
     if not values.is_floating_point():
         mixed = mixed.round()
     return mixed.to(values.dtype)
-
-
-def _portion(values: Tensor, share: Tensor) -> Tensor:
-    """Return a share of some values; one of 0 is nothing, also of what is infinite."""
-    return (values * share).masked_fill_(share == 0, 0)
 
 
 def paste(images: Tensor, source: Tensor, partner: Tensor, boxes: Sequence[Box]) -> Tensor:

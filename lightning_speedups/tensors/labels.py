@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_speedups.core.mixing import Mixture, blended_share, boxes_in, mix_values, paste
 from lightning_speedups.tensors.reads import WRITES, OneOfTwo, Reads, call_plain, follow, on_part
@@ -88,7 +89,7 @@ class MixedLabels(OneOfTwo):
             )
         if func in _KEEPS_MIXTURE and (mixed := _all_mixed(args, kwargs)) is not None:
             if OneOfTwo in types:
-                args, kwargs = tree_map_only(OneOfTwo, _settled, (args, kwargs))
+                mixed.reads.selections += [one._labels for one in tree_leaves((args, kwargs)) if type(one) is OneOfTwo]
             labels, other = (on_part(part, func, args, kwargs) for part in ("_labels", "_other"))
             share = mixed._share if func in _CASTS else on_part("_share", func, args, kwargs)
             return tree_map(partial(_wrap_result, func, mixed), labels, other, share)
@@ -103,12 +104,12 @@ class BlendedTargets(OneOfTwo):
     """
 
     @staticmethod
-    def of(blended: Tensor, reads: Reads) -> BlendedTargets:
-        """Mark targets.
+    def of(blended: Tensor, reads: Reads) -> Tensor:
+        """Mark targets; those that are whole numbers are no blends, and handed back.
 
         Args:
             blended: The targets, plain.
-            reads: Who is told, unless all of them are whole numbers.
+            reads: Who is told.
 
         Example:
             >>> reads = Reads(follows=True)
@@ -119,8 +120,10 @@ class BlendedTargets(OneOfTwo):
             >>> F.cross_entropy(scores, targets.long()).backward(), reads.misread
             (None, ['cross_entropy'])
         """
+        if torch.equal(blended, blended.ceil()):
+            return blended
         marked = blended.as_subclass(BlendedTargets)
-        marked._labels, marked._other, marked.reads = blended, blended.ceil(), reads
+        marked._labels, marked.reads = blended, reads
         return marked
 
     @classmethod
@@ -132,12 +135,12 @@ class BlendedTargets(OneOfTwo):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Compute on the plain tensor, and see what gives whole numbers."""
-        kwargs = kwargs or {}
-        result = on_part("_labels", func, args, kwargs)
-        watched = func in _KEEPS_MIXTURE or func.__name__ in _GIVES_CLASSES
+        plain, by_name = tree_map_only(BlendedTargets, attrgetter("_labels"), (args, kwargs or {}))
+        result = func(*plain, **by_name)
+        watched = func in _KEEPS_MIXTURE or func.__name__ == "argmax"
         if torch.compiler.is_compiling() or not (watched and args and isinstance(args[0], BlendedTargets)):
             return result
-        return tree_map(partial(_mark_result, func, args[0]), result, on_part("_other", func, args, kwargs))
+        return tree_map_only(Tensor, partial(_mark_result, func, args[0]), result)
 
 
 def mix_targets(targets: Tensor, mixture: Mixture) -> Tensor:
@@ -302,19 +305,11 @@ def _wrap_result(func: Callable[..., Any], mixed: MixedLabels, labels: Any, othe
     return _wrap(labels, other, share.to(labels.device), mixed.reads)
 
 
-def _settled(one: OneOfTwo) -> OneOfTwo:
-    if not isinstance(one, MixedLabels):
-        one.settle()
-    return one
-
-
-def _mark_result(func: Callable[..., Any], source: BlendedTargets, result: Any, rounded: Any) -> Any:
+def _mark_result(func: Callable[..., Any], source: BlendedTargets, result: Tensor) -> Tensor:
     """Go on watching what is blended, and follow classes."""
-    if not isinstance(result, Tensor) or result.dtype == torch.bool:
-        return result
     if result.is_floating_point():
         return BlendedTargets.of(result, source.reads)
-    return follow(func, (source,), rounded, result)
+    return result if result.dtype == torch.bool else follow(func, (source,), None, result)
 
 
 def _all_mixed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> MixedLabels | None:
@@ -389,14 +384,13 @@ _READS_MIXTURE: dict[Callable[..., Any], Callable[..., Any]] = {
 _READS_BLEND = {
     F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss,
 }  # fmt: skip
-_CASTS = {Tensor.to, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as}
+_CASTS = {Tensor.to, Tensor.cuda, Tensor.cpu, Tensor.type, Tensor.type_as, Tensor.byte, Tensor.char, Tensor.short}
 _CASTS |= {Tensor.long, Tensor.int, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
 _KEEPS_MIXTURE = _CASTS | {
     Tensor.__getitem__, torch.cat, torch.stack,
     *(getattr(owner, name) for owner in (Tensor, torch) for name in (
         "reshape", "flatten", "ravel", "squeeze", "unsqueeze", "clone", "permute", "transpose", "flip", "roll",
-        "index_select", "repeat_interleave", "chunk", "split", "unbind", "detach",
+        "index_select", "repeat_interleave", "chunk", "split", "unbind", "detach", "masked_select",
     )),
     *(getattr(Tensor, name) for name in ("view", "contiguous", "repeat", "expand")),
 }  # fmt: skip
-_GIVES_CLASSES = {"byte", "char", "short", "argmax"}

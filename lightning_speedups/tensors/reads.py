@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Reads:
@@ -24,39 +24,52 @@ class Reads:
         is_used: Whether anything else has been computed from the targets.
         misread: Names of the functions through which a loss depends on which of two targets was taken, as far as its
             backward pass has come.
+        selections: By what targets were selected.
     """
 
     def __init__(self, follows: bool = False) -> None:
         self.follows = follows
         self.count, self.is_used = 0, False
         self.misread: list[str] = []
-        self.written: list[Tensor] = []
         self.selections: list[Tensor] = []
+        self._marked: list[weakref.ref[OneOfTwo]] = []
+
+    def mark(self, computed: Tensor) -> Tensor:
+        """Return a plain tensor as one that is followed from here on: the same, changed.
+
+        Args:
+            computed: What was computed from one of two targets, or what that was written into.
+        """
+        plain = computed.detach()
+        computed.__class__ = OneOfTwo
+        computed._labels, computed.reads = plain, self  # type: ignore[attr-defined]
+        self._marked.append(weakref.ref(computed))  # type: ignore[arg-type]
+        return computed
 
     def close(self) -> None:
-        """Follow nothing any more; tensors into which something was written are plain again."""
+        """Follow nothing any more; what was followed is plain again."""
         self.follows = False
-        while self.written:
-            written = self.written.pop()
-            written.__class__ = Tensor
-            for name in ("_labels", "_other", "_roots", "reads"):
-                delattr(written, name)
+        for reference in self._marked:
+            if (marked := reference()) is not None:
+                del marked._labels, marked.reads
+                marked.__class__ = Tensor  # type: ignore[assignment]
+        self._marked.clear()
+        self.selections.clear()
 
 
 class OneOfTwo(Tensor):
-    """A tensor computed from one of two targets: the plain tensor to everything.
+    """A tensor computed from one of two targets, and another one for the other: the plain tensor to everything.
 
     While its reads are followed, what is computed from it is such a tensor too. Where it meets what requires a
-    gradient, the backward pass tells the reads, provided that the tensor differs between the two targets: a mask of
-    what is ignored, say, may be the same for both. Nothing is told of metrics, as no backward pass goes through them.
+    gradient, the backward pass tells the reads. A mask of what is ignored, say, may be the same for both targets: it
+    is followed no further. Nothing is told of metrics, as no backward pass goes through them.
 
     Attributes:
         reads: Who is told.
     """
 
     _labels: Tensor
-    _other: Tensor | None = None  # the same of the other targets, where that is known
-    _roots: tuple[OneOfTwo, ...] = ()  # what else it was computed from, of which that is known
+    _other: Tensor | None = None  # the other targets, where it is a target itself
     reads: Reads
 
     @classmethod
@@ -69,16 +82,6 @@ class OneOfTwo(Tensor):
     ) -> Any:
         """Compute on the plain tensor, and follow what comes of it."""
         return call_plain(func, args, kwargs or {})
-
-    @property
-    def roots(self) -> tuple[OneOfTwo, ...]:
-        """The tensors on whose difference between the two targets its own depends."""
-        return self._roots if self._other is None else (self, *self._roots)
-
-    def settle(self) -> None:
-        """Make it one that does not depend on the targets, as it selects targets along with their scores."""
-        self.reads.selections.append(self._labels)
-        self._other, self._roots = None, ()
 
 
 def on_part(part: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -107,115 +110,87 @@ def call_plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         args: Its arguments.
         kwargs: The same by name.
     """
+    sources = [one for one in tree_leaves((args, kwargs)) if isinstance(one, OneOfTwo)]
     if torch.compiler.is_compiling():
-        args, kwargs = tree_map_only(OneOfTwo, _used, (args, kwargs))
-        return func(*args, **kwargs)
-    if _takes_form_only(func, args):
+        sources[0].reads.is_used = True
         return on_part("_labels", func, args, kwargs)
-    sources: list[OneOfTwo] = []
-
-    def plain(one: OneOfTwo) -> Tensor:
-        sources.append(one)
-        return one._labels
-
-    plain_args, plain_kwargs = tree_map_only(OneOfTwo, plain, (args, kwargs))
-    result, reads = func(*plain_args, **plain_kwargs), sources[0].reads
-    if args and func.__name__ in WRITES:
-        return _follow_write(func, args, kwargs, sources, result)
-    if isinstance(result, Tensor) or func.__name__ in _LEAVES_TENSORS:
-        reads.is_used = True
-    other = None
-    if reads.follows and func.__name__ in _COMPARES and all(one._other is not None for one in sources):
-        other = on_part("_other", func, args, kwargs)
-    if isinstance(result, torch.Size):  # to torch a tree, which it would make a tuple
+    if any([_leads_to_gradient(one) for one in sources]):
+        return func(*args, **kwargs)
+    result = on_part("_labels", func, args, kwargs)
+    if _takes_form_only(func, args) or isinstance(result, torch.Size):  # a tree to torch, which would make it a tuple
         return result
+    if isinstance(result, Tensor) or func.__name__ in _USES:
+        sources[0].reads.is_used = True
+    if args and func.__name__ in WRITES:
+        return follow(func, sources, None, args[0], written=True)
+    is_comparison = func.__name__ in _COMPARES and all(one._other is not None for one in sources)
+    other = on_part("_other", func, args, kwargs) if sources[0].reads.follows and is_comparison else None
     return tree_map_only(Tensor, partial(follow, func, sources, other), result)
 
 
-def _used(one: OneOfTwo) -> Tensor:
-    one.reads.is_used = True
-    return one._labels
-
-
-def follow(func: Callable[..., Any], sources: Sequence[OneOfTwo], other: Tensor | None, result: Tensor) -> Tensor:
-    """Return what was computed from one of two targets such that its reads learn where it goes.
+def follow(
+    func: Callable[..., Any], sources: Sequence[OneOfTwo], other: Tensor | None, computed: Tensor, written: bool = False
+) -> Tensor:
+    """Let the reads learn where it goes what was computed from one of two targets.
 
     Args:
         func: What computed it.
         sources: Of what.
         other: What it would be of the other targets, if that is known.
-        result: A plain tensor.
+        computed: A plain tensor; where it requires a gradient, the loss can depend on it.
+        written: Whether it was there before, and was written into.
 
     Returns:
         The plain tensor, or one of two; a number for a whole batch says too little of its targets to be followed.
     """
-    reads = sources[0].reads
-    if result.requires_grad:
-        _listen(result, func, sources)
-    elif reads.follows and result.ndim:
-        plain, result = result, result.as_subclass(OneOfTwo)
-        _set_up(result, plain, sources, other)
-    return result
+    reads, pairs = sources[0].reads, [(one._labels, one._other) for one in sources]
+    if computed.requires_grad:
+        if torch.is_grad_enabled():
+            _listen(computed, reads, func.__name__, pairs)
+    elif reads.follows and computed.ndim and type(computed) is Tensor:
+        differs = any(_differ(*pair) for pair in pairs) if other is None else _differ(computed, other)
+        if differs:  # what was not written into may be the very tensor that a source holds
+            return reads.mark(computed if written else computed.detach())
+    return computed
 
 
-def _follow_write(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], sources: Sequence[OneOfTwo], result: Any
-) -> Any:
-    """Follow what something computed from one of two targets was written into, and return that."""
-    target, reads = args[0], sources[0].reads
-    if target.requires_grad and torch.is_grad_enabled():
-        _listen(target, func, sources)
-    if not reads.follows or target.requires_grad:
-        return result
-    if isinstance(target, OneOfTwo):
-        if all(type(one) is OneOfTwo and one._other is not None for one in sources):
-            with suppress(RuntimeError, IndexError):  # masks of other sizes: the two differ, and stay so
-                on_part("_other", func, args, kwargs)
-        else:
-            target._roots = _roots_of((target, *sources), besides=target)
-    elif type(target) is Tensor and target.ndim:
-        plain = target.detach()
-        target.__class__ = OneOfTwo
-        _set_up(target, plain, sources, None)  # type: ignore[arg-type]
-        reads.written.append(target)
-    return None if result is None else target
+def _leads_to_gradient(one: OneOfTwo) -> bool:
+    """Let a marked tensor be a plain one again that has come out of an `autograd.Function` with a gradient."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if type(one) is not OneOfTwo or not one.requires_grad:
+            return False
+        _listen(one, one.reads, "autograd.Function", [(one._labels, None)])
+    one.__class__ = Tensor  # type: ignore[assignment]
+    return True
 
 
-def _roots_of(sources: Sequence[OneOfTwo], besides: OneOfTwo | None = None) -> tuple[OneOfTwo, ...]:
-    return tuple({id(root): root for one in sources for root in one.roots if root is not besides}.values())
+def _listen(result: Tensor, *told: Any) -> None:
+    result.register_hook(partial(_tell, *told))  # type: ignore[no-untyped-call]
 
 
-def _listen(result: Tensor, func: Callable[..., Any], sources: Sequence[OneOfTwo]) -> None:
-    told = partial(_tell, sources[0].reads, func.__name__, tuple(sources))
-    result.register_hook(told)  # type: ignore[no-untyped-call]
-
-
-def _set_up(one: OneOfTwo, plain: Tensor, sources: Sequence[OneOfTwo], other: Tensor | None) -> None:
-    one._labels, one._other, one.reads = plain, other, sources[0].reads
-    one._roots = () if other is not None else _roots_of(sources)
-
-
-def _tell(reads: Reads, name: str, sources: Sequence[OneOfTwo], gradient: Tensor) -> None:
+def _tell(reads: Reads, name: str, pairs: Sequence[tuple[Tensor, Tensor | None]], gradient: Tensor) -> None:
     """Note, in a backward pass, a function through which the loss depends on the targets that were taken."""
-    if name in reads.misread:
-        return
-    for root in _roots_of(sources):
-        # A mask that is written twice, for the scores and for the labels, is two tensors.
-        if not any(torch.equal(root._labels, same) for same in (root._other, *reads.selections) if same is not None):
+    for own, other in pairs if name not in reads.misread else ():
+        # What selects targets along with their scores is no target; it may be computed twice, and be two tensors.
+        selections = [one for one in reads.selections if (one.device, one.dtype) == (own.device, own.dtype)]
+        if _differ(own, other) and not any(torch.equal(own, one) for one in selections):
             reads.misread.append(name)
             return
+
+
+def _differ(own: Tensor, other: Tensor | None) -> bool:
+    return other is None or not torch.equal(own, other)
 
 
 def _takes_form_only(func: Callable[..., Any], args: Sequence[Any]) -> bool:
     """Tell whether a function takes nothing but the shape, type or place of one of two targets."""
     name = func.__name__
-    if name.startswith("new_") or name.endswith("_like"):
-        return True
-    return (name.endswith("_as") or name == "to") and not isinstance(args[0], OneOfTwo)
+    takes_another = (name.endswith("_as") or name == "to") and not isinstance(args[0], OneOfTwo)
+    return takes_another or name.startswith("new_") or name.endswith("_like")
 
 
 WRITES = {name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {"__setitem__"}
 WRITES |= {name for name in dir(Tensor) if name.startswith("__i") and hasattr(Tensor, name.replace("__i", "__", 1))}
 """Names of the functions that write into their first argument."""
-_LEAVES_TENSORS = {"tolist", "item", "numpy", "__array__", "__int__", "__float__", "__index__", "__bool__"}
+_USES = WRITES | {"tolist", "item", "numpy", "__array__", "__int__", "__float__", "__index__", "__bool__"}
 _COMPARES = {"isin", *(form.format(name) for name in ("eq", "ne", "lt", "le", "gt", "ge") for form in ("{}", "__{}__"))}

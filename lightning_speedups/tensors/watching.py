@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_speedups.tensors.labels import BlendedTargets, MixedLabels
-from lightning_speedups.tensors.reads import Reads
+from lightning_speedups.tensors.reads import OneOfTwo, Reads
 
 
 @dataclass
@@ -21,15 +21,13 @@ class Watch:
     Attributes:
         batches: How many batches had mixed targets.
         epoch: The epoch of the last one.
-        reads: What the step has made of its targets; None where they are not mixed.
-        are_labels: Whether these are mixed labels, and not blended numbers.
+        seen: What the step sees of its targets; None where that is not mixed, or not watched.
         is_right: Whether any step that was judged had no fault.
     """
 
     batches: int = 0
     epoch: int = -1
-    reads: Reads | None = None
-    are_labels: bool = False
+    seen: OneOfTwo | None = None
     is_right: bool = False
 
     def begin(self, targets: Tensor, epoch: int) -> Tensor:
@@ -39,33 +37,29 @@ class Watch:
             targets: Mixed labels, or floating point.
             epoch: The epoch.
         """
-        self.reads = None
         self.batches += 1
         follows = epoch != self.epoch or self.batches & (self.batches - 1) == 0
-        self.epoch, self.are_labels = epoch, isinstance(targets, MixedLabels)
-        if isinstance(targets, MixedLabels):
-            self.reads = targets.reads
-        elif follows and targets.is_floating_point():
-            self.reads = Reads()
-            targets = BlendedTargets.of(targets, self.reads)
-        if self.reads is not None:
-            self.reads.follows = follows
+        self.epoch, self.seen = epoch, None
+        if follows and targets.is_floating_point():
+            targets = BlendedTargets.of(targets, Reads())
+        if isinstance(targets, OneOfTwo):
+            self.seen, targets.reads.follows = targets, follows
         return targets
 
-    def end(self) -> Reads | None:
-        """Follow nothing any more; return what the step made of its targets, None where there is nothing to judge."""
-        reads, self.reads = self.reads, None
-        if reads is not None:
-            reads.close()
-        return reads
+    def end(self) -> OneOfTwo | None:
+        """Follow nothing any more; return what the step has seen of its targets, None where nothing is to be judged."""
+        seen, self.seen = self.seen, None
+        if seen is not None:
+            seen.reads.close()
+        return seen
 
-    def fault(self, reads: Reads, step: str) -> tuple[str, str] | None:
+    def fault(self, seen: OneOfTwo, step: str) -> tuple[str, str] | None:
         """Return what is wrong with the loss of a step, and the way out; None where it is right.
 
         A step that reads nothing is wrong as long as no earlier one was right: it may be one of several kinds.
 
         Args:
-            reads: What it made of its targets, after its backward pass.
+            seen: Its targets, after its backward pass.
             step: Its name.
 
         Example:
@@ -76,11 +70,12 @@ class Watch:
             >>> watch.fault(watch.end(), "training_step")[0].split(": ")[1]
             'its loss used the dominant labels only (through `gather`), which is the wrong target'
         """
+        reads, are_labels = seen.reads, isinstance(seen, MixedLabels)
         through = " and ".join(f"`{name}`" for name in reads.misread)
-        if not through and (reads.count or self.is_right or not self.are_labels):
+        if not through and (reads.count or self.is_right or not are_labels):
             self.is_right = True
             return None
-        if not self.are_labels:
+        if not are_labels:
             return (
                 f"blended the targets, but {step} makes classes of them for its loss (through {through}), and half of "
                 "class 0 with half of class 2 is no class 1",
@@ -96,8 +91,7 @@ class Watch:
         return (
             f"mixed the inputs, but {whose} used the dominant labels only{through and f' (through {through})'}, which "
             "is the wrong target",
-            "Use F.cross_entropy, F.nll_loss, F.one_hot or LabelSmoothingLoss on the labels as they come; or "
-            'MixupCallback(targets="soft", num_classes=...) with a loss that takes class probabilities; or, for yes or '
-            "no and for numbers, F.binary_cross_entropy_with_logits or F.mse_loss on `labels.float()`, or labels that "
-            "are floating point in the dataset, which are blended for any loss.",
+            "Use F.cross_entropy, F.nll_loss, F.one_hot or LabelSmoothingLoss on the labels as they come; for yes or "
+            "no and for numbers F.binary_cross_entropy_with_logits or F.mse_loss on `labels.float()`; for other losses "
+            'MixupCallback(targets="soft", num_classes=...), or labels that are floating point in the dataset.',
         )

@@ -1,12 +1,15 @@
 """What depends on which of two targets was taken is told when a loss comes of it, and only then."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from torch.utils.checkpoint import checkpoint
 
 from lightning_speedups.core.randomness import generator_for
 from lightning_speedups.tensors.labels import BlendedTargets, MixedLabels
@@ -156,9 +159,18 @@ def test_a_selection_of_labels_with_their_scores_is_one_of_the_mixture():
     some = labels != 2
     F.cross_entropy(scores[some], labels[some]).backward()
     F.cross_entropy(scores[labels == 2], labels[labels == 2]).backward()
+    F.cross_entropy(scores[some], labels.masked_select(some)).backward()
     assert not labels.reads.misread
     (scores[some].sum() + scores[labels != 1].sum()).backward()
     assert labels.reads.misread
+
+
+def test_labels_may_be_selected_on_another_device_as_well():
+    scores, labels = pair()
+    order = labels.argsort()
+    assert labels.to("meta")[order.to("meta")].shape == (N,)
+    F.cross_entropy(scores[order], labels[order]).backward()
+    assert not labels.reads.misread
 
 
 def test_at_the_end_everything_is_plain_again():
@@ -173,9 +185,75 @@ def test_at_the_end_everything_is_plain_again():
     assert type(counts) is torch.Tensor
     assert not vars(counts)
     assert counts.sum() == N
-    assert type(hits.float()) is type(hits & hits) is torch.Tensor
+    assert type(hits) is type(hits.float()) is type(hits & hits) is torch.Tensor
+    assert not vars(hits)
     hits &= hits
     assert type(hits) is torch.Tensor
+
+
+class Picked(torch.autograd.Function):
+    """Probabilities of the labels, with a gradient of one's own."""
+
+    @staticmethod
+    def forward(ctx, s, y):
+        ctx.save_for_backward(s, y)
+        return s.softmax(1).gather(1, y[:, None]).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        s, y = ctx.saved_tensors
+        return torch.zeros_like(s).scatter_(1, y[:, None], gradient[:, None]), None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda s, y: Picked.apply(s, y).mean(),
+        lambda s, y: F.mse_loss(Picked.apply(s, y), BlendedTargets.of(torch.full((N,), 0.5), y.reads)),
+        lambda s, y: F.cross_entropy(Picked.apply(s, y)[:, None] * s, y),
+        lambda s, y: checkpoint(lambda s, y: s.gather(1, y[:, None]), s, y, use_reentrant=True).mean(),
+        lambda s, y: checkpoint(lambda s, y: s.gather(1, y[:, None]), s, y, use_reentrant=False).mean(),
+    ],
+)
+@pytest.mark.parametrize("beside", [0.0, 1.0])
+def test_functions_with_gradients_of_their_own_keep_them_and_are_told(loss, beside):
+    gradients = []
+    for follows in (True, False):
+        scores, labels = pair(follows)
+        (loss(scores, labels) + beside * F.cross_entropy(scores, labels)).backward()
+        gradients.append(scores.grad)
+        assert labels.reads.misread or not follows
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
+
+
+def test_nothing_that_was_followed_lives_longer_for_it():
+    scores, labels = pair()
+    table = (labels == 1).float()
+    seen = [weakref.ref(table), weakref.ref(labels), weakref.ref(table * scores[:, 0])]
+    (table * scores[:, 0]).sum().backward()
+    assert labels.reads.misread
+    del table, labels
+    gc.collect()
+    assert [one() for one in seen] == [None] * 3
+
+
+def test_a_backward_pass_may_come_after_the_end():
+    scores, labels = pair()
+    loss = ((labels == 1).float() * scores[:, 0]).sum() + scores.gather(1, labels[:, None]).sum()
+    labels.reads.close()
+    loss.backward()
+    assert labels.reads.misread == ["gather", "mul"]
+    assert scores.grad.isfinite().all()
+
+
+def test_a_tensor_that_a_function_hands_back_is_not_changed():
+    _, labels = pair()
+    for source in (labels, labels == 1, labels.float().exp()):
+        plain = source._labels
+        assert type(source.positive() if plain.dtype != torch.bool else source.resolve_conj()) is OneOfTwo
+        assert type(plain) is torch.Tensor
+        assert torch.equal(source, plain)
 
 
 def test_use_is_more_than_a_look_at_the_form():
@@ -205,9 +283,9 @@ TARGETS = torch.tensor([0.3, 1.0, 1.6, 2.0])
 def test_classes_made_of_blended_numbers_are_told(classes):
     scores = torch.randn(4, 4, requires_grad=True)
     for targets, told in ((TARGETS, True), (TARGETS.round(), False)):
-        seen = BlendedTargets.of(targets, Reads(True))
-        F.cross_entropy(scores, classes(seen)).backward()
-        assert bool(seen.reads.misread) == told
+        reads = Reads(True)
+        F.cross_entropy(scores, classes(BlendedTargets.of(targets, reads))).backward()
+        assert bool(reads.misread) == told
 
 
 def test_classes_by_the_largest_of_several_are_told():

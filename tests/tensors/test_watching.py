@@ -20,7 +20,7 @@ def test_batches_are_followed_at_the_start_of_an_epoch_and_ever_more_rarely():
     watch, followed = Watch(), []
     for number in range(1, 41):
         watch.begin(labels(), 0 if number <= 24 else 1)
-        followed += [number] if watch.reads.follows else []
+        followed += [number] if watch.seen.reads.follows else []
         watch.end()
     assert followed == [1, 2, 4, 8, 16, 25, 32]
 
@@ -38,7 +38,7 @@ def test_a_copy_may_begin_a_batch_without_a_trace():
     watch = Watch()
     mixed = watch.begin(labels(), 0)
     copy.copy(watch).begin(labels(), 0)
-    assert watch.end() is mixed.reads
+    assert watch.end() is mixed
     assert not mixed.reads.follows
 
 
@@ -72,9 +72,9 @@ def test_after_a_right_step_one_without_labels_is_right_and_one_of_dominant_labe
 
 
 def test_the_fault_of_classes_made_of_numbers():
-    watch, reads = Watch(), Reads()
-    assert watch.fault(reads, "step") is None
-    reads.misread.append("cross_entropy")
-    what, way_out = watch.fault(reads, "step")
+    watch, targets = Watch(), BlendedTargets.of(torch.tensor([0.5]), Reads())
+    assert watch.fault(targets, "step") is None
+    targets.reads.misread.append("cross_entropy")
+    what, way_out = watch.fault(targets, "step")
     assert what.startswith("blended the targets, but step makes classes of them for its loss (through `cross_entropy`)")
     assert "`.long()` in the dataset" in way_out

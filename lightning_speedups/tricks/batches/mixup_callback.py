@@ -41,9 +41,10 @@ class MixupCallback(SeededBatchTrick):
     ``F.one_hot``, the modules built on them and ``LabelSmoothingLoss`` see the mixture, and losses of numbers, such as
     ``F.binary_cross_entropy``, the blend of 0 and 1. If the loss of the first step depends on dominant labels, in whole
     or in part, the run stops with an error rather than train on the wrong target; if that of a later step does, it
-    warns. Inside ``torch.compile`` it is only seen whether anything reads the mixture. Targets that are floating point
-    (regression, multi-label, one-hot) are mixed directly. With class weights take ``LabelSmoothingLoss``: torch divides
-    the loss of mixed and of unmixed labels by different sums.
+    warns. Inside ``torch.compile``, and of labels that become numbers of Python's or NumPy's, it is only seen whether
+    anything reads the mixture. Targets that are floating point (regression, multi-label, one-hot) are mixed directly.
+    With class weights take ``LabelSmoothingLoss``: torch divides the loss of mixed and of unmixed labels by different
+    sums.
 
     Targets of three dimensions or more are maps ``(N, ..., H, W)``, as in segmentation: mixup blends each pixel,
     CutMix pastes the same box, scaled to the map's own size, so that integer maps stay plain labels.
@@ -143,10 +144,10 @@ class MixupCallback(SeededBatchTrick):
         """Mix inputs and labels."""
         mixes = batch_number(trainer) < self.run.mixed_batches
         mixed, self.last = self.mix(batch, self.generator(trainer) if mixes else None)
-        self.run.reads = None
-        targets = get_part(mixed, self.labels)
-        if targets is get_part(batch, self.labels):
+        self.run.seen = None
+        if self.last.method == "none":
             return mixed
+        targets = get_part(mixed, self.labels)
         seen = self.run.begin(targets, trainer.current_epoch)
         return mixed if seen is targets else self.with_part(mixed, self.labels, seen, "labels")
 
@@ -211,10 +212,10 @@ class MixupCallback(SeededBatchTrick):
     ) -> None:
         """Stop a run whose loss does not see the mixture."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        reads = self.run.end()
-        if reads is None or (pl_module.automatic_optimization and not outputs):
+        seen = self.run.end()
+        if seen is None or (pl_module.automatic_optimization and not outputs):
             return  # nothing mixed, or training_step skipped the batch: the next one will tell
-        fault = self.run.fault(reads, f"{type(pl_module).__name__}.training_step")
+        fault = self.run.fault(seen, f"{type(pl_module).__name__}.training_step")
         if fault and not self.run.is_right:
             raise self.refusal(*fault, labels=self.labels)
         if fault and not self.run.has_warned:  # so late it is not for a trick to end the run

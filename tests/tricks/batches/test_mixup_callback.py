@@ -734,6 +734,14 @@ def test_a_run_that_mixes_nothing_takes_any_loss(options):
     assert len(module.losses) == 4
 
 
+def test_a_trick_of_no_mixing_looks_for_no_labels():
+    class Unlabelled(Classifier):
+        def training_step(self, batch, batch_idx):
+            return self.head(self.backbone(batch)).square().mean()
+
+    trainer(callbacks=[MixupCallback(alpha=0.0, labels="y")], max_epochs=1).fit(Unlabelled(), Batches(images(8)[0]))
+
+
 def test_a_step_that_reads_no_labels_is_told_so():
     module = WithLoss(lambda s, y, _: s.square().mean() + 0 * len(y))
     with pytest.raises(
