@@ -282,9 +282,10 @@ def blend(values: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
     wide = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
     share = lam.to(wide).view(-1, *[1] * (values.ndim - 1))
     own, other = values.to(wide), values[partner].to(wide)
-    mixed = torch.addcmul(other * (1 - share), own, share)  # not `lerp`, which makes NaN of two infinities
-    if len(lam) > 1:  # a share of 0 is nothing, also of what is infinite
-        mixed = mixed.where(share > 0, other).where(share < 1, own)
+    if len(lam) == 1:  # not `lerp`, which makes NaN of two infinities
+        mixed = other.mul_(1 - share).addcmul_(own, share)
+    else:  # a share of 0 is nothing, also of what is infinite
+        mixed = torch.addcmul(other * (1 - share), own, share).where(share > 0, other).where(share < 1, own)
     if not values.is_floating_point():
         mixed = mixed.round()
     return mixed.to(values.dtype)

@@ -117,7 +117,8 @@ class MixupCallback(SeededBatchTrick):
         check_choice("targets", targets, ("labels", "soft"))
         check_number("num_classes", num_classes, 1, whole=True, optional=True)
         self._places = check_places("inputs", inputs, labels=labels)
-        self.pixels = {"inputs": self._places, "labels": (labels,)} if cutmix_alpha > 0 else {}
+        cuts = cutmix_alpha > 0 and prob > 0 and (switch_prob > 0 or alpha == 0)
+        self.pixels = {"inputs": self._places, "labels": (labels,)} if cuts else {}
         self.alpha, self.cutmix_alpha, self.prob, self.switch_prob = alpha, cutmix_alpha, prob, switch_prob
         self.per_element, self.targets, self.num_classes = per_element, targets, num_classes
         self.stop_after, self.inputs, self.labels, self.logs = stop_after, inputs, labels, bool(log)
@@ -143,8 +144,8 @@ class MixupCallback(SeededBatchTrick):
     def change_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
         """Mix inputs and labels."""
         mixes = batch_number(trainer) < self.run.mixed_batches
+        self.last = self.run.seen = None
         mixed, self.last = self.mix(batch, self.generator(trainer) if mixes else None)
-        self.run.seen = None
         if self.last.method == "none":
             return mixed
         targets = get_part(mixed, self.labels)
