@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import pickle
 import re
 import sys
@@ -17,7 +18,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_speedups.modules.layers import find_timm_network
 from lightning_speedups.modules.weights import (
@@ -85,14 +86,8 @@ def read_states(path: str | Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"Expected weights in a file, but {path} is a folder. Name the file in it.")
     try:
-        states = find_states(load_file(path) if _is_safetensors(path) else _read_torch(path))
         # Tensors that are mapped from the file would end the program once the file is written again.
-        return {
-            where: {
-                name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in each.items()
-            }
-            for where, each in states.items()
-        }
+        return copy.deepcopy(find_states(load_file(path) if _is_safetensors(path) else _read_torch(path)))
     except (pickle.UnpicklingError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
         raise ValueError(_explained(path, error)) from error
 
