@@ -115,19 +115,17 @@ def _skipping_unneeded() -> contextlib.AbstractContextManager[None]:
 
 def _explained(path: Path, error: Exception) -> str:
     """Say why a file could not be read."""
-    reason = _other_kind(path)
-    if isinstance(error, pickle.UnpicklingError) and not reason and (unsafe := _why_unsafe(path, error)):
+    is_told = not isinstance(error, (KeyError, pickle.UnpicklingError))
+    reason = _other_kind(path) or " ".join(str(error).split())[:200] * is_told
+    if not reason and (unsafe := _why_unsafe(path, error)):
         return (
             f"{path} is refused: {unsafe}. Nothing in it has been run. Save its weights again, where you trust it, "
             "with safetensors or as torch.save(model.state_dict(), ...); or allow its classes yourself with "
             "torch.serialization.add_safe_globals."
         )
-    if not reason:
-        is_told = not isinstance(error, (KeyError, pickle.UnpicklingError))
-        reason = " ".join(str(error).split())[:200] if is_told else "it is no such file"
     return (
-        f"Can't load weights from {path}: {reason}. Expected safetensors, a state dict saved with torch.save, or a "
-        "Lightning checkpoint."
+        f"Can't load weights from {path}: {reason or 'it is no such file'}. Expected safetensors, a state dict saved "
+        "with torch.save, or a Lightning checkpoint."
     )
 
 
