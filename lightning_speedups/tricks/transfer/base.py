@@ -58,7 +58,7 @@ class Freezing:
         made_with_state: Ids of the parameters of which optimizers made a state when they were made themselves.
         frozen: Those layers that are frozen now, by name.
         in_eval: The modules in which nothing trains.
-        training: While something is frozen, the parameters that train of each group of layers.
+        training: The parameters that train of each group of layers in which something is frozen.
         pairs: Convolutions and their norms in the backbone; None before they were looked for.
         folded: Those that are folded now.
     """
@@ -149,14 +149,16 @@ class FreezingTrick(OptimizerTrick):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note the parameter groups of a run that may have had no such trick."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        self.run.sizes_before = _sizes(checkpoint.get("optimizer_states", ()))
+        states = checkpoint.get("optimizer_states", ())
+        if all("param_groups" in state for state in states):
+            self.run.sizes_before = _sizes(state["param_groups"] for state in states)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that nobody else freezes the layers, and that the optimizers have them in groups of their own; warn of
         parameters that are elsewhere too.
         """
         super().on_fit_start(trainer, pl_module)
-        sizes = _sizes(map(vars, raw_optimizers(trainer)))
+        sizes = _sizes(optimizer.param_groups for optimizer in raw_optimizers(trainer))
         if not self.resumed and self.run.sizes_before not in ([], sizes):
             what = "has the layers in parameter groups of their own, which those in the checkpoint do not fit"
             raise self.refusal(what, f"Resume without {self.name}, or load the weights alone, without `ckpt_path`.")
@@ -245,8 +247,9 @@ class FreezingTrick(OptimizerTrick):
         return True
 
     def _settle_training(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        groups = {(i, g): optimizers[i].param_groups[g] for i, g in self.run.layer_of_group if self.run.frozen}
-        self.run.training = {at: [p for p in group["params"] if p.requires_grad] for at, group in groups.items()}
+        own = {(i, g): optimizers[i].param_groups[g]["params"] for i, g in self.run.layer_of_group if self.run.frozen}
+        trains = {at: [parameter for parameter in params if parameter.requires_grad] for at, params in own.items()}
+        self.run.training = {at: some for at, some in trains.items() if len(some) < len(own[at])}
 
     def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Show the optimizer only what trains: some move parameters that have no gradient."""
@@ -301,8 +304,8 @@ def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Sequen
             optimizer.state.pop(parameter, None)
 
 
-def _sizes(states: Iterable[Mapping[str, Any]]) -> list[list[int]]:
-    return [[len(group["params"]) for group in state["param_groups"]] for state in states if "param_groups" in state]
+def _sizes(optimizers: Iterable[Iterable[Mapping[str, Any]]]) -> list[list[int]]:
+    return [[len(group["params"]) for group in groups] for groups in optimizers]
 
 
 def find_layers(module: nn.Module, backbone: str | Callable[[Any], Any] | None) -> tuple[list[nn.Module], list[Layer]]:
