@@ -35,8 +35,8 @@ class Trick(Callback):
     saved: Any
     run: Any
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
         if "__init__" in vars(cls):
             cls.__init__ = with_plain_numbers(cls.__init__)  # type: ignore[method-assign]
 

@@ -23,14 +23,8 @@ def plain(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
     if type(value) is dict:
-        made: Any = dict(zip(plain([*value]), plain([*value.values()]), strict=True))
-        parts, before = [*made, *made.values()], [*value, *value.values()]
-    elif type(value) in (list, tuple):
-        made, before = type(value)(map(plain, value)), value
-        parts = made
-    else:
-        return value
-    return value if all(one is other for one, other in zip(parts, before, strict=True)) else made
+        return {plain(key): plain(one) for key, one in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def with_plain_numbers(init: Callable[..., None]) -> Callable[..., None]:

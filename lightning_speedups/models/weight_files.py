@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
 import pickle
 import re
 import sys
@@ -18,9 +18,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_speedups.core.counts import counted
 from lightning_speedups.modules.layers import find_timm_network
 from lightning_speedups.modules.weights import (
     Match,
@@ -30,9 +29,9 @@ from lightning_speedups.modules.weights import (
     fit_state,
     head_names,
     last_layer,
-    loaded_by,
     match_states,
     named_tensors,
+    renamed,
     require_fit,
     shortened,
 )
@@ -40,16 +39,10 @@ from lightning_speedups.modules.weights import (
 TEXTS = {
     b"version https://git-lfs": "it is a pointer of Git LFS, which stands for a file; `git lfs pull` fetches that",
     b"<": "it is a web page, perhaps of an error, and not what should be downloaded",
-    b"{": "it is JSON; weights in several parts have an index whose name ends in .index.json",
+    b"{": "it is JSON, perhaps the index of weights in parts; load these with their own library, and save them as one",
     b"": "it is a text",
 }
 """What a file is that holds text, by its beginning."""
-BINARIES = {
-    b"\x1f\x8b": "it is packed with gzip; unpack it",
-    b"\x89HDF": "it is of HDF5, as Keras writes it",
-    b"GGUF": "it is of GGUF, as llama.cpp takes it",
-}
-"""And one that does not."""
 PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 
 
@@ -78,7 +71,7 @@ def read_states(path: str | Path) -> dict[str, dict[str, Any]]:
     """Read the state dicts in a file: safetensors, ``torch.save``'s, or a Lightning checkpoint; no code in it runs.
 
     Args:
-        path: The file, or the index (``.index.json``) of one in several parts.
+        path: The file.
 
     Returns:
         As from `find_states`; tensors are on the CPU.
@@ -92,39 +85,11 @@ def read_states(path: str | Path) -> dict[str, dict[str, Any]]:
         raise FileNotFoundError(f"There is no file {path} to load weights from.")
     if not path.is_file():
         raise ValueError(f"Expected weights in a file, but {path} is a folder. Name the file in it.")
-    if path.name.endswith(".index.json"):
-        return _read_parts(path)
     try:
-        states = find_states(load_file(path) if _is_safetensors(path) else _read_torch(path))
         # Tensors that are mapped from the file would end the program once the file is written again.
-        return {
-            where: {
-                name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in each.items()
-            }
-            for where, each in states.items()
-        }
+        return copy.deepcopy(find_states(load_file(path) if _is_safetensors(path) else _read_torch(path)))
     except (pickle.UnpicklingError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
         raise ValueError(_explained(path, error)) from error
-
-
-def _read_parts(path: Path) -> dict[str, dict[str, Any]]:
-    """Read all files that an index names; they lie beside it."""
-    try:
-        parts = sorted({Path(name).name for name in json.loads(path.read_text())["weight_map"].values()})
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"Can't load weights from {path}: it is no index, which has a `weight_map` in JSON."
-        ) from error
-    if gone := [part for part in parts if not path.with_name(part).is_file()]:
-        raise ValueError(
-            f"Can't load weights from {path}: it is the index of {counted(len(parts), 'part')}, of which "
-            f"{shortened(gone)} {'is' if len(gone) == 1 else 'are'} not beside it. Put all parts there."
-        )
-    states: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        for where, state in read_states(path.with_name(part)).items():
-            states[where] = states.get(where, {}) | state
-    return states
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -150,34 +115,27 @@ def _skipping_unneeded() -> contextlib.AbstractContextManager[None]:
 
 def _explained(path: Path, error: Exception) -> str:
     """Say why a file could not be read."""
-    reason = _other_kind(path)
-    if isinstance(error, pickle.UnpicklingError) and not reason and (unsafe := _why_unsafe(path, error)):
+    is_told = not isinstance(error, (KeyError, pickle.UnpicklingError))
+    reason = _other_kind(path) or " ".join(str(error).split())[:200] * is_told
+    if not reason and (unsafe := _why_unsafe(path, error)):
         return (
             f"{path} is refused: {unsafe}. Nothing in it has been run. Save its weights again, where you trust it, "
             "with safetensors or as torch.save(model.state_dict(), ...); or allow its classes yourself with "
             "torch.serialization.add_safe_globals."
         )
-    if not reason:
-        is_told = not isinstance(error, (KeyError, pickle.UnpicklingError))
-        reason = " ".join(str(error).split())[:200] if is_told else "it is no such file"
     return (
-        f"Can't load weights from {path}: {reason}. Expected safetensors, a state dict saved with torch.save, or a "
-        "Lightning checkpoint."
+        f"Can't load weights from {path}: {reason or 'it is no such file'}. Expected safetensors, a state dict saved "
+        "with torch.save, or a Lightning checkpoint."
     )
 
 
 def _other_kind(path: Path) -> str:
-    """Say what a file is by its first bytes, if it is of a kind that people take for weights; else nothing."""
+    """Say what a file is that holds nothing, or a text; else nothing."""
     with path.open("rb") as file:
         start = file.read(256)
-    if not start:
-        return "it is empty"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        return "it is a TorchScript archive; save torch.jit.load(path).state_dict() where you trust it" * is_script
-    signs = TEXTS if min(start) >= ord("\t") else BINARIES
-    return next((kind for sign, kind in signs.items() if start.lstrip().startswith(sign)), "")
+    if min(start, default=0) < ord("\t"):
+        return "" if start else "it is empty"
+    return next(kind for sign, kind in TEXTS.items() if start.lstrip().startswith(sign))
 
 
 def _why_unsafe(path: Path, error: Exception) -> str:
@@ -196,12 +154,12 @@ def load_weights(
 ) -> WeightReport:
     """Load a backbone's weights from a file into any module; a head for other classes stays as it is.
 
-    The file is safetensors, a state dict saved with ``torch.save``, or a Lightning checkpoint, or the index of one in
-    parts. It is read as data: nothing in it can run code. Names may stand under a prefix (``"module."``, ``"model."``,
-    ...) on either side. Of several sets of weights that fit averaged ones are taken (``"ema"``), then those under a
-    usual key (``"state_dict"``, ``"model"``, ...); the report says which, and what else would fit. What the module's
-    own loading translates is translated (older names, as those of ``weight_norm``), and for one of timm's networks what
-    timm can: other names, sizes of position embeddings, input channels. Of tied tensors one is enough.
+    The file is safetensors, a state dict saved with ``torch.save``, or a Lightning checkpoint. It is read as data:
+    nothing in it can run code. Names may stand under a prefix (``"module."``, ``"model."``, ...) on either side. Of
+    several sets of weights that fit averaged ones are taken (``"ema"``), then those under a usual key
+    (``"state_dict"``, ``"model"``, ...); the report says which, and what else would fit. What the module's own loading
+    translates is translated (older names, as those of ``weight_norm``), and for one of timm's networks what timm can:
+    other names, sizes of position embeddings, input channels. Of tied tensors one is enough.
 
     Args:
         module: Changed in place; dtype and device stay its own.
@@ -237,7 +195,7 @@ def load_weights(
         raise ValueError(f"Can't load weights from {source}: {error}") from error
     state = states[match.path]
     fitting, report = fit_state(state, own, names, str(source), (match.theirs, match.mine))
-    for translate in (loaded_by, _translated):
+    for translate in (renamed, _translated):
         if report.missing or report.wrong:
             other, other_report = fit_state(translate(module, state, match), own, names, str(source))
             if len(other) > len(fitting):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Set
 from itertools import chain
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_speedups.modules.layers import is_norm
 
@@ -77,7 +77,8 @@ def wholly_frozen(module: nn.Module, roots: Iterable[nn.Module], frozen: Set[nn.
     """Return the modules in which nothing trains, with the containers and dropouts that belong to them.
 
     All that is in them is frozen, or they are in such a module; or they hold nothing at all and stand, in the order in
-    which modules were registered, between two that are frozen. What is also in a module that trains is none of them.
+    which modules were registered, between two that are frozen. What holds nothing and is in a module that trains as
+    well is none of them.
 
     Args:
         module: The whole.
@@ -92,31 +93,28 @@ def wholly_frozen(module: nn.Module, roots: Iterable[nn.Module], frozen: Set[nn.
         True
     """
     found = {part: None for root in roots for part in _frozen_in(root, frozen)}
-    parents = defaultdict[nn.Module, list[nn.Module]](list)
-    for parent in module.modules():
-        for child in parent.children():
-            parents[child].append(parent)
-    shared = (part for part in found if len(parents[part]) > 1 and not found.keys() >= {*parents[part]})
+    times = Counter(child for parent in module.modules() for child in parent.children())
+    outside = {child for parent in module.modules() if parent not in found for child in parent.children()}
+    shared = [part for part in found if times[part] > 1 and part in outside and not _holders(part)]
     trains = {inner for part in shared for inner in part.modules()}
     return [part for part in found if part not in trains]
 
 
 def _frozen_in(root: nn.Module, frozen: Set[nn.Module]) -> list[nn.Module]:
-    holders = {module for module in root.modules() if any(True for _ in _held(module))}
-    inner = {module: holders.intersection(module.modules()) for module in root.modules()}
-    found = {part for module, held in inner.items() if held and held <= frozen for part in module.modules()}
-    last_is_frozen, between = False, list[nn.Module]()
-    for module, held in inner.items():
-        if module in holders:
-            found.update(between if last_is_frozen and module in frozen else ())
-            last_is_frozen, between = module in frozen, []
-        elif not held:
-            between.append(module)
-    return [module for module in inner if module in found]
+    order, holders = list(root.modules()), _holders(root)
+    found, before = set[nn.Module](), None
+    for i, part in enumerate(order):
+        around = {before, next((one for one in order[i:] if one in holders), None)}
+        if (holders.intersection(part.modules()) or around) <= frozen:
+            found.update(part.modules())
+        before = part if part in holders else before
+    return [part for part in order if part in found]
 
 
-def _held(module: nn.Module) -> Iterable[Tensor]:
-    return chain(module.parameters(recurse=False), module.buffers(recurse=False))
+def _holders(root: nn.Module) -> set[nn.Module]:
+    """The modules that hold a parameter or a buffer themselves."""
+    own = {part: chain(part.parameters(recurse=False), part.buffers(recurse=False)) for part in root.modules()}
+    return {part for part, tensors in own.items() if any(True for _ in tensors)}
 
 
 class _StaysInEval:

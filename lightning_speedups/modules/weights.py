@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "module", "weights")
-"""Under which keys of a checkpoint training programs keep the weights; others are looked through after these."""
+CONTAINERS = ("", "state_dict", "model_state_dict", "model", "net", "module", "weights")
+"""Under which keys training programs keep the weights: none, or these; others are looked through afterwards."""
 
 AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|averaged?)(?:[._]|$)")
 """How averaged weights are called."""
@@ -156,8 +154,7 @@ class Match:
     def rank(self) -> tuple[bool, int]:
         """What it is by its name: averaged weights come first, then the file itself, then what is known here."""
         top = self.path.partition(".")[0]
-        known = -1 if not top else CONTAINERS.index(top) if top in CONTAINERS else len(CONTAINERS)
-        return not AVERAGED.search(self.key), known
+        return not AVERAGED.search(self.key), (*CONTAINERS, top).index(top)
 
 
 def match_states(states: Mapping[str, Mapping[str, Any]], own: Mapping[str, Tensor], key: str | None = None) -> Match:
@@ -180,23 +177,21 @@ def match_states(states: Mapping[str, Mapping[str, Any]], own: Mapping[str, Tens
     """
     tensors = {path: named_tensors(state) for path, state in states.items()}
     plain = {plain_name(name): tensor for name, tensor in own.items()}
-    scores = {Match(path, *pair): score for path in states for pair, score in _scores(tensors[path], plain).items()}
+    scores = {Match(path, "", ""): (0, 0) for path in states}
+    scores |= {Match(path, *pair): score for path in states for pair, score in _scores(tensors[path], plain).items()}
     if key is not None:
-        found = {one: score for one, score in scores.items() if f"{one.key}.".startswith(f"{key}.")}
-        if not found:
-            has = shortened(sorted({one.key.partition(".")[0] for one in scores if one.key}))
+        has = shortened(sorted({one.key.partition(".")[0] for one in scores if one.key}))
+        scores = {one: score for one, score in scores.items() if f"{one.key}.".startswith(f"{key}.")}
+        if not scores:
             raise ValueError(f"Expected `key` to be where weights stand in the file, but got {key!r}. It has {has}.")
-        scores = found
-    best = max(scores.values(), default=(0, 0))
+    best = max(scores.values())
     if 2 * best[0] < sum(not name.endswith(COUNTER) for name in own):  # another model's, or names to be translated
-        alike = [one for one in scores if scores[one] == best] or [Match(next(iter(states)), "", "")]
-        first = min(alike, key=lambda one: (-len(tensors[one.path]), one.rank, len(one.key + one.mine)))
-        twins = [path for path in states if path != first.path and tensors[path].keys() == tensors[first.path].keys()]
-        return replace(first, others=tuple(path.rstrip(".") for path in twins))
-    alike = [one for one in scores if scores[one][0] == best[0]]  # a head that does not fit makes no difference
+        scores = {one: (len(tensors[one.path]), 0) for one in scores if scores[one] == best}
+    most = max(score[0] for score in scores.values())  # a head that does not fit makes no difference
+    alike = [one for one in scores if scores[one][0] == most]
     first = min(alike, key=lambda one: (one.rank, (one.path + one.theirs + one.mine).count(".")))
-    given = _given(tensors[first.path], own, first)
-    rivals = [one for one in alike if not _is_same(_given(tensors[one.path], own, one), given)]
+    given = {one: _given(tensors[one.path], own, one) if best[0] else tensors[one.path] for one in alike}
+    rivals = [one for one in alike if not _is_same(given[one], given[first])]
     _require_one(first, [one for one in rivals if one.rank == first.rank])
     return replace(first, others=tuple(dict.fromkeys(one.key for one in rivals)))
 
@@ -205,7 +200,7 @@ def _require_one(first: Match, rivals: Sequence[Match]) -> None:
     if any(one.key != first.key for one in rivals):
         keys = shortened([repr(one.key) for one in (first, *rivals)])
         raise ValueError(
-            f"It holds several sets of weights that fit: {keys}. Say which is meant, as "
+            f"It holds several sets of weights that fit alike: {keys}. Say which is meant, as "
             f"`load_weights(module, path, key={first.key!r})`."
         )
     if rivals:
@@ -215,20 +210,11 @@ def _require_one(first: Match, rivals: Sequence[Match]) -> None:
         )
 
 
-def _given(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], match: Match) -> dict[int, Tensor]:
-    """What a set of weights gives to a module's tensors, by their ids."""
-    places = _places(own, match.theirs, match.mine).items()
-    given = ((own[name], tensors[place]) for name, place in places if place in tensors)
-    return {id(mine): theirs for mine, theirs in given if _is_alike(theirs, mine)}
+def _given(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], match: Match) -> dict[str, Tensor]:
+    return fit_state(tensors, own, prefixes=(match.theirs, match.mine))[0]
 
 
-def _places(own: Iterable[str], theirs: str, mine: str) -> dict[str, str]:
-    """Where in the file a module's tensors would stand, by their names in the module."""
-    plain = {name: plain_name(name) for name in own}
-    return {name: theirs + plain[name][len(mine) :] for name in own if plain[name].startswith(mine)}
-
-
-def _is_same(one: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> bool:
+def _is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(_is_equal(one[key], other[key]) for key in one)
 
 
@@ -262,15 +248,11 @@ def _scores(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[tupl
     state = {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
     heads = Counter(name[:cut] for name in own for cut in _cuts(name))
     for mine in (prefix for prefix, count in heads.items() if 2 * count >= len(own)):
-        inside = {
-            name[len(mine) :]: None if is_lazy(tensor) else tensor.shape
-            for name, tensor in own.items()
-            if name.startswith(mine)
-        }
+        inside = {name[len(mine) :]: tensor for name, tensor in own.items() if name.startswith(mine)}
         for name, tensor in state.items():
             for cut in _cuts(name):
                 names[name[:cut], mine] += name[cut:] in inside
-                shapes[name[:cut], mine] += name[cut:] in inside and inside[name[cut:]] in (None, tensor.shape)
+                shapes[name[:cut], mine] += name[cut:] in inside and _is_alike(tensor, inside[name[cut:]])
     return {pair: (shapes[pair], names[pair]) for pair in names}
 
 
@@ -332,13 +314,16 @@ def fit_state(
     own = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
     head = own.keys() & head
     theirs, mine = prefixes or find_prefixes(state, {plain_name(name): tensor for name, tensor in own.items()})
-    places = _places(own, theirs, mine)
+    plain = {name: plain_name(name) for name in own}
+    places = {name: theirs + plain[name][len(mine) :] for name in own if plain[name].startswith(mine)}
     given = {name: state[place] for name, place in places.items() if place in state and _is_kept(name, state[place])}
     tied = {id(own[name]): tensor for name, tensor in reversed(given.items())}
     given |= {name: tied[id(tensor)] for name, tensor in own.items() if name not in given and id(tensor) in tied}
-    alike = {name: given[name] for name in own if name in given and _is_alike(given[name], own[name])}
-    torn = [name for name, tensor in alike.items() if not _is_equal(tensor, tied[id(own[name])])]
-    alike = {name: tensor for name, tensor in alike.items() if name not in torn}
+    alike = {
+        name: given[name]
+        for name, tensor in own.items()
+        if name in given and _is_alike(given[name], tensor) and _is_equal(given[name], tied[id(tensor)])
+    }
     head_fits = head <= alike.keys()
     fitting = {name: tensor for name, tensor in alike.items() if head_fits or name not in head}
     unused = state.keys() - places.values()
@@ -348,11 +333,7 @@ def fit_state(
         fresh=tuple(n for n in own if n not in places.keys() | given.keys() or (n in head and not head_fits)),
         missing=tuple(name for name in places if name not in given and not (name in head or name.endswith(COUNTER))),
         unexpected=tuple(name for name in content if plain_name(name) in unused or plain_name(name) not in state),
-        mismatched=tuple(
-            (name, *(("another tensor", "a tied one") if name in torn else map(_described, (given[name], own[name]))))
-            for name in given
-            if name not in alike
-        ),
+        mismatched=tuple((name, *_difference(given[name], own[name])) for name in given if name not in alike),
         file_prefix=theirs,
         module_prefix=mine,
         head=tuple(name for name in fitting if name in head),
@@ -366,9 +347,7 @@ def _is_kept(name: str, tensor: Tensor) -> bool:
 
 
 def _is_alike(one: Tensor, other: Tensor) -> bool:
-    if is_lazy(other):
-        return True
-    return one.shape == other.shape and one.is_floating_point() == other.is_floating_point()
+    return is_lazy(other) or (one.shape == other.shape and one.is_floating_point() == other.is_floating_point())
 
 
 def _surplus(names: Sequence[str], unused: Collection[str]) -> Iterable[str]:
@@ -380,6 +359,10 @@ def _surplus(names: Sequence[str], unused: Collection[str]) -> Iterable[str]:
     parts = tuple({used[0][:shared] + name[shared:].partition(".")[0] + "." for name in used})
     inner = names[: names.index(used[-1])]
     return (name for name in inner if name in unused and name.startswith(parts) and not name.endswith(COUNTER))
+
+
+def _difference(one: Tensor, other: Tensor) -> tuple[str, str]:
+    return ("another tensor", "a tied one") if _is_alike(one, other) else (_described(one), _described(other))
 
 
 def _described(tensor: Tensor) -> str:
@@ -418,37 +401,24 @@ def require_fit(report: WeightReport, backbone: Collection[str], strict: bool = 
         )
 
 
-def loaded_by(module: nn.Module, state: Mapping[str, Any], match: Match) -> dict[str, Any]:
-    """Return what a module's own loading makes of a state dict: its hooks know the names and shapes of older versions.
+def renamed(module: nn.Module, state: Mapping[str, Any], match: Match) -> dict[str, Any]:
+    """Return what the hooks before a module's loading make of a state dict: they know the names of older versions.
 
     Args:
-        module: It is not changed: a copy of it without values is loaded into.
+        module: Whose hooks.
         state: Names and tensors.
         match: Where the weights stand in it, and where in the module they belong.
 
     Returns:
-        Names and tensors, by the module's names where these are known; those of the others, which nothing was made of.
+        Names and tensors, by the module's names where these are known.
     """
-    given = {
-        match.mine + name[len(match.theirs) :]: tensor
-        for name, tensor in named_tensors(state).items()
-        if name.startswith(match.theirs)
-    }
-    empty = {id(one): one.detach().to("meta") for one in module.buffers()}
-    empty |= {id(one): nn.Parameter(one.detach().to("meta"), one.requires_grad) for one in module.parameters()}
-    made: dict[str, Tensor] = {}
-    with (
-        contextlib.suppress(Exception),
-        warnings.catch_warnings(),
-    ):  # a module that cannot be copied has its names alone
-        warnings.simplefilter("ignore")
-        twin = copy.deepcopy(module, empty)
-        with contextlib.suppress(RuntimeError):  # that some have another shape: the report tells
-            twin.load_state_dict(given, strict=False, assign=True)
-        made = {name: tensor for name, tensor in named_tensors(twin.state_dict()).items() if not tensor.is_meta}
-    made = {name: tensor for name, tensor in made.items() if name in given or not name.endswith(COUNTER)}
-    used = {tensor.data_ptr() for tensor in made.values()}
-    return {name: tensor for name, tensor in given.items() if tensor.data_ptr() not in used} | made
+    tensors = named_tensors(state).items()
+    made = {match.mine + name[len(match.theirs) :]: value for name, value in tensors if name.startswith(match.theirs)}
+    for path, part in module.named_modules():
+        if not isinstance(part, LazyModuleMixin):  # whose hook would settle its shape
+            for hook in part._load_state_dict_pre_hooks.values():
+                hook(made, plain_name(f"{path}." * bool(path)), {}, True, [], [], [])
+    return made
 
 
 def head_names(module: nn.Module, heads: Iterable[nn.Module]) -> frozenset[str]:

@@ -160,6 +160,14 @@ def test_a_dropout_that_several_layers_share_rests_with_the_last_of_them(shared)
     assert {*wholly_frozen(net, [net], {*layers})} == {*net.modules()}
 
 
+@pytest.mark.parametrize("drop", [nn.Dropout(), None])
+def test_a_backbone_that_is_registered_elsewhere_too_rests_all_the_same(drop):
+    blocks = [nn.Sequential(nn.Linear(2, 2), drop or nn.Dropout()) for _ in range(3)]
+    net = nn.ModuleDict({"model": nn.Sequential(*blocks), "backbone": nn.Sequential(*blocks[:2])})
+    found = wholly_frozen(net, [net["backbone"]], {blocks[0][0], blocks[1][0]})
+    assert {*found} == {net["backbone"], *net["backbone"].modules()} - {drop}
+
+
 def test_a_module_is_frozen_without_its_children(net):
     Frozen([net, net[3]])
     assert [name for name, parameter in net.named_parameters() if not parameter.requires_grad] == ["3.scale"]

@@ -54,11 +54,11 @@ class Freezing:
         roots: The modules that the backbone consists of, with a timm model's classifier.
         layers: The backbone's layers, from its input on.
         layer_of_group: Those that have a parameter group, by the indices of optimizer and group.
-        sizes_before: Sizes of the parameter groups in the checkpoint, optimizer by optimizer; None without one.
+        sizes_before: Sizes of the parameter groups in the checkpoint, optimizer by optimizer; empty without one.
         made_with_state: Ids of the parameters of which optimizers made a state when they were made themselves.
         frozen: Those layers that are frozen now, by name.
         in_eval: The modules in which nothing trains.
-        training: The parameters that train of each group in which something is frozen.
+        training: The parameters that train of each group of layers in which something is frozen.
         pairs: Convolutions and their norms in the backbone; None before they were looked for.
         folded: Those that are folded now.
     """
@@ -66,7 +66,7 @@ class Freezing:
     roots: list[nn.Module] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     layer_of_group: dict[tuple[int, int], Layer] = field(default_factory=dict)
-    sizes_before: list[list[int]] | None = None
+    sizes_before: list[list[int]] = field(default_factory=list)
     made_with_state: set[int] = field(default_factory=set)
     frozen: dict[str, Frozen] = field(default_factory=dict)
     in_eval: InEval = field(default_factory=InEval)
@@ -120,10 +120,10 @@ class FreezingTrick(OptimizerTrick):
     def find_layers(self, pl_module: LightningModule) -> list[Layer]:
         """Return the backbone's layers, from its input on."""
         try:
-            self.run.roots, heads = find_backbone(pl_module, self.backbone)
+            self.run.roots, layers = find_layers(pl_module, self.backbone)
         except NoBackboneError as error:
             raise self.refusal(*error.args, backbone=self.backbone) from error
-        return find_layers(pl_module, self.run.roots, heads)
+        return layers
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Join the optimizer driver."""
@@ -151,15 +151,15 @@ class FreezingTrick(OptimizerTrick):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         states = checkpoint.get("optimizer_states", ())
         if all("param_groups" in state for state in states):
-            self.run.sizes_before = [_sizes(state["param_groups"]) for state in states]
+            self.run.sizes_before = _sizes(state["param_groups"] for state in states)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that nobody else freezes the layers, and that the optimizers have them in groups of their own; warn of
         parameters that are elsewhere too.
         """
         super().on_fit_start(trainer, pl_module)
-        sizes = [_sizes(optimizer.param_groups) for optimizer in raw_optimizers(trainer)]
-        if not self.resumed and self.run.sizes_before not in (None, sizes):
+        sizes = _sizes(optimizer.param_groups for optimizer in raw_optimizers(trainer))
+        if not self.resumed and self.run.sizes_before not in ([], sizes):
             what = "has the layers in parameter groups of their own, which those in the checkpoint do not fit"
             raise self.refusal(what, f"Resume without {self.name}, or load the weights alone, without `ckpt_path`.")
         layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
@@ -246,13 +246,10 @@ class FreezingTrick(OptimizerTrick):
             self._fold(trainer, pl_module)
         return True
 
-    def _settle_training(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        frozen = {id(parameter) for one in self.run.frozen.values() for parameter in one.parameters}
-        self.run.training = {}
-        for i, optimizer in enumerate(optimizers):
-            for g, params in enumerate(group["params"] for group in optimizer.param_groups):
-                if not frozen.isdisjoint(map(id, params)):
-                    self.run.training[i, g] = [parameter for parameter in params if parameter.requires_grad]
+    def _settle_training(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        own = {(i, g): optimizers[i].param_groups[g]["params"] for i, g in self.run.layer_of_group if self.run.frozen}
+        trains = {at: [parameter for parameter in params if parameter.requires_grad] for at, params in own.items()}
+        self.run.training = {at: some for at, some in trains.items() if len(some) < len(own[at])}
 
     def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Show the optimizer only what trains: some move parameters that have no gradient."""
@@ -307,14 +304,14 @@ def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Sequen
             optimizer.state.pop(parameter, None)
 
 
-def _sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
-    return [len(group["params"]) for group in groups]
+def _sizes(optimizers: Iterable[Iterable[Mapping[str, Any]]]) -> list[list[int]]:
+    return [[len(group["params"]) for group in groups] for groups in optimizers]
 
 
-def find_backbone(
-    module: nn.Module, backbone: str | Callable[[Any], Any] | None
-) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return the modules that a backbone consists of, and what in them is left out of it.
+def find_layers(module: nn.Module, backbone: str | Callable[[Any], Any] | None) -> tuple[list[nn.Module], list[Layer]]:
+    """Return the modules that a backbone consists of, and its layers, from its input on.
+
+    timm's models say themselves what their layers are; of others each child is one; several modules are one each.
 
     Args:
         module: The module that trains.
@@ -323,31 +320,19 @@ def find_backbone(
 
     Raises:
         NoBackboneError: If there is no such thing.
-    """
-    return _timm_model(module) if backbone is None else (_picked(module, backbone), [])
-
-
-def find_layers(module: nn.Module, roots: Sequence[nn.Module], heads: Sequence[nn.Module] = ()) -> list[Layer]:
-    """Return the layers of a backbone, from its input on.
-
-    timm's models say themselves what their layers are; of others each child is one; several modules are one each.
-
-    Args:
-        module: The module that trains.
-        roots: The modules in it that the backbone consists of.
-        heads: What in a single one is left out.
 
     Example:
         >>> net = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), "head": nn.ReLU()})
-        >>> [layer.name for layer in find_layers(net, *find_backbone(net, "backbone"))]
+        >>> [layer.name for layer in find_layers(net, "backbone")[1]]
         ['0', '1']
     """
+    roots, heads = _timm_model(module) if backbone is None else (_picked(module, backbone), [])
     if len(roots) == 1:
-        return _layers(roots[0], heads)
+        return roots, _layers(roots[0], heads)
     paths = {inner: path for path, inner in module.named_modules()}
     before = [roots[:i] for i in range(len(roots))]  # a module that is in two of them belongs to the first
     held = [owners(root, without).values() for root, without in zip(roots, before, strict=True)]
-    return [
+    return roots, [
         Layer(unreserved(paths.get(root, f"part {i}")), tuple(dict.fromkeys(found)))
         for i, (root, found) in enumerate(zip(roots, held, strict=True))
         if found

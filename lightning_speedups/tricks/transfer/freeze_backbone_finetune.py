@@ -51,6 +51,7 @@ class Progress(GroupLabels):
         best: The best value of the metric so far; of one that shall grow, its negative.
         waited: How many times in a row it has not improved.
         thawed: The layers that began to train after the start, and the steps of each optimizer at that time.
+        head: The layer that stands for a head where nothing else trains, by name, or ``"head"``.
     """
 
     stage: int = 0
@@ -58,6 +59,7 @@ class Progress(GroupLabels):
     best: float = math.inf
     waited: int = 0
     thawed: dict[str, list[int]] = field(default_factory=dict)
+    head: str = HEAD
 
 
 @dataclass
@@ -66,7 +68,6 @@ class Stages(Freezing):
 
     Attributes:
         stages: Which layers train when.
-        head: The layer that stands for a head where nothing else trains, by name, or ``"head"``.
         rate_of: Rate of each layer over the head's.
         warmup_steps: Length of the ramp of what was thawed.
         logged_by: Where the metric comes from.
@@ -74,7 +75,6 @@ class Stages(Freezing):
     """
 
     stages: list[Stage] = field(default_factory=list)
-    head: str = HEAD
     rate_of: dict[str, float] = field(default_factory=dict)
     warmup_steps: float = 0.0
     logged_by: LoggedBy = LoggedBy.UNKNOWN
@@ -187,13 +187,12 @@ class FreezeBackboneFinetune(FreezingTrick):
         layers, (decay, ends) = self.layers, self.rates
         names = [layer.name for layer in layers]
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        if names and inside.issuperset(
-            id(parameter) for parameter in pl_module.parameters() if parameter.requires_grad
-        ):
-            self.run.head = names[-1]
-        paced = [name for name in names if name != self.run.head]
+        trains = {id(parameter) for parameter in pl_module.parameters() if parameter.requires_grad}
+        if names and inside >= trains and not self.resumed:  # older checkpoints name none, and go on without
+            self.saved.head = names[-1]
+        paced = [name for name in names if name != self.saved.head]
         rates = rates_by_depth(len(paced), decay=decay, ends=ends)
-        self.run.rate_of = {**dict(zip(paced, rates, strict=True)), self.run.head: 1.0}
+        self.run.rate_of = {**dict(zip(paced, rates, strict=True)), self.saved.head: 1.0}
         thaw: Mapping[int, Names] = {} if self.unfreeze_at_epoch is None else {self.unfreeze_at_epoch: "all"}
         if self.schedule is not None:
             thaw = self.schedule
@@ -284,7 +283,7 @@ class FreezeBackboneFinetune(FreezingTrick):
         layer = self.layer_of_group.get((optimizer, group))
         name = HEAD if layer is None else layer.name
         ratio = self.run.rate_of.get(name, 1.0)
-        if name == self.run.head and self.run.stages and self.run.stages[self.saved.stage].training <= {name}:
+        if name == self.saved.head and self.run.stages and self.run.stages[self.saved.stage].training <= {name}:
             ratio = self.head_lr_ratio
         since = self.saved.thawed.get(name)
         if since is not None and step - since[optimizer] < self.run.warmup_steps:

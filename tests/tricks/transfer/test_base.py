@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_speedups import FreezeBackboneFinetune, FreezeProgressively
-from lightning_speedups.tricks.transfer.base import FreezingTrick, find_backbone, find_layers, forget_state
+from lightning_speedups.tricks.transfer.base import FreezingTrick, find_layers, forget_state
 from zoo import (
     Classifier,
     Manual,
@@ -123,7 +123,7 @@ def test_forgotten_parameters_start_anew():
 def test_a_timm_backbone_without_a_head_has_timms_layers():
     module = Classifier()
     module.backbone = timm.create_model("resnet10t", num_classes=0, in_chans=2)
-    names = [layer.name for layer in find_layers(module, *find_backbone(module, "backbone"))]
+    names = [layer.name for layer in find_layers(module, "backbone")[1]]
     assert names == ["stem", "layer1", "layer2", "layer3", "layer4"]
 
 
@@ -131,7 +131,7 @@ def test_families_of_timm_without_coarse_groups_or_without_any():
     def names(name):
         module = Classifier()
         module.model = timm.create_model(name, num_classes=4)
-        layers = find_layers(module, *find_backbone(module, None))
+        _, layers = find_layers(module, None)
         parameters = [id(p) for layer in layers for p in layer.parameters()]
         assert len(set(parameters)) == len(parameters)
         head = {id(p) for p in module.model.get_classifier().parameters()}
@@ -166,7 +166,7 @@ def test_validation_of_averaged_weights_sees_these_weights():
 
 def test_modules_that_a_callable_picks_are_a_layer_each_under_their_paths():
     module = deep()
-    layers = find_layers(module, *find_backbone(module, lambda m: [m.backbone[:2], m.backbone[3], m.head, nn.ReLU()]))
+    _, layers = find_layers(module, lambda m: [m.backbone[:2], m.backbone[3], m.head, nn.ReLU()])
     assert [layer.name for layer in layers] == ["part 0", "backbone.3", "backbone.head"]
     assert [list(layer.modules) for layer in layers] == [
         list(module.backbone[:2]),

@@ -343,7 +343,7 @@ def test_arguments_out_of_range_are_refused(arguments):
 
 def test_modules_of_the_backbone_come_once_each():
     module = model()
-    layers = find_layers(module, [module.backbone, module.backbone[0]])
+    _, layers = find_layers(module, lambda module: [module.backbone, module.backbone[0]])
     assert [(layer.name, list(layer.modules)) for layer in layers] == [("backbone", list(module.backbone[:2]))]
 
 

@@ -735,6 +735,33 @@ def test_a_whole_model_that_is_resumed_equals_the_whole_run():
         assert_same_weights(weights(whole), weights(parted))
 
 
+class PacesAllAlike(FreezeBackboneFinetune):
+    """As it was before the last layer of a whole model took the head's place."""
+
+    def settle_courses(self, pl_module):
+        self.resumed, resumed = True, self.resumed
+        super().settle_courses(pl_module)
+        self.resumed = resumed
+
+    def state_dict(self):
+        return {name: value for name, value in super().state_dict().items() if name != "head"}
+
+
+PacesAllAlike.__qualname__ = FreezeBackboneFinetune.__qualname__
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradual": True}, {"schedule": {0: "fc", 1: "all"}, "head_lr_ratio": 2.0}], ids=str
+)
+def test_a_run_of_a_whole_model_that_was_begun_without_a_head_goes_on_so(options):
+    whole, parted, make = Whole(), Whole(), {"unfreeze_at_epoch": 0} | options
+    trainer(callbacks=[PacesAllAlike("model", **make)]).fit(whole, ReplayLoader())
+    fit_interrupted(parted, ReplayLoader(), 5, [PacesAllAlike("model", **make)])
+    resume(parted, ReplayLoader(), [FreezeBackboneFinetune("model", **make)])
+    assert_same_weights(weights(whole), weights(parted))
+    assert all(rates["fc"] == parted.snapshots[0]["fc"] for rates in parted.snapshots)
+
+
 def test_what_trains_outside_the_backbone_is_its_head_and_what_is_frozen_there_is_none():
     class WithTeacher(Whole):
         def __init__(self, trains, **arguments):
