@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batch
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lightning_speedups.attach.packages import is_a
@@ -100,12 +100,7 @@ class LoaderGrip(Grip):
     def require_numbers(self, samples: list[Any]) -> list[int]:
         """Return samples of the training loader's dataset; refuse them if they are not their places in it."""
         size = len(self.loader.dataset)
-        try:
-            samples = [*map(operator.index, samples)]  # numpy's, too
-            is_place = all(0 <= sample < size for sample in samples)
-        except TypeError:
-            is_place = False
-        if not is_place:
+        if any(not isinstance(sample, int) or not 0 <= sample < size for sample in samples):
             raise MisconfigurationException(
                 f"{self.name} needs a sampler of whole numbers, each the place of a sample in the dataset, but the "
                 "training loader's gives others. Use a map-style dataset with torch's samplers."
@@ -174,7 +169,6 @@ class Loaders:
         self.skipped = 0
         self.early = 0  # the id of Lightning's iterator, if it had one when the epoch began
         self.hushed: Any = None
-        self.has_warned = False
         self.tried: Any = None  # the `collate_fn` that rows are known of
 
     def take(self, process: Callable[[Any], Any], loader: Any) -> Any:
@@ -202,7 +196,7 @@ class Loaders:
 
     def _try_rows(self, readers: list[str]) -> None:
         """Refuse a loader whose rows are not the samples that some tricks take them for."""
-        if not readers or self.loader.collate_fn is self.tried:
+        if not readers or self.loader.collate_fn == self.tried:
             return
         with same_randomness(self.trainer):
             kept = keeps_rows(self.loader)
@@ -232,28 +226,22 @@ class Loaders:
                 iter(loop._data_fetcher)
                 progress.current.completed = max(progress.current.completed, self.selection.batches_in_epoch(epoch))
         self.early = id(self._iterator())
-        if loop.epoch_loop.restarting and progress.current.ready and not progress.is_last_batch:
-            self._warn_of_order(epoch)
-        if loop.epoch_loop.restarting and progress.is_last_batch and self.hushed is None:
-            # Lightning takes any number of steps that is no multiple of this epoch's for the middle of an epoch.
+        if loop.epoch_loop.restarting and self.selection is not None and self.hushed is None:
+            if progress.current.ready and not progress.is_last_batch:
+                self._warn_of_order(self.selection.batcher)
+            # Lightning takes a number of steps for the end of an epoch if it is a multiple of this epoch's.
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
             self.hushed = warnings.filters[0]
 
-    def _warn_of_order(self, epoch: int) -> None:
-        """Say that the epoch, under way already, goes on with samples that it has had, where Lightning does not."""
-        if self.selection is None or self.has_warned:
-            return
-        if _goes_on(self.loader):  # torchdata asks the loader's sampler for its state, and not who stands there
-            begins_anew = _is_torchdatas(self.selection.batcher) and not draws_alike(self.selection.source)
-        else:  # Lightning takes a number of steps that is a multiple of this epoch's for the end of an epoch
-            steps = math.ceil(self.selection.batches_in_epoch(epoch) / self.trainer.accumulate_grad_batches)
-            begins_anew = steps > 0 and self.trainer.global_step % steps == 0
-        if begins_anew:
-            self.has_warned = True
+    def _warn_of_order(self, batcher: BatchSampler) -> None:
+        """Say that the epoch, under way already, goes on with samples that it has had."""
+        # Torchdata's loader asks its sampler for a state, and not who stands there.
+        if not _goes_on(self.loader) or (_is_torchdatas(batcher) and not draws_alike(batcher)):
             rank_zero_warn(
-                f"The run is resumed within an epoch, but beside {self.grips[0].name} the training loader cannot go on "
-                "in the order that it had: in this epoch some samples come again, and others do not come. Use a "
-                "checkpoint between two epochs, or an `InMemoryLoader`."
+                "You're resuming from a checkpoint that ended before the epoch ended, and beside "
+                f"{self.grips[0].name} the training loader cannot go on in the order that it had: in this epoch some "
+                "samples come again, and others do not come. Use a checkpoint between two epochs, or an "
+                "`InMemoryLoader`."
             )
 
     def begin(self, epoch: int) -> None:
@@ -419,17 +407,19 @@ def draws_alike(sampler: Any) -> bool:
     """Tell whether a sampler, or a batch sampler, has the same order again in a run that goes on within an epoch.
 
     Args:
-        sampler: Torch's, Lightning's or somebody's own, of which nothing is known.
+        sampler: Torch's, Lightning's or somebody's own, of which nothing is known unless it is told the epoch.
 
     Example:
         >>> draws_alike(BatchSampler([2, 0, 1], 2, False)), draws_alike({2, 0, 1})
         (True, False)
     """
-    if isinstance(sampler, BatchSampler) and _only_cuts(sampler):
-        return draws_alike(sampler.sampler)
-    if isinstance(sampler, DistributedSampler):
-        return not is_a(sampler, "DistributedSamplerWrapper")  # of another one
-    return isinstance(sampler, (Sequence, SequentialSampler))
+    if isinstance(sampler, BatchSampler):
+        return _only_cuts(sampler) and draws_alike(sampler.sampler)
+    if isinstance(sampler, Selection):
+        return draws_alike(sampler.source)
+    if (wrapped := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:  # by Lightning, for DDP
+        return draws_alike(wrapped)
+    return hasattr(sampler, "set_epoch") or isinstance(sampler, (Sequence, SequentialSampler))
 
 
 def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:
@@ -451,8 +441,8 @@ def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:
     return loader.collate_fn(samples)
 
 
-def give_places() -> None:
-    """Let the fit that asks for this batch give its loaders the places that its checkpoint has for them, if it has not.
+def epoch_of_fit() -> int | None:
+    """Return the epoch of the fit that asks for a batch, if one does; before, it gives loaders a checkpoint's places.
 
     Lightning does that when it makes the loaders; where ``configure_optimizers`` reads
     ``trainer.estimated_stepping_batches`` that is before it has read the checkpoint, and the places are lost (#20550).
@@ -460,5 +450,8 @@ def give_places() -> None:
     frame = inspect.currentframe()
     while frame is not None and not is_a(frame.f_locals.get("self"), "_FitLoop"):
         frame = frame.f_back
-    if frame is not None:
-        frame.f_locals["self"]._load_combined_loader_states()
+    if frame is None:
+        return None
+    loop = frame.f_locals["self"]
+    loop._load_combined_loader_states()
+    return int(loop.epoch_progress.current.processed)  # which samplers are told

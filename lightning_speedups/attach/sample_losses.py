@@ -57,7 +57,7 @@ class LossGrip(Grip):
             raise MisconfigurationException(
                 f"{other.trick.name} and {self.trick.name} both read the losses of each sample. Use one of them."
             )
-        self.has_seen = self.has_warned = self.samples_first = False
+        self.has_seen = self.has_warned = False
         station.join(self, partial(self.see, trainer))
 
     def leave(self, trainer: Trainer) -> None:
@@ -69,10 +69,9 @@ class LossGrip(Grip):
         trick = self.trick
         if not trainer.training or not trick.is_active(trainer):
             return step(*args, **kwargs)
-        seen = SampleLosses(trick.samples_in_step(trainer), trick.weights_in_step(trainer), self.samples_first)
+        seen = SampleLosses(trick.samples_in_step(trainer), trick.weights_in_step(trainer))
         with seen:
             output = step(*args, **kwargs)
-        self.samples_first = seen.samples_first
         if seen.losses is not None:
             self.has_seen = True
             trick.take_losses(trainer, seen.losses)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_speedups.tensors.feature_store import evenly_spaced, fingerprint
@@ -23,86 +26,67 @@ def keeps_rows(loader: DataLoader[Any]) -> bool:
     Args:
         loader: A loader over a map-style dataset.
     """
-    if loader.collate_fn is default_collate or loader.batch_sampler is None:
+    batcher: Any = loader.batch_sampler
+    if loader.collate_fn is default_collate or batcher is None or batcher.batch_size == 1:
         return True
     try:
-        samples, workers = evenly_spaced(TRIED, len(loader.dataset)), min(1, loader.num_workers)  # type: ignore[arg-type]
-        (moved,) = DataLoader(
-            loader.dataset, batch_sampler=[samples], collate_fn=_Trial(loader.collate_fn), num_workers=workers,
-            timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
+        (kept,) = DataLoader(
+            loader.dataset, batch_sampler=[evenly_spaced(TRIED, len(loader.dataset))],  # type: ignore[arg-type]
+            collate_fn=partial(_try, loader.collate_fn), num_workers=min(1, loader.num_workers), timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context,
         )  # fmt: skip
-    except Exception:  # it wants other samples than these; what is wrong with it, the first batch will say
+    except Exception:  # it wants other samples than these, or its batches have no end: the first batch will say
         return True
-    return not moved
+    return bool(kept)
 
 
-class _Trial:
-    """Collates samples in their order and the other way round, twice each; says whether rows then stand elsewhere."""
-
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: Any) -> bool:
-        if not isinstance(samples, list):  # a whole batch already
-            return False
-        ways = [copy.deepcopy(way) for way in (samples, samples[::-1]) * 2]  # some take samples apart
-        batches = [self.collate(way) for way in ways]
-        return batches[0] is not ways[0] and are_moved(*(list(tables_in(batch, len(samples))) for batch in batches))
+def _try(collate: Callable[[Any], Any], samples: Any) -> bool:
+    """Collate samples in their order and the other way round, twice each; tell whether rows follow them."""
+    ways = [copy.deepcopy(way) for way in (samples, samples[::-1]) * 2]  # some take samples apart
+    batches = [collate(way) for way in ways]
+    if batches[0] is ways[0]:  # it may be a whole batch already
+        return True
+    signs = {follows(tables, len(samples)) for tables in zip(*map(tables_in, batches), strict=True)}
+    return True in signs or False not in signs  # what else there is may be random
 
 
-def are_moved(*tables: Sequence[list[str]]) -> bool:
-    """Tell whether the rows of a batch do not follow its samples.
-
-    They do if one table says so, as others may hold random numbers. They do not if none does, and one has the same few
-    rows in other places, or some of them more than once.
+def tables_in(part: Any) -> Iterator[Any]:
+    """Yield all that may have a row for each sample in something, nested as it may be: tensors and lists.
 
     Args:
-        *tables: The tables of a batch of some samples, of the same in reverse, and of both again.
+        part: Where to look.
 
     Example:
-        >>> are_moved([["a", "b"]], [["b", "a"]]), are_moved([["a", "b"]], [["a", "b"]])
-        (False, True)
-        >>> are_moved([["0", "0"], ["a", "b"]], [["0", "0"], ["b", "a"]]), are_moved([["a", "b"]], [["c", "d"]])
-        (False, False)
+        >>> list(tables_in({"sizes": [(1, 2), (3, 4)], "name": "a"}))
+        [[(1, 2), (3, 4)], (1, 2), (3, 4)]
     """
-    moved = False
-    for table in zip(*tables, strict=False) if len(set(map(len, tables))) == 1 else ():
-        if all(back == there[::-1] for there, back in zip(table[::2], table[1::2], strict=True)):
-            if table[0] != table[1]:
-                return False
-        else:
-            moved |= len({row for rows in table for row in rows}) <= len(table[0])
-    return moved
+    is_list = isinstance(part, (list, tuple))
+    if is_list or isinstance(part, Tensor):
+        yield part
+    several = part if isinstance(part, Mapping) else getattr(part, "__dict__", {})
+    for inner in part if is_list else [*several.values()]:
+        yield from tables_in(inner)
 
 
-def tables_in(batch: Any, rows: int, seen: set[int] | None = None) -> Iterator[list[str]]:
-    """Yield what has so many rows in a batch, nested as it may be: a fingerprint of each row; not what numbers them.
+def follows(tables: Sequence[Any], rows: int) -> bool | None:
+    """Tell whether the rows of a table follow its batch's samples; None if it does not show that.
+
+    They do not if it has the same few rows in other places, or some of them more than once.
 
     Args:
-        batch: Where to look.
-        rows: How many, 1 or more.
-        seen: Of what it is not to look into: the ids.
+        tables: The one of some samples, that of the same in reverse, and both again.
+        rows: How many samples.
 
     Example:
-        >>> import torch
-        >>> x, y = tables_in({"x": torch.zeros(2, 3), "one": torch.zeros(1, 2), "more": [("a", "b")]}, 2)
-        >>> x[0] == x[1], y[0] == y[1]
-        (True, False)
+        >>> follows([[5, 3], [3, 5]] * 2, 2), follows([[5, 3]] * 4, 2), follows([[5, 5]] * 4, 2)
+        (True, False, None)
     """
-    seen = set() if seen is None else seen
-    if id(batch) in seen:
-        return
-    seen.add(id(batch))
-    is_array, is_list = len(getattr(batch, "shape", ())) > 0, isinstance(batch, (list, tuple))
-    if (is_array or is_list) and len(batch) == rows and not _are_places(batch):
-        yield [fingerprint(batch[row]) for row in range(rows)]
-    if not is_array:
-        several = batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
-        for inner in batch if is_list else [*several.values()]:
-            yield from tables_in(inner, rows, seen)
-
-
-def _are_places(rows: Any) -> bool:
-    """Tell whether these are the numbers of rows, in whichever order, as a PackedSequence has them."""
-    return getattr(rows, "shape", None) == (len(rows),) and sorted(rows.tolist()) == list(range(len(rows)))
+    if any(getattr(table, "ndim", 1) == 0 or len(table) != rows for table in tables):
+        return None
+    marks = [[fingerprint(row) for row in table] for table in tables]
+    if all(back == there[::-1] for there, back in zip(marks[::2], marks[1::2], strict=True)):
+        return marks[0] != marks[1] or None
+    is_random = any(sorted(one) != sorted(other) for one, other in zip(marks[:2], marks[2:], strict=True))
+    # A PackedSequence has the places of rows.
+    are_places = isinstance(tables[0], Tensor) and sorted(tables[0].tolist()) == list(range(rows))
+    return None if is_random or are_places or len({*chain(*marks)}) > rows else False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,9 +44,8 @@ class SampleLosses(TorchFunctionMode):
     ``kl_div`` from ``torch.nn.functional``, the modules that call them, and ``mean_over_samples``; of these the calls
     that training depends on (their result requires a gradient) with one loss for each sample, or several, along the
     first dimension. ``(N, T, C)`` scores and ``(N, T)`` targets may also come flattened to ``(N·T, C)`` and ``(N·T,)``,
-    if one of them was under this; ``(T, N)`` flattened is not taken, nor where N = T would let it pass for that. A
-    sample's loss is the mean of those of its targets that count: neither ignored, nor of weight 0. The losses of
-    several calls add up.
+    if one of them was under this; ``(T, N)`` flattened is not taken, nor N = T, which may be either. A sample's loss is
+    the mean of those of its targets that count: neither ignored, nor of weight 0. The losses of several calls add up.
 
     Without weights each call's result is untouched. With weights wᵢ a mean Σ lᵢ / Z becomes Σ wᵢ·lᵢ / Z, where Z is
     the call's own normaliser: class weights and ``ignore_index`` keep their meaning.
@@ -54,11 +53,9 @@ class SampleLosses(TorchFunctionMode):
     Args:
         samples: N, how many samples the batch has.
         weights: ``(N,)``, on the losses' device; None for none.
-        samples_first: Whether it is known of flattened losses that those of a sample stand together.
 
     Attributes:
         losses: float32 ``(N,)``, detached; None as long as nothing was seen.
-        samples_first: Whether it is known now.
 
     Example:
         >>> scores, labels = torch.zeros(2, 4, requires_grad=True), torch.tensor([0, 1])
@@ -68,11 +65,11 @@ class SampleLosses(TorchFunctionMode):
         2.7726 tensor([1.3863, 1.3863])
     """
 
-    def __init__(self, samples: int, weights: Tensor | None = None, samples_first: bool = False) -> None:
+    def __init__(self, samples: int, weights: Tensor | None = None) -> None:
         super().__init__()
-        self.samples, self.weights, self.samples_first = samples, weights, samples_first
+        self.samples, self.weights = samples, weights
         self.losses: Tensor | None = None
-        self._flattened: MutableMapping[Tensor, tuple[int, ...]] = WeakTensorKeyDictionary()  # the shapes before
+        self._flattened: Any = WeakTensorKeyDictionary()  # the shapes before
 
     def __torch_function__(
         self,
@@ -108,10 +105,9 @@ class SampleLosses(TorchFunctionMode):
         losses = _one_by_one(func, call)
         if not losses.requires_grad or not self._take(losses.detach(), func, call):
             return func(*args, **kwargs)
-        each = self.weights.to(losses.dtype)
-        if len(losses) != self.samples:
-            each = each.repeat_interleave(len(losses) // self.samples)
-        weighted = losses * each.view(-1, *[1] * (losses.ndim - 1))
+        each = self.weights.to(losses.dtype).repeat_interleave(len(losses) // self.samples)
+        each = each.view(-1, *[1] * (losses.ndim - 1))
+        weighted = losses.masked_fill(each == 0, 0) * each  # an infinite loss, too, counts nothing then
         return weighted if reduction == "none" else weighted.sum() / _normaliser(func, call, reduction, losses)
 
     def _take(self, losses: Tensor, func: Callable[..., Any], call: dict[str, Any]) -> bool:
@@ -126,14 +122,11 @@ class SampleLosses(TorchFunctionMode):
 
     def _stand_together(self, losses: Tensor, call: dict[str, Any]) -> bool:
         """Tell whether flattened losses are one sample's after the other's, by what they were before."""
-        for given in (call.get("input"), call.get("target"), call.get("losses")):
-            shape = self._flattened.get(given) if isinstance(given, Tensor) else None
-            if shape is None or shape[0] != self.samples or math.prod(shape) != len(losses):
-                continue
-            if self.samples not in shape[1:]:
-                self.samples_first = True
-            return self.samples_first
-        return False
+        shapes = [self._flattened.get(given, ()) for given in call.values() if isinstance(given, Tensor)]
+        return any(
+            shape[:1] == (self.samples,) and self.samples not in shape[1:] and math.prod(shape) == len(losses)
+            for shape in shapes
+        )
 
 
 def _weight_of_l1_loss() -> Tensor | None:
@@ -148,31 +141,33 @@ def _one_by_one(func: Callable[..., Any], call: dict[str, Any]) -> Any:
     return call["losses"] if func is mean_over_samples else func(**call, reduction="none")
 
 
+def _shares(func: Callable[..., Any], call: dict[str, Any]) -> Tensor | None:
+    """Return how much each target of a call counts in its mean; None where all count 1."""
+    weight, ignored = call.get("weight"), call.get("ignore_index", -100)
+    if func not in (F.cross_entropy, F.nll_loss):
+        return weight if func in (F.mse_loss, F.l1_loss, F.huber_loss) else None
+    target = call["target"]
+    if isinstance(target, MixedLabels):
+        return soft_targets(target, call["input"].shape[1], ignored)[1]
+    return None if target.is_floating_point() else label_weights(target, weight, ignored)
+
+
 def _counts(func: Callable[..., Any], call: dict[str, Any], losses: Tensor) -> Tensor:
     """Return which of a call's losses are of targets that count."""
-    weight = call.get("weight")
-    if func in (F.cross_entropy, F.nll_loss):
-        target: Tensor = call["target"]
-        if target.is_floating_point():  # probabilities, none of them where nothing counts
-            return (target != 0).any(1)
-        labels = target.parts()[:2] if isinstance(target, MixedLabels) else (target,)
-        return torch.stack([label_weights(one, weight, call.get("ignore_index", -100)) != 0 for one in labels]).any(0)
-    return torch.ones_like(losses, dtype=torch.bool) & (True if weight is None else weight != 0)
+    shares = _shares(func, call)
+    if shares is None and func is F.cross_entropy:  # probabilities, none of them where nothing counts
+        return (call["target"] != 0).any(1)  # type: ignore[no-any-return]
+    shares = call.get("weight") if shares is None else shares  # a binary cross-entropy's does not count in its mean
+    return torch.ones_like(losses, dtype=torch.bool) & (True if shares is None else shares != 0)
 
 
 def _normaliser(func: Callable[..., Any], call: dict[str, Any], reduction: str, losses: Tensor) -> Tensor | float:
     """Return what a call divides the sum of its losses by."""
     if reduction == "sum":
         return 1
-    weight = call.get("weight")
-    if func in (F.cross_entropy, F.nll_loss):
-        target, ignored = call["target"], call.get("ignore_index", -100)
-        if isinstance(target, MixedLabels):
-            return soft_targets(target, call["input"].shape[1], ignored)[1].sum()
-        if not target.is_floating_point():
-            return label_weights(target, weight, ignored).sum()
-    if func in (F.mse_loss, F.l1_loss, F.huber_loss) and weight is not None:
-        return weight.sum()  # type: ignore[no-any-return]
+    shares = _shares(func, call)
+    if shares is not None:
+        return shares.sum()
     return len(losses) if reduction == "batchmean" else losses.numel()
 
 

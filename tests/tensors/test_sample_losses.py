@@ -195,6 +195,23 @@ def test_all_ignored_is_what_torch_makes_of_it():
     assert seen.losses.tolist() == [0.0] * N
 
 
+def test_an_infinite_loss_that_counts_nothing_adds_nothing():
+    x, y = values(N, C), labels(N)
+    x[0, y[0]] = -math.inf
+    x.requires_grad_()
+    for reduction in ("mean", "sum", "none"):
+        with SampleLosses(N, torch.tensor([0.0] + [2.0] * (N - 1))) as seen:
+            loss = F.cross_entropy(x, y, reduction=reduction)
+        want = {"none": torch.cat([x.new_zeros(1), 2 * F.cross_entropy(x[1:], y[1:], reduction="none")])}
+        want["sum"] = want["none"].sum()
+        want["mean"] = want["sum"] / N
+        torch.testing.assert_close(loss, want[reduction])
+        assert seen.losses[0].isinf()
+        (slope,) = torch.autograd.grad(loss.sum(), x)
+        assert slope.isfinite().all()
+        assert not slope[0].any()
+
+
 def test_losses_that_are_nought_stay_so():
     x = torch.zeros(N, 2, requires_grad=True)
     with SampleLosses(N, WEIGHTS) as seen:
@@ -273,7 +290,6 @@ def test_flattened_losses_are_averaged_by_sample_and_weighted_by_it(how):
         each = own * (1 if weights is None else weights.double().unsqueeze(1))
         want = {"sum": each.sum(), "none": each.flatten()}.get(how, each.mean())
         torch.testing.assert_close(got, want)
-        assert seen.samples_first
 
 
 def test_flattened_losses_that_are_not_known_to_be_one_samples_after_the_others_are_left_alone():
@@ -292,12 +308,7 @@ def test_flattened_losses_that_are_not_known_to_be_one_samples_after_the_others_
             with SampleLosses(N, weights) as seen:
                 assert torch.equal(got := loss(), loss())
             assert seen.losses is None
-            assert not seen.samples_first
             assert torch.equal(got, loss())
-    with SampleLosses(N, samples_first=True) as seen:  # known from another batch
-        F.cross_entropy(square.view(-1, C), marks.view(-1))
-    own = F.cross_entropy(square.mT, marks, reduction="none").mean(1)
-    torch.testing.assert_close(seen.losses, own.detach().float())
 
 
 def test_nothing_is_kept_alive_that_was_flattened():

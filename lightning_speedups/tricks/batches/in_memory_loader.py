@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
-from lightning_speedups.attach.loaders import draws_alike, give_places
+from lightning_speedups.attach.loaders import draws_alike, epoch_of_fit
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.randomness import generator_for
 
@@ -21,10 +20,9 @@ class InMemoryLoader(DataLoader[Any]):
 
     It hands out what ``DataLoader(TensorDataset(...))`` does: lists of tensors, or dictionaries. The tensors may lie on
     the GPU; batches then need no transfer. Its order depends on the seed and the epoch alone, and a Trainer's
-    checkpoint holds its place, so that a run interrupted within an epoch goes on with the very next batch. Of a random
-    ``sampler`` a checkpoint within an epoch holds the epoch's order too; where it does not, in several processes or
-    with a random ``batch_sampler``, a run that goes on from it warns that its order is another one. Under DDP Lightning
-    gives it a ``DistributedSampler`` as any DataLoader. Worker processes, which Lightning advises, do not
+    checkpoint holds its place, so that a run interrupted within an epoch goes on with the very next batch; with a
+    random ``sampler``, of whose order a checkpoint knows nothing, it warns that the order is another one. Under DDP
+    Lightning gives it a ``DistributedSampler`` as any DataLoader. Worker processes, which Lightning advises, do not
     help it. Outside a Trainer call ``loader.sampler.set_epoch(epoch)`` before each epoch.
 
     When not to use it: data that does not fit in memory as tensors of one size; transforms of single samples.
@@ -69,29 +67,27 @@ class InMemoryLoader(DataLoader[Any]):
             raise ValueError("Expected no `collate_fn`: the batches of an InMemoryLoader are whole already.")
         if shuffle and sampler is not None:
             raise ValueError("Expected `shuffle` or `sampler`, but got both.")
-        given, batcher = sampler, options.get("batch_sampler")
         rows = dataset if isinstance(dataset, _Rows) else _Rows(dataset)
-        if sampler is None and batcher is None:
+        if sampler is None and options.get("batch_sampler") is None:
             order = torch.initial_seed() if seed is None else int(seed)
             sampler = _Shuffled(rows, order) if shuffle else _InOrder(rows)
         options["collate_fn"] = _whole
         super().__init__(rows, batch_size, sampler=sampler, drop_last=drop_last, **options)
         self.seed = seed  # Lightning reads the arguments from here when it makes one with another sampler
-        self._position, self._goes_on = 0, False
-        self._epoch: int | None = 0
-        self._draws_alike = isinstance(self.sampler, _Shuffled) or draws_alike(batcher or self.sampler)
-        self._noted: _Noted | None = None
-        if given is not None:
-            self._noted = self.batch_sampler.sampler = _Noted(given)  # type: ignore[union-attr]
+        self._position, self._epoch, self._goes_on = 0, 0, False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # Lightning asks for an iterator before it sets the epoch; a generator's first line runs with the first batch.
-        give_places()
-        epoch = int(getattr(self.sampler, "epoch", self._noted.epoch if self._noted else 0))
+        epoch = epoch_of_fit()
+        epoch = int(getattr(self.sampler, "epoch", 0)) if epoch is None else epoch
         # An epoch that was cut short leaves a place as well, but the next one begins at the beginning.
-        begin = self._position if self._goes_on and self._epoch in (None, epoch) else 0
-        if begin == 0 and self._noted:
-            self._noted.again = None
+        begin = self._position if self._goes_on and self._epoch == epoch else 0
+        if begin and not draws_alike(self.batch_sampler):
+            rank_zero_warn(
+                "InMemoryLoader is resumed within an epoch, but its sampler's order is random, and not in the "
+                "checkpoint. It goes on with another order: in this epoch some samples come again, and others do not "
+                "come. Use `shuffle=True`, or a checkpoint between two epochs."
+            )
         self._epoch, self._goes_on = epoch, False
         last = len(self) - 1
         for position, batch in enumerate(super().__iter__()):
@@ -101,29 +97,14 @@ class InMemoryLoader(DataLoader[Any]):
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the epoch, and the seed or the order."""
-        state = {"position": self._position, "epoch": self._epoch, "seed": getattr(self.sampler, "seed", None)}
-        if self._noted is None:
-            return state
-        is_known = self._position > 0 and not self._draws_alike and not _is_one_of_several()
-        return {**state, "order": torch.tensor(self._noted.order) if is_known else None}
+        """Return the place in the epoch, and the seed."""
+        return {"position": self._position, "epoch": self._epoch, "seed": getattr(self.sampler, "seed", None)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on there in the next epoch that is asked for, if it is that one."""
         self._position, self._epoch, self._goes_on = state_dict["position"], state_dict["epoch"], True
         if self.seed is None and isinstance(self.sampler, _Shuffled):
             self.sampler.seed = state_dict["seed"]
-        order = state_dict.get("order")
-        if self._noted is not None and "order" not in state_dict and not hasattr(self.sampler, "epoch"):
-            self._epoch = None  # older versions did not count these epochs
-        if self._noted is not None and order is not None:
-            self._noted.again = order.tolist()
-        elif self._position and not self._draws_alike:
-            rank_zero_warn(
-                "InMemoryLoader is resumed within an epoch whose order is random, not its own, and not in the "
-                "checkpoint. It goes on with another order: in this epoch some samples come again, and others do not "
-                "come. Use `shuffle=True`, or a checkpoint between two epochs."
-            )
 
 
 class _Rows(Dataset[Any]):
@@ -183,33 +164,3 @@ class _Shuffled(RandomSampler):
 
     def __iter__(self) -> Iterator[int]:
         return iter(torch.randperm(len(self), generator=generator_for(self.seed, self.epoch)).tolist())
-
-
-class _Noted(Sampler[int]):
-    """Somebody else's orders: the one of the epoch is noted, so that a run that goes on within it has it again."""
-
-    def __init__(self, source: Any) -> None:
-        self.source, self.epoch = source, 0
-        self.order = list[int]()
-        self.again: list[int] | None = None
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        if callable(set_epoch := getattr(self.source, "set_epoch", None)):
-            set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __iter__(self) -> Iterator[int]:
-        drawn = iter(self.source)  # also where it is known: the next epoch is drawn after it
-        order = [int(index) for index in itertools.islice(drawn, len(self))]
-        self.order, self.again = order if self.again is None else self.again, None
-        yield from self.order
-        yield from drawn
-
-
-def _is_one_of_several() -> bool:
-    """Tell whether there are other processes, of whose orders a checkpoint knows nothing."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

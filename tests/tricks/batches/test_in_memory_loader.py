@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import (
@@ -17,7 +18,6 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     Subset,
-    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -207,17 +207,39 @@ class Loads(Seer):
         return super().configure_optimizers()
 
 
-SAMPLERS = {
-    "weighted": lambda: {"sampler": WeightedRandomSampler(torch.ones(10), 10)},
-    "random": lambda: {"sampler": RandomSampler(range(10))},
-    "random with a generator": lambda: {
-        "sampler": RandomSampler(range(10), True, 10, torch.Generator().manual_seed(torch.initial_seed()))
-    },
-    "random subset": lambda: {"sampler": SubsetRandomSampler(range(1, 10))},
-    "one's own": lambda: {"sampler": Shuffles()},
+class Rotates(Shuffles):
+    """One's own, whose order follows from the epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter([(3 * self.epoch + place) % 10 for place in range(10)])
+
+
+def shares():
+    return DistributedSampler(range(10), 1, 0, seed=3)
+
+
+KNOWN = {
     "a list": lambda: {"sampler": [3, 1, 4, 5, 9, 2, 6]},
     "shuffled": lambda: {"shuffle": True},
     "batches in order": lambda: {"batch_size": 1, "batch_sampler": BatchSampler(range(9, -1, -1), 2, True)},
+    "distributed": lambda: {"sampler": shares()},
+    "distributed batches": lambda: {"batch_size": 1, "batch_sampler": BatchSampler(shares(), 2, False)},
+    "a list in shares": lambda: {"sampler": DistributedSamplerWrapper(range(10), num_replicas=1, rank=0)},
+    "one's own": lambda: {"sampler": Rotates()},
+}
+RANDOM = {
+    "weighted": lambda: {"sampler": WeightedRandomSampler(torch.ones(10), 10)},
+    "random with a generator": lambda: {"sampler": RandomSampler(range(10), generator=torch.Generator())},
+    "random batches": lambda: {"batch_size": 1, "batch_sampler": BatchSampler(RandomSampler(range(10)), 2, False)},
+    "random in shares": lambda: {
+        "sampler": DistributedSamplerWrapper(RandomSampler(range(10)), num_replicas=1, rank=0)
+    },
+    "one's own": lambda: {"sampler": Shuffles()},
 }
 
 
@@ -244,17 +266,27 @@ def of_epoch(batches, stop, length=5):
 
 @pytest.mark.parametrize("seer", [Seer, Loads])
 @pytest.mark.parametrize("stop", [1, 3, 4, 6, 8])
-@pytest.mark.parametrize("kind", SAMPLERS)
-def test_an_interrupted_epoch_goes_on_in_its_order_whoever_draws_it_and_whoever_loads_early(kind, stop, seer):
+@pytest.mark.parametrize("kind", KNOWN)
+def test_an_interrupted_epoch_goes_on_in_its_order_also_where_lightning_loads_early(kind, stop, seer):
     def make():
-        return InMemoryLoader(numbers(), **{"batch_size": 2, **SAMPLERS[kind]()})
+        return InMemoryLoader(numbers(), **{"batch_size": 2, **KNOWN[kind]()})
 
     length = len(make())
     whole, parted = interrupted(make, stop, seer)
     assert of_epoch(parted, stop, length) == of_epoch(whole, stop, length)
     assert len(parted) == len(whole) == 3 * length
-    if kind in ("random", "one's own"):
-        assert all(len({n for batch in of_epoch(parted, at) for n in batch}) == 10 for at in (0, 5, 10))
+
+
+@pytest.mark.parametrize("seer", [Seer, Loads])
+@pytest.mark.parametrize("stop", [2, 6])
+@pytest.mark.parametrize("kind", RANDOM)
+def test_an_interrupted_epoch_is_warned_of_where_its_order_is_gone(kind, stop, seer):
+    def make():
+        return InMemoryLoader(numbers(), **{"batch_size": 2, **RANDOM[kind]()})
+
+    with pytest.warns(UserWarning, match=r"is resumed within an epoch, but its sampler's order.*Use `shuffle=True`"):
+        whole, parted = interrupted(make, stop, seer)
+    assert len(parted) == len(whole) == 15
 
 
 @pytest.mark.parametrize("stop", [2, 6])
@@ -265,60 +297,42 @@ def test_tricks_that_know_the_samples_know_those_of_an_interrupted_epoch(stop):
             return F.l1_loss(self.layer.weight.sum() * 0 + batch[0], torch.zeros_like(batch[0]))
 
     subset = SubsetTraining(0.6, stop_at=1.0, seed=1)
-    whole, parted = interrupted(
-        lambda: InMemoryLoader([torch.arange(10.0)], 2, sampler=WeightedRandomSampler(torch.ones(10), 10)), stop,
-        Numbered, [lambda: subset],
-    )  # fmt: skip
-    lengths = [5, 3, 3]
-    begin = 0 if stop < 5 else 5
-    assert parted[begin : begin + lengths[begin > 0]] == whole[begin : begin + lengths[begin > 0]]
-    known = subset.saved.losses
-    assert torch.equal(known[known.isfinite()], torch.arange(10.0)[known.isfinite()])
-    assert known.isfinite().sum() > 5
+    for sampler, says in (
+        ([*range(9, -1, -1)], nullcontext()),
+        (RandomSampler(range(10)), pytest.warns(UserWarning, match="InMemoryLoader is resumed")),
+    ):
+        with says:
+            whole, parted = interrupted(
+                lambda sampler=sampler: InMemoryLoader([torch.arange(10.0)], 2, sampler=sampler), stop, Numbered,
+                [lambda: subset],
+            )  # fmt: skip
+        assert len(parted) == len(whole) == 5 + 3 + 3
+        known = subset.saved.losses
+        assert torch.equal(known[known.isfinite()], torch.arange(10.0)[known.isfinite()])
+        assert known.isfinite().sum() > 5
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
-def test_an_epoch_that_a_limit_ended_leaves_no_place_with_a_sampler_either():
+@pytest.mark.parametrize("kind", ["a list", "batches in order"])
+def test_an_epoch_that_a_limit_ended_leaves_no_place_with_a_sampler_either(kind):
     seen, limits = [], {"limit_train_batches": 3, "max_steps": 9}  # which make Lightning take any resume for one within
-    for kind in (DataLoader, InMemoryLoader):
+    for loader in (DataLoader, InMemoryLoader):
         module = Seer()
-        first, second = (kind(TensorDataset(*numbers()), 2, sampler=list(range(10))) for _ in range(2))
+        first, second = (loader(TensorDataset(*numbers()), **{"batch_size": 2, **KNOWN[kind]()}) for _ in range(2))
         fit_interrupted(module, first, 3, [], epoch_end=True, **limits)
         resume(module, second, [], **limits)
         seen.append([batch[0].tolist() for batch in module.seen])
     assert seen[0] == seen[1]
 
 
-def test_an_order_that_the_checkpoint_does_not_hold_is_warned_of(monkeypatch):
-    def random_batches():
-        return InMemoryLoader(numbers(), batch_sampler=BatchSampler(RandomSampler(range(10)), 2, False))
-
-    def weighted():
-        return InMemoryLoader(numbers(), 2, sampler=WeightedRandomSampler(torch.ones(10), 10))
-
-    with pytest.warns(UserWarning, match=r"is resumed within an epoch whose order.*Use `shuffle=True`"):
-        interrupted(random_batches, 2)
-    for older in (0, 3):
-        (loader := weighted()).batch_sampler.sampler.set_epoch(1)
-        with pytest.warns(UserWarning, match="is resumed within an epoch") if older else nullcontext():
-            loader.load_state_dict({"position": older, "epoch": 0, "seed": None})
-        assert len(list(loader)) == 5 - older
-    monkeypatch.setattr(in_memory_loader, "_is_one_of_several", lambda: True)
-    with pytest.warns(UserWarning, match="is resumed within an epoch"):
-        interrupted(weighted, 2)
-    interrupted(lambda: InMemoryLoader(numbers(), 2, sampler=DistributedSampler(range(10), 1, 0, seed=3)), 2)
-
-
-def test_an_order_is_taken_up_once_and_by_its_own_epoch_only():
-    loader = InMemoryLoader(numbers(), 5, sampler=RandomSampler(range(10)))
-    state = {"position": 1, "epoch": 0, "seed": None, "order": torch.arange(10)}
+def test_outside_a_trainer_a_place_is_taken_up_once_and_by_its_own_epoch_only():
+    loader = InMemoryLoader(numbers(), 5, sampler=Rotates())
+    state = {"position": 1, "epoch": 0, "seed": None}
     loader.load_state_dict(state)
-    assert read_plain(loader) == [[5, 6, 7, 8, 9]]
-    assert sorted(sum(batches := read_plain(loader), [])) == list(range(10))  # noqa: RUF017
-    assert batches != [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert [len(read_plain(loader)) for _ in range(2)] == [1, 2]
     loader.load_state_dict(state)
-    loader.batch_sampler.sampler.set_epoch(1)
-    assert read_plain(loader)[0] != [0, 1, 2, 3, 4]
+    loader.sampler.set_epoch(1)
+    assert read_plain(loader) == [[3, 4, 5, 6, 7], [8, 9, 0, 1, 2]]
 
 
 def test_a_sampler_draws_what_it_does_under_a_dataloader():
