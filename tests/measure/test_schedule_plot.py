@@ -115,7 +115,7 @@ def test_without_an_optimizer_there_are_as_many_groups_as_rates():
 @pytest.mark.parametrize(
     ("trick", "optimizer", "told"),
     [
-        (OneCycleMomentum([0.1, 0.2, 0.3]), lambda p: torch.optim.SGD(p, 0.1, 0.9), "has 3 values, but SGD has 1 parameter groups"),
+        (OneCycleMomentum([0.1, 0.2, 0.3]), lambda p: torch.optim.SGD(p, 0.1, 0.9), "has 3 values, but SGD has 1 parameter group"),
         (OneCycleMomentum(0.1), torch.optim.Adagrad, "drives `momentum`, but Adagrad has none.*cycle_momentum=False"),
         (CyclicMomentum(0.1, 0.2), torch.optim.Adagrad, "drives `momentum`, but Adagrad has none"),
         (LRCurve(key="beta"), torch.optim.SGD, "drives `beta`, but SGD has none"),
