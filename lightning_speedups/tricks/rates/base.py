@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, ClassVar, Literal
@@ -266,8 +265,8 @@ class ScheduleTrick(OptimizerTrick):
             return
         length, done = run_length(trainer), self.counted(trainer)
         following, began, *expected = self.saved.outlook or (0, done, done)
-        ends = itertools.accumulate((length.steps_in(length.epoch + later) for later in (0, 1)), initial=done)
-        self.saved.outlook = [length.epoch + 1, *ends]
+        end = done + length.steps_in(length.epoch)
+        self.saved.outlook = [length.epoch + 1, done, end, end + length.steps_in(length.epoch + 1)]
         share = 1.0
         if following == length.epoch:
             if self.saved.outlook[1:3] == expected:
