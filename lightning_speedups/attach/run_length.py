@@ -99,9 +99,9 @@ def facts(trainer: Trainer, pl_module: LightningModule) -> RunFacts:
     return RunFacts(
         steps=length.steps if pl_module.automatic_optimization else None,
         steps_in_epochs=length.steps_in_epochs,
-        batch_size=size and size * trainer.world_size * accumulation(trainer, trainer.current_epoch),
+        batch_size=size and size * trainer.world_size * length.accumulation(trainer.current_epoch),
         optimizers=tuple(type(optimizer).__name__ for optimizer in raw_optimizers(trainer)),
-        told=replace(length, epoch=0, before=0).steps,
+        told=length.told,
     )
 
 
@@ -131,15 +131,12 @@ def logger_step(trainer: Trainer) -> int:
 class ShorterRun(Grip):
     """Says so if schedulers of the module's own, stepped in each step, count on epochs that a trick makes shorter."""
 
-    def join(self, trainer: Trainer) -> None:
-        """Wait for the run."""
-
     def on_train_start(self, trainer: Trainer) -> None:
         """Compare what the schedulers count on with what will be."""
         length, selection = run_length(trainer), find_selection(trainer)
         if selection is None or length.steps is None or not trainer.lightning_module.automatic_optimization:
             return
-        told = replace(length, batches_in=lambda _: selection.batches_in_epoch(None), epoch=0, before=0).steps or 0
+        told = replace(length, batches_in=lambda _: selection.batches_in_epoch(None)).told or 0
         for config in trainer.lr_scheduler_configs:
             counts = config.interval == "step" and not config.reduce_on_plateau
             if counts and is_cut_off(config.scheduler, length.steps // config.frequency, told // config.frequency):
@@ -149,6 +146,3 @@ class ShorterRun(Grip):
                     f"{type(config.scheduler).__name__} from configure_optimizers does not come to its end. Give it "
                     f"{length.steps} steps, or use a schedule of this package instead, which knows the length."
                 )
-
-    def leave(self, trainer: Trainer) -> None:
-        """Leave nothing behind."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -205,7 +205,11 @@ class OptimizerTrick(Trick):
 
     def meet(self, trainer: Trainer) -> None:
         """Refuse optimizers that lack what it sets."""
-        for i, optimizer in enumerate(raw_optimizers(trainer)):
+        self.require_fit(raw_optimizers(trainer))
+
+    def require_fit(self, optimizers: Sequence[Optimizer]) -> None:
+        """Refuse optimizers that lack what it sets."""
+        for i, optimizer in enumerate(optimizers):
             if self.drives(i):
                 ways_out = {"lr": "Give the optimizer a learning rate.", **self.way_without}
                 require_values(self, optimizer, self.keys, ways_out)
@@ -297,9 +301,9 @@ class Driver:
         self.stations: list[Station] = []
         self.watched: list[Optimizer] = []
         self.at_steps: list[Station] = []  # of those
+        self.at_work: int | None = None  # which of them
         self.shown: list[Shown] = []
-        self.worked = False  # whether any has stepped
-        self.begun = 0  # since so many batches
+        self.unseen_since: int | None = None  # so many batches; None once a step was seen
         self.warned = False
 
     @staticmethod
@@ -314,7 +318,7 @@ class Driver:
             places: list[tuple[Any, str, Callable[..., Any]]] = [
                 (strategy, "setup_optimizers", self.make),
                 (strategy, "optimizer_step", self.step),
-                (strategy, "optimizer_state", self.aside),
+                (strategy, "optimizer_state", self.unshown),
             ]
             monitors = [callback for callback in callbacks_of(self.trainer) if is_a(callback, "LearningRateMonitor")]
             for owner, method, act in [*places, *((monitor, "_extract_stats", self.show) for monitor in monitors)]:
@@ -338,12 +342,13 @@ class Driver:
         """Stand where the optimizers themselves step, which no step can miss: neither one that does not come through
         Lightning, nor that of a wrapper or of an optimizer that somebody has put in place of another.
         """
-        self.worked, self.begun = False, self.batches
         optimizers = raw_optimizers(self.trainer)
         if self.watched == optimizers:
             return
         if self.watched:
             self.take_over(optimizers)
+        else:
+            self.unseen_since = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         for station in self.at_steps:
             station.leave(self)
         self.watched, self.at_steps = optimizers, [Station.of(optimizer, "step") for optimizer in optimizers]
@@ -351,23 +356,24 @@ class Driver:
             station.join(self, partial(self.work, i))
 
     def look_back(self) -> None:
-        """Say so if an epoch has passed and no step was seen, as of optimizers with other methods than `step`."""
-        if not self.worked and not self.warned and self.watched and self.batches > self.begun:
-            self.warned = True
+        """Say so if an epoch has passed and no step was seen yet, as of optimizers with other methods than `step`."""
+        begun = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        if self.unseen_since is not None and begun > self.unseen_since:
+            self.unseen_since = None
             rank_zero_warn(
                 f"{self.names} saw no step of an optimizer in a whole epoch, and so stood still. Steps are seen, and "
                 "counted, in the method `step` of the optimizers from `configure_optimizers`. Step there."
             )
 
     @property
-    def batches(self) -> int:
-        """How many batches have begun, in all."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-
-    @property
     def names(self) -> str:
         """The members' names in messages."""
         return ", ".join(type(member).__name__ for member in self.members)
+
+    @property
+    def active(self) -> list[SetsValues]:
+        """The members that the Trainer runs."""
+        return [member for member in self.members if member.is_active(self.trainer)]
 
     def take_over(self, optimizers: list[Optimizer]) -> None:
         """Let the members go on with optimizers that somebody has put in place of the run's own."""
@@ -403,7 +409,7 @@ class Driver:
         self, original: Callable[..., Any], optimizer: Optimizer, closure: Closure, *args: Any, **kwargs: Any
     ) -> Any:
         """Step, unless there is nothing to step."""
-        self.worked = True
+        self.unseen_since = None
         raw = getattr(optimizer, "_optimizer", optimizer)
         if self.watched and raw not in self.watched:
             self.watch()
@@ -414,58 +420,63 @@ class Driver:
 
     def work(self, i: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let an optimizer work with the values on its groups, and count the step."""
-        if self.shown:  # one that calls its own step
+        if self.at_work is not None:  # one that calls its own step
             return original(*args, **kwargs)
-        self.worked = True
-        optimizer = self.watched[i]
-        members = [member for member in self.members if member.is_active(self.trainer)]
+        self.unseen_since, self.at_work, optimizer = None, i, self.watched[i]
         if args and callable(args[0]):
-            args = (partial(self.unshown, i, members, args[0]), *args[1:])
+            args = (partial(self.unshown, args[0]), *args[1:])
         elif callable(closure := kwargs.get("closure")):
-            kwargs["closure"] = partial(self.unshown, i, members, closure)
+            kwargs["closure"] = partial(self.unshown, closure)
         try:
-            self.put_on(i, optimizer, members)
+            self.put_on(i, optimizer)
             result = original(*args, **kwargs)
         finally:
+            self.at_work = None
             self.hide()
         if has_stepped(optimizer):
-            for member in members:
+            for member in self.active:
                 member.stepped(i)
         return result
 
-    def unshown(self, i: int, members: list[SetsValues], closure: Closure, *args: Any, **kwargs: Any) -> Any:
-        """Call the closure in the middle of a step, with the groups' own values: the module's code runs in it."""
-        taken = self.hide()
+    def unshown(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call something in the middle of a step with the groups' own values: the closure, in which the module's code
+        runs, or what makes a checkpoint.
+        """
+        i, self.at_work, taken = self.at_work, None, self.hide()
         try:
-            return closure(*args, **kwargs)
+            return call(*args, **kwargs)
         finally:
-            if all(group[key] is before and not isinstance(before, Tensor) for group, key, before, _ in taken):
-                self.put_back(taken)
-            else:  # the closure has written
-                self.put_on(i, self.watched[i], members)
+            self.at_work = i
+            if i is not None:
+                self.put_on(i, self.watched[i], taken)
 
     def show(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a method with the values on the groups of all optimizers."""
-        if self.shown:  # by a step around this, which takes them off
+        if self.at_work is not None:  # which shows them itself
             return original(*args, **kwargs)
-        members = [member for member in self.members if member.is_active(self.trainer)]
         try:
             for i, optimizer in enumerate(raw_optimizers(self.trainer)):
-                self.put_on(i, optimizer, members)
+                self.put_on(i, optimizer)
             return original(*args, **kwargs)
         finally:
             self.hide()
 
-    def aside(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Let a checkpoint have the groups' own values."""
-        taken = self.hide()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self.put_back(taken)
+    # Traced in a compiled step, it would write to what the compiler takes for the groups.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def put_on(self, i: int, optimizer: Optimizer, again: Sequence[Shown] = ()) -> None:
+        """Put the members' values on an optimizer's groups; this runs at every step, and is written to be quick.
 
-    def put_on(self, i: int, optimizer: Optimizer, members: list[SetsValues]) -> None:
-        """Put the members' values on an optimizer's groups; this runs at every step, and is written to be quick."""
+        Args:
+            i: The optimizer's index.
+            optimizer: The optimizer.
+            again: What was taken off, to be put on as it was if nobody has written in the meantime.
+        """
+        if again and all(group[key] is before and not isinstance(before, Tensor) for group, key, before, _ in again):
+            self.shown = list(again)
+            for group, key, _, value in again:
+                group[key] = value
+            return
+        members = self.active
         for g, group in enumerate(optimizer.param_groups):
             values: dict[str, Any] = {}
             for member in members:
@@ -478,12 +489,7 @@ class Driver:
                 self.shown.append((group, key, before, value))
                 group[key] = value
 
-    def put_back(self, taken: list[Shown]) -> None:
-        """Put values on again that were taken off."""
-        for group, key, _, value in taken:
-            group[key] = value
-        self.shown.extend(taken)
-
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def hide(self) -> list[Shown]:
         """Give the groups their own values back, except where someone else has written; return what was taken off."""
         shown, self.shown = self.shown, []
@@ -503,11 +509,32 @@ class Driver:
         return taken
 
 
-@contextmanager
-def split_groups(label_of: Callable[[Tensor], str | None]) -> Iterator[dict[int, list[dict[str, Any]]]]:
-    """While it lasts, optimizers are built with the parameters of each label in groups of their own.
+Group = dict[str, Any]
 
-    It gives the groups that are split off and still to be added, by the ``id`` of those optimizers that are being made.
+
+def split_group(group: Group, label_of: Callable[[Tensor], str | None]) -> list[Group]:
+    """Return a parameter group as one for each label; the first one keeps the name.
+
+    Args:
+        group: The group; its parameters may be names and tensors in pairs.
+        label_of: Says of a parameter which group it is split off into, or None, which comes first.
+    """
+    parts: dict[str | None, list[Any]] = {None: []}
+    for parameter in [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"]):
+        tensor = parameter[1] if isinstance(parameter, tuple) else parameter
+        parts.setdefault(label_of(tensor) if isinstance(tensor, Tensor) else None, []).append(parameter)
+    if not parts[None] and len(parts) > 1:
+        del parts[None]
+    first, *rest = ({**group, "params": part} for part in parts.values())
+    if "name" in group:  # LearningRateMonitor refuses two groups of one name
+        for split, label in zip(rest, list(parts)[1:], strict=True):
+            split["name"] = f"{group['name']}-{label}"
+    return [first, *rest]
+
+
+@contextmanager
+def split_groups(label_of: Callable[[Tensor], str | None]) -> Iterator[None]:
+    """While it lasts, optimizers are built with the parameters of each label in groups of their own.
 
     Schedulers that are made in the meantime so see the groups from the start.
 
@@ -517,7 +544,7 @@ def split_groups(label_of: Callable[[Tensor], str | None]) -> Iterator[dict[int,
         label_of: Says of a parameter which group it is split off into, or None.
     """
     init, add = Optimizer.__init__, Optimizer.add_param_group
-    split_off: dict[int, list[dict[str, Any]]] = {}
+    split_off: dict[int, list[Group]] = {}
 
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
         split_off[id(self)] = []
@@ -525,29 +552,20 @@ def split_groups(label_of: Callable[[Tensor], str | None]) -> Iterator[dict[int,
         for group in split_off.pop(id(self)):
             add(self, group)
 
-    def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
-        given = param_group["params"]
-        if isinstance(given, set):
+    def add_param_group(self: Optimizer, param_group: Group) -> None:
+        if isinstance(param_group["params"], set):
             return add(self, param_group)  # torch says what is wrong with it
-        params = [given] if isinstance(given, Tensor) else list(given)
-        parts: dict[str | None, list[Any]] = {}
-        for parameter in params:
-            tensor = parameter[1] if isinstance(parameter, tuple) else parameter
-            parts.setdefault(label_of(tensor) if isinstance(tensor, Tensor) else None, []).append(parameter)
-        first = None if None in parts else next(iter(parts), None)
-        add(self, {**param_group, "params": parts.pop(first, params)})
-        for label, part in parts.items():
-            split = {**param_group, "params": part}
-            if "name" in split:
-                split["name"] = f"{split['name']}-{label}"  # LearningRateMonitor refuses two groups of one name
-            if id(self) in split_off:
-                split_off[id(self)].append(split)
-            else:
+        first, *rest = split_group(param_group, label_of)
+        add(self, first)
+        if id(self) in split_off:
+            split_off[id(self)] += rest
+        else:
+            for split in rest:
                 add(self, split)
 
     Optimizer.__init__, Optimizer.add_param_group = __init__, add_param_group  # type: ignore[method-assign]
     try:
-        yield split_off
+        yield
     finally:
         Optimizer.__init__, Optimizer.add_param_group = init, add  # type: ignore[method-assign]
 
@@ -559,10 +577,5 @@ def regroup(optimizer: Optimizer, label_of: Callable[[Tensor], str | None]) -> N
         optimizer: Torch's optimizer.
         label_of: Says of a parameter which group it is split off into, or None.
     """
-    given, optimizer.param_groups[:] = list(optimizer.param_groups), []
-    with split_groups(label_of) as waiting:
-        split_off = waiting[id(optimizer)] = []
-        for group in given:
-            optimizer.add_param_group(group)
-    for group in split_off:
-        optimizer.add_param_group(group)
+    parts = [split_group(group, label_of) for group in optimizer.param_groups]
+    optimizer.param_groups[:] = [first for first, *_ in parts] + [split for _, *rest in parts for split in rest]

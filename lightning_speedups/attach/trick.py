@@ -146,7 +146,6 @@ class Grip:
 
     def join(self, trainer: Trainer) -> None:
         """Take hold, in ``setup``."""
-        raise NotImplementedError
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Follow the trick's hook."""
@@ -159,7 +158,6 @@ class Grip:
 
     def leave(self, trainer: Trainer) -> None:
         """Let go; may be called twice, or without a fit before it."""
-        raise NotImplementedError
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

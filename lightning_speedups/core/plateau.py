@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from lightning_speedups.core.arguments import check_choice, check_number, make_plain
@@ -24,12 +23,13 @@ def is_reached(value: float | Tensor, target: float, mode: Mode) -> bool:
     Example:
         >>> is_reached(0.91, 0.9, "max"), is_reached(0.91, 0.9, "min"), is_reached(float("nan"), 0.9, "max")
         (True, False, False)
+        >>> import torch
         >>> is_reached(torch.tensor(0.9), 0.9, "max")
         True
     """
-    value = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
-    limit = float(torch.tensor(target, dtype=value.dtype if value.is_floating_point() else torch.float64))
-    return float(value) >= limit if mode == "max" else float(value) <= limit
+    if isinstance(value, Tensor):
+        value = value.cpu()  # where torch takes the target in the tensor's precision
+    return bool(value >= target if mode == "max" else value <= target)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class RunLength:
         >>> run = RunLength(3, None, lambda epoch: 10, lambda epoch: 4)
         >>> run.batches, run.steps, run.steps_in_epochs(1.5)
         (30, 9, 4)
-        >>> replace(run, epoch=1, before=1).steps
+        >>> RunLength(3, None, lambda epoch: 10, lambda epoch: 4, epoch=1, before=1).steps
         7
     """
 
@@ -52,9 +52,7 @@ class RunLength:
 
     def _told(self, begin: int, end: float) -> float:
         """Return the steps from one epoch to another by what the loader says now."""
-        whole = sum(self.steps_in(epoch) for epoch in range(begin, math.floor(end)))
-        rest = max(0.0, end - max(begin, math.floor(end)))
-        return whole + (rest and self.steps_in(math.floor(end)) * rest)
+        return sum(self.steps_in(epoch) * min(1.0, end - epoch) for epoch in range(begin, math.ceil(end)))
 
     def steps_in(self, epoch: int) -> int:
         """Return the optimizer steps of an epoch by what the loader says now; 0 where it does not know."""
@@ -63,11 +61,16 @@ class RunLength:
     @property
     def steps(self) -> int | None:
         """The optimizer steps of the whole run, or None when it is open-ended."""
-        by_epochs = None if self.max_epochs is None else self.steps_in_epochs(self.max_epochs)
-        return min((limit for limit in (by_epochs, self.max_steps) if limit is not None), default=None)
+        left = self.steps_left()
+        return None if left is None else self.before + left
+
+    @property
+    def told(self) -> int | None:
+        """The same if all epochs were as the loader says now, also those that are over."""
+        return replace(self, epoch=0, before=0).steps
 
     def steps_left(self, share: float = 1.0) -> int | None:
-        """Return the optimizer steps from the epoch on that begins, or None when the run is open-ended.
+        """Return the optimizer steps from the present epoch's start on, or None when the run is open-ended.
 
         Args:
             share: How many of its steps an epoch really has.
@@ -76,10 +79,12 @@ class RunLength:
             >>> RunLength(3, None, lambda epoch: 10, lambda epoch: 1, epoch=1, before=4).steps_left(0.4)
             8
         """
-        limit, steps = self.max_steps, replace(self, max_steps=None).steps
-        by_epochs = None if steps is None else round((steps - self.before) * share)
-        by_steps = None if limit is None else limit - self.before
-        return min((left for left in (by_epochs, by_steps) if left is not None), default=None)
+        limits = []
+        if self.max_epochs == 0 or (self.max_epochs is not None and self.batches_in(0) is not None):
+            limits.append(round(self._told(self.epoch, self.max_epochs) * share))
+        if self.max_steps is not None:
+            limits.append(self.max_steps - self.before)
+        return min(limits, default=None)
 
     @property
     def batches(self) -> int | None:
@@ -98,52 +103,3 @@ class RunLength:
                 steps_left -= self.steps_in(epoch)
             total += batches
         return total
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """What is known of a run's steps when an epoch begins.
-
-    Attributes:
-        epoch: The epoch.
-        counted: Steps so far, by the Trainer's count.
-        done: Steps that the optimizer has really done.
-        steps: Those of this epoch by what the loader says; 0 where it does not know.
-        following: Those of the next epoch.
-    """
-
-    epoch: int
-    counted: int
-    done: int
-    steps: int
-    following: int
-
-    def holds(self, later: Outlook) -> bool:
-        """Tell whether the epoch came as it was expected.
-
-        Args:
-            later: The next epoch's.
-
-        Example:
-            >>> first = Outlook(0, 0, 0, 4, 4)
-            >>> first.holds(Outlook(1, 4, 4, 4, 4)), first.holds(Outlook(1, 3, 3, 4, 4))
-            (True, False)
-        """
-        expected = (self.epoch + 1, self.counted + self.steps, self.done + self.steps, self.following)
-        return expected == (later.epoch, later.counted, later.done, later.steps)
-
-    def shares(self, later: Outlook) -> tuple[float, float]:
-        """Return which share of its steps an epoch had, and which share of these were real ones; 1 where that says
-        nothing.
-
-        Args:
-            later: The next epoch's.
-
-        Example:
-            >>> Outlook(0, 0, 0, 10, 10).shares(Outlook(1, 5, 2, 10, 10))
-            (0.5, 0.4)
-        """
-        counted, done = later.counted - self.counted, later.done - self.done
-        if later.epoch != self.epoch + 1 or not counted:
-            return 1.0, 1.0
-        return (counted / self.steps if self.steps else 1.0), (done / counted if done else 1.0)

@@ -374,11 +374,17 @@ class Course:
         return Course(self.length, total, step, self.position(step))
 
 
+def _value_at(shape: Shape, step: int) -> float:
+    with suppress(Exception):
+        return float(shape(step))
+    return math.nan  # of a function that is only defined up to the end of the run
+
+
 def is_cut_off(scheduler: Any, steps: int, told: int) -> bool:
     """Tell whether a run has too few steps for a scheduler of torch's, where one of another length would have enough.
 
     Args:
-        scheduler: A scheduler; of a class that does not say where it ends, only an attribute that is ``told`` tells.
+        scheduler: A scheduler; where it ends, its whole numbers tell, or the function that it goes by.
         steps: How often it will be stepped.
         told: How often the longer run would step it.
 
@@ -389,19 +395,17 @@ def is_cut_off(scheduler: Any, steps: int, told: int) -> bool:
         >>> is_cut_off(cosine, 130, told=200), is_cut_off(cosine, 200, told=300)
         (True, False)
     """
-    if parts := getattr(scheduler, "_schedulers", ()):
-        milestones = getattr(scheduler, "_milestones", [])  # one after the other, or all at once
-        begin, last = (milestones[-1], parts[-1:]) if milestones else (0, parts)
-        return steps < begin <= told or any(is_cut_off(part, steps - begin, told - begin) for part in last)
-    if shapes := getattr(scheduler, "lr_lambdas", ()):
-        with suppress(Exception):  # what is only defined up to the end of the run
-            return steps < told and any(shape(steps) != shape(told - 1) for shape in shapes)
-        return False
-    ends = [*getattr(scheduler, "milestones", ())]
-    for name, value in vars(scheduler).items():
-        if isinstance(value, (int, float)) and (name in ("total_steps", "total_iters", "T_max") or value == told):
-            ends.append(value)
-    return any(steps < end <= told for end in ends)
+    for shape in getattr(scheduler, "lr_lambdas", ()) if steps < told else ():
+        now, end, later = (_value_at(shape, step) for step in (steps, told - 1, 2 * told - steps))
+        if now != end and not math.isnan(end) and not 0 < later < end:  # what falls on and on has no end
+            return True
+    begins = [0, *getattr(scheduler, "_milestones", ())]  # of parts that come one after the other
+    parts = getattr(scheduler, "_schedulers", ())[-1 if begins[1:] else 0 :]
+    numbers = [value for value in vars(scheduler).values() if isinstance(value, int)]
+    ends = [begins[-1], *getattr(scheduler, "milestones", ()), *numbers]
+    return any(steps < end <= told for end in ends) or any(
+        is_cut_off(part, steps - begins[-1], told - begins[-1]) for part in parts
+    )
 
 
 SHAPES: dict[str, Callable[..., float]] = {

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Optimizer
 
-from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder, get_value, require_values
+from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder, get_value
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.tricks.rates.base import ScheduleTrick
@@ -70,7 +70,7 @@ def schedule_values(
 
     for trick in tricks:
         try:
-            _require_optimizers(trick, optimizers)
+            trick.require_fit(optimizers)
             trick.plan(RunFacts(trainer_length, steps_in_epochs, batch_size, names))
         except MisconfigurationException as error:
             more = "(In a plot, `steps_per_epoch=`, `batch_size=` and `optimizer=` say more.)"
@@ -128,15 +128,6 @@ def _optimizers(
         groups = max((len(rates) for one, rates in lists if one.drives(i)), default=1)
         made.append(SGD([{"params": [torch.zeros(())]} for _ in range(groups)], lr=1.0, momentum=0.9, weight_decay=1.0))
     return made
-
-
-def _require_optimizers(trick: OptimizerTrick, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that a run would refuse."""
-    if isinstance(trick, ScheduleTrick):
-        trick.require_rates(optimizers, **trick.rates)
-    for i, optimizer in enumerate(optimizers):
-        if trick.drives(i):
-            require_values(trick, optimizer, trick.keys, trick.way_without)
 
 
 def _values_at(

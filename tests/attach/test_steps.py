@@ -1221,3 +1221,94 @@ def test_an_epoch_without_a_step_is_told_once(epochs):
     with pytest.warns(UserWarning, match="Times, Times saw no step") as told:
         trainer(max_epochs=epochs, callbacks=[Times(), Times(state_key="other")]).fit(module, data(2))
     assert sum("saw no step" in str(one.message) for one in told) == 1
+
+
+class StepsCompiled(TwoOptimizers):
+    """Manual optimization with a compiled step, as torch's guide to schedules of compiled optimizers has it."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.given = rate
+
+    def configure_optimizers(self):
+        optimizer = SGD([self.weight], lr=self.given)
+        self.compiled = torch.compile(lambda: optimizer.step(), backend="eager")
+        return optimizer
+
+    def training_step(self, batch, batch_idx):
+        self.weight.grad = None
+        self.manual_backward(self.weight.sum())
+        self.compiled()
+
+
+@pytest.mark.parametrize("rate", [BASE, torch.tensor(BASE, dtype=torch.float64)])
+def test_a_compiled_step_gets_each_steps_own_value(rate):
+    torch.compiler.reset()
+    trick, moves = Times(), Moves()
+    trainer(max_epochs=1, callbacks=[trick, moves]).fit(StepsCompiled(rate), data(4))
+    assert moves.moves == pytest.approx([BASE * factor(t) for t in range(4)], **APPROX)
+    assert trick.steps_done == [4]
+    assert float(rate) == BASE
+
+
+class CallsItself(SGD):
+    def step(self, closure=None, inner=False):
+        if inner:
+            return super().step()
+        closure()
+        return self.step(inner=True)
+
+
+class AtRest(Times):
+    """Sets nothing, as a trick whose time has not come."""
+
+    def group_values(self, optimizer, group, step, values):
+        return {}
+
+
+@pytest.mark.parametrize("kind", [Times, AtRest])
+def test_an_optimizer_that_calls_its_own_step_counts_one(kind):
+    trick, moves = kind(), Moves()
+    module = Quiet(lambda module: {"optimizer": CallsItself(module.parameters(), lr=BASE)})
+    trainer(max_epochs=1, callbacks=[trick, moves]).fit(module, data(4))
+    assert trick.steps_done == [4]
+    assert moves.moves == pytest.approx([BASE * (factor(t) if kind is Times else 1) for t in range(4)], **APPROX)
+
+
+class StepsInAClosure(TwoOptimizers):
+    """Steps one optimizer in the closure of the other; an exception in it, caught, is no step."""
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+
+        def inner():
+            second.zero_grad()
+            self.manual_backward(self.other.sum())
+            if batch_idx == 1:
+                raise ValueError
+            self.inside.append((rate(first), rate(second)))
+
+        def outer():
+            first.zero_grad()
+            self.manual_backward(self.weight.sum())
+            with contextlib.suppress(ValueError):
+                second.step(closure=inner)
+
+        first.step(closure=outer)
+
+    inside: list
+
+
+def rate(optimizer):
+    return optimizer.param_groups[0]["lr"]
+
+
+def test_steps_in_each_others_closures_get_their_own_values():
+    module, trick, moves = StepsInAClosure(), Times(), Moves()
+    module.inside = []
+    trainer(max_epochs=1, callbacks=[trick, moves]).fit(module, data(3))
+    base = [rate(optimizer) for optimizer in module.optimizers()]
+    assert module.inside == [tuple(base)] * 2
+    assert trick.steps_done == [3, 2]
+    assert moves.moves == pytest.approx([base[0] * factor(t) for t in range(3)], **APPROX)
+    assert -module.other[0].item() == pytest.approx(sum(base[1] * factor(t) for t in range(2)), **APPROX)

@@ -439,6 +439,10 @@ class OfTheirOwn(torch.optim.lr_scheduler.LRScheduler):
         (table(60), False),
         (lambda o: OfTheirOwn(o, 100), True),
         (lambda o: OfTheirOwn(o, 60), False),
+        (lambda o: LambdaLR(o, lambda step: 0.5 * (1 + math.cos(math.pi * step / 100))), True),
+        (lambda o: LambdaLR(o, lambda step: 1 - step / 100), True),
+        (lambda o: LambdaLR(o, lambda step: min((step + 1) ** -0.5, (step + 1) * 10**-1.5)), False),  # never ends
+        (lambda o: LambdaLR(o, lambda step: 0.99**step), False),
     ],
 )  # fmt: skip
 def test_a_scheduler_is_cut_off_if_it_would_end_between_the_true_and_the_told_number_of_steps(make, expected):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,7 +18,6 @@ from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.counts import counted
 from lightning_speedups.core.durations import RunFacts
-from lightning_speedups.core.run_length import Outlook
 from lightning_speedups.core.schedules import Course
 
 Rates = float | list[float]
@@ -61,7 +60,8 @@ class Schedule(Steps):
         groups: How many groups each optimizer had when the schedule began.
         told: Length of the run, in optimizer steps, as the Trainer told it when the courses were settled; 0 if an older
             version did that.
-        outlook: Fields of what was known when the epoch under way began.
+        outlook: The epoch after that which began last; steps that were done then, and those that there should be at the
+            ends of both.
     """
 
     courses: list[Course] = field(default_factory=list)
@@ -146,20 +146,16 @@ class ScheduleTrick(OptimizerTrick):
         """Return what to set for the next step; say so when something else writes there too."""
         if group == 0 and self.drives(optimizer) and not self.run.warned:
             own = get_value(values, self.keys[0])
-            if self.run.own.setdefault(optimizer, own) is not own and not isinstance(own, Tensor):
-                self._compare(self.run.own[optimizer], own)
-                self.run.own[optimizer] = own
+            before = self.run.own.setdefault(optimizer, own)
+            if own is not before and not isinstance(own, Tensor) and own != before:
+                self.run.warned = True
+                what = "learning rate" if self.keys[0] == "lr" else self.keys[0]
+                rank_zero_warn(
+                    f"{self.name} is not alone: something else wrote the {what}, too, from {before:g} to {own:g} (a "
+                    "scheduler that the module steps itself?). Values of its own override what was written, factors "
+                    "multiply with it. Remove one of them (WarmupLRScaler may stay: it multiplies)."
+                )
         return super().values_now(optimizer, group, values)
-
-    def _compare(self, before: float, own: float) -> None:
-        if before != own:
-            self.run.warned = True
-            what = "learning rate" if self.keys[0] == "lr" else self.keys[0]
-            rank_zero_warn(
-                f"{self.name} is not alone: something else wrote the {what}, too, from {before:g} to {own:g} (a "
-                "scheduler that the module steps itself?). Values of its own override what was written, factors "
-                "multiply with it. Remove one of them (WarmupLRScaler may stay: it multiplies)."
-            )
 
     def position(self, optimizer: int, step: int) -> float:
         """Return where the curve stands at a step of an optimizer, in the curve's own steps."""
@@ -179,30 +175,29 @@ class ScheduleTrick(OptimizerTrick):
             raise self.refusal(what, "Remove one of them (WarmupLRScaler may stay: it multiplies).")
 
     def meet(self, trainer: Trainer) -> None:
-        """Refuse rates that do not fit the optimizers, and note what leads the groups that come later."""
+        """Refuse optimizers that do not fit, and note what leads the groups that come later."""
         super().meet(trainer)
-        self.require_rates(raw_optimizers(trainer), **self.rates)
         self._settle_leading(trainer)
+
+    def require_fit(self, optimizers: Sequence[Optimizer]) -> None:
+        """Refuse optimizers that lack what it sets, or that its rates do not fit."""
+        super().require_fit(optimizers)
+        if self.optimizer is not None and self.optimizer >= len(optimizers):
+            what = f"counts from 0, but this run has {counted(len(optimizers), 'optimizer')}"
+            raise self.refusal(what, "Name one of these.", optimizer=self.optimizer)
+        for i, optimizer in enumerate(optimizers):
+            # Those that it began with; a resumed run may have more by now.
+            count = self.saved.groups[i] if i < len(self.saved.groups) else len(optimizer.param_groups)
+            for name, rates in self.rates.items():
+                if self.drives(i) and isinstance(rates, (list, tuple)) and len(rates) != count:
+                    has = f"{type(optimizer).__name__} has {counted(count, 'parameter group')}"
+                    what = f"has {counted(len(rates), 'value')}, but {has}"
+                    raise self.refusal(what, "Give one number, or one for each group.", **{name: rates})
 
     def _settle_leading(self, trainer: Trainer) -> None:
         first = [optimizer.param_groups[0].get("lr") for optimizer in raw_optimizers(trainer)]
         self.run.leading = [0.0 if rate is None else float(rate) for rate in first]
         self.run.own = {}
-
-    def require_rates(self, optimizers: Sequence[Optimizer], **arguments: Any) -> None:
-        """Refuse an optimizer that is not there, and lists of rates that do not fit the parameter groups that the
-        optimizers began with.
-        """
-        if self.optimizer is not None and self.optimizer >= len(optimizers):
-            what = f"counts from 0, but this run has {counted(len(optimizers), 'optimizer')}"
-            raise self.refusal(what, "Name one of these.", optimizer=self.optimizer)
-        for i, optimizer in enumerate(optimizers):
-            count = self.saved.groups[i] if i < len(self.saved.groups) else len(optimizer.param_groups)
-            for name, rates in arguments.items():
-                if self.drives(i) and isinstance(rates, (list, tuple)) and len(rates) != count:
-                    has = f"{type(optimizer).__name__} has {counted(count, 'parameter group')}"
-                    what = f"has {counted(len(rates), 'value')}, but {has}"
-                    raise self.refusal(what, "Give one number, or one for each group.", **{name: rates})
 
     def _other_owners(self, trainer: Trainer) -> Iterator[str]:
         for config in trainer.lr_scheduler_configs if "lr" in self.keys else ():
@@ -238,6 +233,7 @@ class ScheduleTrick(OptimizerTrick):
         if len(courses) != len(run.optimizers):
             courses = [Course(end, end)] * len(run.optimizers)
         elif (before := self.saved.told or self.planned) != told:
+            self.saved.outlook = []  # of epochs of another length
             if self.on_resume == "extend":
                 courses = [course.extended(step, end) for course, step in zip(courses, self.steps_done, strict=True)]
                 how = "the curve goes on from where it stood and ends at the new total"
@@ -259,8 +255,7 @@ class ScheduleTrick(OptimizerTrick):
         """Return the steps so far that the planned length is to be compared with: real ones, but where a GradScaler
         skips some, the Trainer's.
         """
-        precision = trainer.precision_plugin
-        skips = getattr(precision, "scaler", None) is not None or str(precision.precision).startswith("16")
+        skips = str(trainer.precision_plugin.precision).startswith("16")
         return trainer.global_step if skips else self.steps_done[0]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -268,24 +263,27 @@ class ScheduleTrick(OptimizerTrick):
         super().on_train_epoch_start(trainer, pl_module)
         if self.total_steps or not self.needs_length:
             return
-        length, last = run_length(trainer), self.saved.outlook
-        steps = [length.steps_in(length.epoch + later) for later in (0, 1)]
-        now = Outlook(length.epoch, trainer.global_step, self.counted(trainer), *steps)
-        self.saved.outlook = list(astuple(now))
-        if last and Outlook(*last).holds(now):
-            return
-        share, real = Outlook(*last).shares(now) if last else (1.0, 1.0)
+        length, done = run_length(trainer), self.counted(trainer)
+        following, began, *expected = self.saved.outlook or (0, done, done)
+        end = done + length.steps_in(length.epoch)
+        self.saved.outlook = [length.epoch + 1, done, end, end + length.steps_in(length.epoch + 1)]
+        share = 1.0
+        if following == length.epoch:
+            if self.saved.outlook[1:3] == expected:
+                return
+            if began < min(done, expected[0]):  # the next ones are taken to come out as the last one did
+                share = (done - began) / (expected[0] - began)
         left = length.steps_left(share)
         if left is None:  # a new loader that does not know its length
             return
-        total, planned = now.done + max(1, round(left * real)), self.planned
-        self.saved.told = replace(length, epoch=0, before=0).steps or self.saved.told
+        total, planned = done + max(1, left), self.planned
         if total != planned:
+            self.saved.told = length.told or self.saved.told
             courses = zip(self.saved.courses, self.steps_done, strict=True)
             self.saved.courses = [course.extended(step, course.total + total - planned) for course, step in courses]
             self._warn(
-                f"the run was planned with {planned} optimizer steps, but {now.done} are done before epoch {now.epoch} "
-                f"and some {total - now.done} are to come; from here on the curve goes to its end at step {total}"
+                f"the run was planned with {planned} optimizer steps, but {done} are done before epoch {length.epoch} "
+                f"and some {total - done} are to come; from here on the curve goes to its end at step {total}"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,7 +18,6 @@ from torch.optim import SGD, Adagrad, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_speedups import ProgressiveResizing, StopAtTarget, SubsetTraining
-from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.steps import get_value
 from lightning_speedups.core.schedules import Course
 from lightning_speedups.tricks.rates.base import ScheduleTrick, entry
@@ -326,6 +325,17 @@ def test_such_a_run_resumes_as_if_it_had_not_been_interrupted(kind, stop, epoch_
     np.testing.assert_allclose(rates(module), places(steps, lengths))
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Place")
+def test_resumed_in_mid_epoch_with_longer_epochs_it_takes_the_next_ones_to_be_as_long():
+    module = Classifier()
+    fit_interrupted(module, loader(), 1, [Place(on_resume="extend")])  # of 4 batches each
+    again = Place(on_resume="extend")
+    resume(module, loader(64), [again])
+    assert again.planned == again.steps_done[0] == 24
+    assert len(again.saved.courses) == 1
+    assert again.saved.courses[0].since == 1  # settled once
+
+
 class StopsItself(Callback):
     """Ends the run in the middle of an epoch, as EarlyStopping, a Timer or a target would."""
 
@@ -628,9 +638,9 @@ def test_a_later_group_beside_a_first_one_at_rate_0_goes_by_the_curve_alone():
 
 
 class Lists(Place):
-    def on_fit_start(self, trainer, pl_module):
-        super().on_fit_start(trainer, pl_module)
-        self.require_rates(raw_optimizers(trainer), max_lr=[0.1])
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.rates = {"max_lr": [0.1]}
 
 
 def test_a_list_of_rates_is_for_the_groups_of_its_own_optimizer():
@@ -721,5 +731,5 @@ def test_a_checkpoint_has_the_optimizers_own_values_and_plain_numbers_alone():
     saved = torch.load("end.ckpt", weights_only=True)
     assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 0.05
     assert saved["callbacks"]["Place"] == {
-        "steps_done": [4], "courses": [[4, 4, 0, 0.0]], "groups": [1], "told": 4, "outlook": [0, 0, 0, 4, 4],
+        "steps_done": [4], "courses": [[4, 4, 0, 0.0]], "groups": [1], "told": 4, "outlook": [1, 0, 4, 8],
     }  # fmt: skip
