@@ -77,6 +77,8 @@ class MixedLabels(OneOfTwo):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Send losses to the mixture, shape operations to all its parts, and everything else to the plain labels."""
+        if func.__name__ == "__get__" and not isinstance(found := func(args[0]._labels), Tensor):
+            return found  # a property such as `shape`, which is often asked for
         kwargs = kwargs or {}
         if func in _READS_MIXTURE:
             return _READS_MIXTURE[func](*args, **kwargs)
