@@ -156,6 +156,8 @@ def count_by_loader(loaders: Any, batch: Any) -> int | None:
         >>> count_by_loader({"a": "loader", "b": "loader"}, {"a": Tensor(4, 2), "b": [Tensor(3)]})
         7
     """
+    if not isinstance(loaders, (Mapping, list, tuple)):  # asked in every step
+        return count_samples(batch)
     try:
         parts = [get_part(batch, path) for path in loader_paths(loaders)]
     except LookupError:  # a hook has made another batch of them
