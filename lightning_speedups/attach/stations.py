@@ -78,10 +78,8 @@ class Station:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method with all members around it."""
-        if self._call is None:
-            self._call = self.original
-            for _, _, act in self.members:
-                self._call = partial(act, self._call)
+        if self._call is None:  # in a copy
+            self._call = self._built()
         return self._call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -100,4 +98,11 @@ class Station:
         return {**vars(self), "_call": None}
 
     def _set(self, members: list[tuple[int, Any, Callable[..., Any]]]) -> None:
-        self.members, self._call = sorted(members, key=lambda one: one[0]), None
+        self.members = sorted(members, key=lambda one: one[0])
+        self._call = self._built()  # at once: torch 2.11 cannot compile a step that looks its method up
+
+    def _built(self) -> Callable[..., Any]:
+        call = self.original
+        for _, _, act in self.members:
+            call = partial(act, call)
+        return call

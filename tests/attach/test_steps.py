@@ -1241,6 +1241,7 @@ class StepsCompiled(TwoOptimizers):
         self.compiled()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch 2.11's own
 @pytest.mark.parametrize("rate", [BASE, torch.tensor(BASE, dtype=torch.float64)])
 def test_a_compiled_step_gets_each_steps_own_value(rate):
     torch.compiler.reset()
