@@ -30,7 +30,9 @@ from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Trick, callbacks_of
 from lightning_speedups.core.durations import Duration, RunFacts
 
-Shown = tuple[dict[str, Any], str, Any, Any]
+Group = dict[str, Any]
+"""A parameter group."""
+Shown = tuple[Group, str, Any, Any]
 """A parameter group, a key in it, the value before, and the one that was put there."""
 Closure = Callable[..., Any]
 GIVE_STEPS = "Give `total_steps=`, in optimizer steps, or `Trainer(max_steps=...)`."
@@ -383,9 +385,9 @@ class Driver:
                 "nobody can say which goes on for which. Put as many in their place, or make them all in "
                 "`configure_optimizers`."
             )
-        for optimizer in (one for one in optimizers if one not in self.watched):
-            for member in self.members:
-                if label_of := member.settle_groups(self.trainer.lightning_module):
+        for member in self.members:
+            if label_of := member.settle_groups(self.trainer.lightning_module):
+                for optimizer in (one for one in optimizers if one not in self.watched):
                     regroup(optimizer, label_of)
         for member in self.members:
             member.meet(self.trainer)
@@ -422,19 +424,19 @@ class Driver:
         """Let an optimizer work with the values on its groups, and count the step."""
         if self.at_work is not None:  # one that calls its own step
             return original(*args, **kwargs)
-        self.unseen_since, self.at_work, optimizer = None, i, self.watched[i]
+        self.unseen_since, self.at_work, optimizer, members = None, i, self.watched[i], self.active
         if args and callable(args[0]):
             args = (partial(self.unshown, args[0]), *args[1:])
         elif callable(closure := kwargs.get("closure")):
             kwargs["closure"] = partial(self.unshown, closure)
         try:
-            self.put_on(i, optimizer)
+            self.put_on(i, optimizer, members)
             result = original(*args, **kwargs)
         finally:
             self.at_work = None
             self.hide()
         if has_stepped(optimizer):
-            for member in self.active:
+            for member in members:
                 member.stepped(i)
         return result
 
@@ -447,36 +449,25 @@ class Driver:
             return call(*args, **kwargs)
         finally:
             self.at_work = i
-            if i is not None:
-                self.put_on(i, self.watched[i], taken)
+            if i is not None and not self.put_back(taken):
+                self.put_on(i, self.watched[i], self.active)
 
     def show(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a method with the values on the groups of all optimizers."""
         if self.at_work is not None:  # which shows them itself
             return original(*args, **kwargs)
+        members = self.active
         try:
             for i, optimizer in enumerate(raw_optimizers(self.trainer)):
-                self.put_on(i, optimizer)
+                self.put_on(i, optimizer, members)
             return original(*args, **kwargs)
         finally:
             self.hide()
 
     # Traced in a compiled step, it would write to what the compiler takes for the groups.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def put_on(self, i: int, optimizer: Optimizer, again: Sequence[Shown] = ()) -> None:
-        """Put the members' values on an optimizer's groups; this runs at every step, and is written to be quick.
-
-        Args:
-            i: The optimizer's index.
-            optimizer: The optimizer.
-            again: What was taken off, to be put on as it was if nobody has written in the meantime.
-        """
-        if again and all(group[key] is before and not isinstance(before, Tensor) for group, key, before, _ in again):
-            self.shown = list(again)
-            for group, key, _, value in again:
-                group[key] = value
-            return
-        members = self.active
+    def put_on(self, i: int, optimizer: Optimizer, members: Sequence[SetsValues]) -> None:
+        """Put the members' values on an optimizer's groups; this runs at every step, and is written to be quick."""
         for g, group in enumerate(optimizer.param_groups):
             values: dict[str, Any] = {}
             for member in members:
@@ -488,6 +479,16 @@ class Driver:
                     value = torch.as_tensor(value, dtype=before.dtype, device=before.device)
                 self.shown.append((group, key, before, value))
                 group[key] = value
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def put_back(self, taken: list[Shown]) -> bool:
+        """Put on again what was taken off, unless somebody has written in the meantime; tell whether that was done."""
+        if any(group[key] is not before or isinstance(before, Tensor) for group, key, before, _ in taken):
+            return False
+        self.shown = taken
+        for group, key, _, value in taken:
+            group[key] = value
+        return bool(taken)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def hide(self) -> list[Shown]:
@@ -507,9 +508,6 @@ class Driver:
                     "on: a factor would multiply up. Write it in a hook of the module or of a callback instead."
                 )
         return taken
-
-
-Group = dict[str, Any]
 
 
 def split_group(group: Group, label_of: Callable[[Tensor], str | None]) -> list[Group]:

@@ -162,10 +162,10 @@ class FreezingTrick(OptimizerTrick):
         if not self.resumed and self.run.sizes_before not in ([], sizes):
             what = "has the layers in parameter groups of their own, which those in the checkpoint do not fit"
             raise self.refusal(what, f"Resume without {self.name}, or load the weights alone, without `ckpt_path`.")
-        layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
+        own = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
         for other in callbacks_of(trainer):
             others = other.layers if isinstance(other, FreezingTrick) and other is not self else []
-            if any(id(parameter) in layer_of for layer in others for parameter in layer.parameters()):
+            if any(id(parameter) in own for layer in others for parameter in layer.parameters()):
                 what = f"and {type(other).__name__} both freeze the same layers"
                 raise self.refusal(what, "Use one of them, or give them different backbones.")
         group_of = {module: self.group_label(layer) for layer in self.layers for module in layer.modules}
@@ -178,14 +178,14 @@ class FreezingTrick(OptimizerTrick):
     def meet(self, trainer: Trainer) -> None:
         """Find the layers in the optimizers' groups."""
         super().meet(trainer)
-        layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
         optimizers = raw_optimizers(trainer)
-        self._settle_layer_of_group(layer_of, optimizers)
+        self._settle_layer_of_group(optimizers)
         self._settle_training(optimizers)
         # A state that is there before anything was loaded or stepped.
         self.run.made_with_state = {id(p) for optimizer in optimizers for p, state in optimizer.state.items() if state}
 
-    def _settle_layer_of_group(self, layer_of: dict[int, Layer], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    def _settle_layer_of_group(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        layer_of = {id(parameter): layer for layer in self.layers for parameter in layer.parameters()}
         lacking = {id(p) for layer in self.layers for p in layer.parameters() if p.requires_grad}
         self.run.layer_of_group.clear()
         if self.layers and not lacking and not self.run.frozen:  # which are what it froze itself, in mid-run
