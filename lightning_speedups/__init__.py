@@ -24,8 +24,9 @@ from lightning_speedups.tricks.rates.warmup_lr_scaler import WarmupLRScaler
 from lightning_speedups.tricks.transfer.feature_cache.feature_cache import FeatureCache
 from lightning_speedups.tricks.transfer.freeze_backbone_finetune import FreezeBackboneFinetune
 from lightning_speedups.tricks.transfer.freeze_progressively import FreezeProgressively
+from lightning_speedups_command import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "BatchAugmentation",

@@ -16,7 +16,12 @@ from lightning_speedups.attach.trick import Grip, Trick
 ROOT = Path(lightning_speedups.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 STOREYS = ["core", {"modules", "tensors"}, "attach", "tricks", "models", "recipes", "measure", "cli"]
-LIBRARIES = {"core": {"torch"}, "modules": {"torch", "timm"}, "tensors": {"torch"}, "cli": {"rich"}}
+LIBRARIES = {
+    "core": {"torch"},
+    "modules": {"torch", "timm"},
+    "tensors": {"torch"},
+    "cli": {"rich", "lightning_speedups_command"},
+}
 BASES = [  # of attach/, each may be built on those before it
     "stations", "packages", "trick", "lasting", "randomness", "copies", "loaders", "run_length", "steps", "batches", "wrapping",
 ]  # fmt: skip
@@ -146,6 +151,16 @@ def test_the_check_itself_finds_a_question_to_a_class(tmp_path):
     assert list(asked_of_a_class(path))
 
 
+def test_the_command_line_needs_nothing_but_python_until_there_is_something_to_do():
+    tree = ast.parse(ROOT.with_name("lightning_speedups_command.py").read_text())
+    at_once = {node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))}
+    for node in at_once:
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+    later = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in at_once]
+    assert later == ["lightning_speedups.cli"]
+
+
 def test_every_file_stands_in_a_room_of_the_house():
     rooms = {path.relative_to(ROOT).with_suffix("").parts[0] for path in FILES} - {"__init__", "__main__"}
     assert all(storey(room) is not None for room in rooms)
@@ -264,6 +279,6 @@ def test_no_constructor_calls_what_a_subclass_overrides(kind):
 def test_the_tests_mirror_the_package():
     tests = Path(__file__).parent
     for path in FILES:
-        if path.name != "__init__.py" and path.relative_to(ROOT).parts[0] != "measure":
+        if path.stem not in ("__init__", "__main__") and path.relative_to(ROOT).parts[0] != "measure":
             mirrored = tests / path.relative_to(ROOT).with_name(f"test_{path.name}")
             assert mirrored.exists(), f"{path.relative_to(ROOT)} has no {mirrored.relative_to(tests)}"

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -112,6 +113,35 @@ def test_ctrl_c_before_anything_was_measured(monkeypatch, capsys):
     monkeypatch.setattr("lightning_speedups.measure.runner.digit_collages", pressed)
     assert cli.main(["compare"]) == 130
     assert "nothing measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["--version"], ["compare", "--seeds=x"]])
+def test_what_can_be_told_at_once_is_told_without_an_import_of_torch_or_the_package(arguments):
+    code = f"import lightning_speedups_command, sys; lightning_speedups_command.main({arguments}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(done.stdout + done.stderr) > 100
+    assert not {"torch", "lightning", "lightning_speedups", "rich"} & set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_package_is_a_command_too():
+    command = [sys.executable, "-m", "lightning_speedups", "compare", "--seeds=x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lightning-speedups compare: error: argument --seeds")
+
+
+def test_a_terminal_is_told_what_is_done_and_a_pipe_is_not(monkeypatch, capsys):
+    arguments = [*TINY, "--arms=plain"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().err
+    told = ["importing torch and Lightning", "getting the images", "warming up", "first run", "seed 0, plain"]
+    assert sorted(told, key=shown.index) == told
+    assert cli.main([*arguments, "--no-progress"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_help_version_and_arms(capsys):

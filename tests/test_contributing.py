@@ -83,7 +83,8 @@ def added(text, before, new):
 def test_the_example_keeps_every_promise_of_a_trick_once_it_stands_in_its_five_places(tmp_path):
     for name in ("lightning_speedups", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("pyproject.toml", "lightning_speedups_command.py"):
+        shutil.copy(ROOT / name, tmp_path)
     for name in (SOURCE, TEST):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(PLACES[name])

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lightning_speedups.measure.errors import as_compare_error
 from lightning_speedups.measure.images import ImageData
-from lightning_speedups.measure.settings import DEFAULT_MODEL
 from lightning_speedups.models.transfer_classifier import TransferClassifier
 from lightning_speedups.models.weight_files import load_weights
 from lightning_speedups.modules.weights import head_names
+from lightning_speedups_command import DEFAULT_MODEL
 
 
 class ConvNet(nn.Module):

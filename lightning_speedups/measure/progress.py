@@ -1,33 +1,61 @@
-"""The progress bar of a comparison, with the current run and its accuracy."""
+"""The progress bar of a comparison: what is prepared, then the current run and its accuracy."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
+from lightning_speedups.measure.arms import Arm
 from lightning_speedups.measure.stopwatch import Point, Stopwatch
 
 
 class Bar(Progress):
-    """One bar on stderr; a context manager.
+    """One bar on stderr for one piece of work after the other; a context manager, more than once if need be.
 
     Args:
-        batches: Training batches of the whole comparison.
         batch_size: Samples of a batch.
         shown: Whether to show anything at all.
     """
 
-    def __init__(self, batches: int, batch_size: int, *, shown: bool) -> None:
+    def __init__(self, batch_size: int, *, shown: bool) -> None:
+        console = Console(stderr=True)
         super().__init__(
             *Progress.get_default_columns(),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=console,
             refresh_per_second=2,  # redrawing takes time from the cores that train
             transient=True,
-            disable=not shown,
+            disable=not (shown and (console.is_interactive or console.is_jupyter)),  # a pipe would get empty lines
         )
         self._batch_size = batch_size
-        self._runs = self.add_task("preparing", total=batches)
+        self._work = self.add_task("getting the images", total=None)
+
+    def begin(self, what: str, parts: int) -> None:
+        """Show other work from its start.
+
+        Args:
+            what: Name of the work.
+            parts: How many there are to do.
+        """
+        self.reset(self._work, total=parts, description=what)
+
+    def each(self, arms: Sequence[Arm], what: str) -> Iterator[Arm]:
+        """The arms one after the other, as work of its own.
+
+        Args:
+            arms: The arms.
+            what: Name of the work.
+
+        Yields:
+            The next arm.
+        """
+        self.begin(what, len(arms))
+        for arm in arms:
+            self.update(self._work, description=f"{what}: {arm.name}")
+            yield arm
+            self.advance(self._work)
 
     def watch(self, label: str) -> Stopwatch:
         """A stopwatch for the next run that also moves the bar.
@@ -40,7 +68,7 @@ class Bar(Progress):
         """
 
         def on_point(point: Point) -> None:
-            self.update(self._runs, description=f"{label}: {point.accuracy:.1%}")
+            self.update(self._work, description=f"{label}: {point.accuracy:.1%}")
 
-        self.update(self._runs, description=label)
-        return Stopwatch(self._batch_size, lambda: self.advance(self._runs), on_point)
+        self.update(self._work, description=label)
+        return Stopwatch(self._batch_size, lambda: self.advance(self._work), on_point)

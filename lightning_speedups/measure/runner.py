@@ -26,9 +26,10 @@ from lightning_speedups.measure.networks import build_network, load_backbone
 from lightning_speedups.measure.progress import Bar
 from lightning_speedups.measure.results import Comparison
 from lightning_speedups.measure.runs import Run
-from lightning_speedups.measure.settings import DEFAULT_MODEL, Settings
+from lightning_speedups.measure.settings import Settings
 from lightning_speedups.measure.stopwatch import Stopwatch
 from lightning_speedups.measure.training import Classifier, quiet, seeded, train
+from lightning_speedups_command import DEFAULT_MODEL
 
 WARM_UP_BATCHES = 8
 TEST_LIMIT = 2000  # of the caller's own images, unless asked otherwise: they are looked at every epoch
@@ -93,12 +94,12 @@ class _Workbench:
         recipe = replace(recipe, trainer={**recipe.trainer, **trainer})
         self._train(network, self.data, recipe, epochs=epochs, seed=seed, watch=watch)
 
-    def warm_up(self, arms: Sequence[Arm]) -> None:
+    def warm_up(self, arms: Sequence[Arm], bar: Bar) -> None:
         """A few steps of every arm: what torch prepares once is prepared, and an arm that can't run fails now."""
         few = {"limit_train_batches": WARM_UP_BATCHES, "limit_val_batches": 1}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a run of a few steps gives the tricks reasons to warn
-            for arm in arms:
+            for arm in bar.each(arms, "warming up"):
                 source = self._first if arm.pretrained else None
                 with as_compare_error(f"the arm {arm.name!r} can't run: ", MisconfigurationException):
                     self.run(0, arm, 1, Stopwatch(self.settings.batch_size), source, **few)
@@ -162,7 +163,9 @@ def compare(
     chosen = choose_arms([arms] if isinstance(arms, str) else arms)
     if settings.weights is not None and not any(arm.pretrained for arm in chosen):
         raise CompareError("`weights` is what finetune and freeze start from, but neither is among the arms")
-    images = _images(data, settings)
+    bar = Bar(settings.batch_size, shown=progress)
+    with bar:
+        images = _images(data, settings)
     bench = _Workbench(images, settings)
     folder = _folder(out)
     seeds, epochs = settings.run_seeds, settings.run_epochs
@@ -181,8 +184,9 @@ def compare(
             chance=images.chance,
             target=settings.target,
         )
-        with Bar(batches, settings.batch_size, shown=progress) as bar:
-            bench.warm_up(chosen)
+        with bar:
+            bench.warm_up(chosen, bar)
+            bar.begin("first run", batches)
             try:
                 for seed, arm in interleaved(chosen, seeds):
                     source, seconds = bench.pretrained(seed, bar) if arm.pretrained else (None, 0.0)
