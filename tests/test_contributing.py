@@ -18,7 +18,7 @@ import lightning_speedups
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 PLACES = dict(re.findall(r"^\d\. `([^`]+)`.*?```\w+\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE))
-SOURCE, EXPORT, TEST, ROW, LINE = PLACES
+SOURCE, EXPORT, TEST, ROW, SHORT, LINE = PLACES
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def added(text, before, new):
 
 
 @pytest.mark.slow
-def test_the_example_keeps_every_promise_of_a_trick_once_it_stands_in_its_five_places(tmp_path):
+def test_the_example_keeps_every_promise_of_a_trick_once_it_stands_in_its_places(tmp_path):
     for name in ("lightning_speedups", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "lightning_speedups_command.py"):
@@ -89,10 +89,12 @@ def test_the_example_keeps_every_promise_of_a_trick_once_it_stands_in_its_five_p
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(PLACES[name])
     (tmp_path / SOURCE).with_name("__init__.py").touch()
-    texts = {name: (ROOT / name).read_text() for name in (EXPORT, ROW, LINE)}
+    texts = {name: (ROOT / name).read_text() for name in (EXPORT, ROW, SHORT, LINE)}
     exported = added(texts[EXPORT], "__all__ = [\n", '    "GradientCentralization",\n')
     (tmp_path / EXPORT).write_text(exported.replace("\n__version__", f"{PLACES[EXPORT]}\n__version__"))
+    (tmp_path / ROW).parent.mkdir()
     (tmp_path / ROW).write_text(added(texts[ROW], "|---|---|---|---|---|---|\n", PLACES[ROW]))
+    (tmp_path / SHORT).write_text(added(texts[SHORT], "|---|---|---|\n", PLACES[SHORT]))
     (tmp_path / LINE).write_text(added(texts[LINE], "### Added\n\n", PLACES[LINE]))
     files = ["tests/test_every_trick.py", "tests/test_architecture.py", TEST, SOURCE]
     chosen = "GradientCentralization or gradient_centralization or mirror"

@@ -43,7 +43,7 @@ from zoo import (
     weights,
 )
 
-README, CHANGELOG = (TESTS.parent / name for name in ("README.md", "CHANGELOG.md"))
+README, DOCS, CHANGELOG = (TESTS.parent / name for name in ("README.md", "docs/tricks.md", "CHANGELOG.md"))
 
 
 class Smooth(LastingTrick):
@@ -100,12 +100,14 @@ def test_there_are_tricks_and_none_is_left_out():
 
 
 @public_trick
-def test_it_has_a_readme_row_and_a_changelog_line(name):
-    rows = [
-        line for line in README.read_text().splitlines() if line.startswith("| ") and f"`{name}`" in line.split("|")[1]
-    ]
-    assert len(rows) == 1
-    assert all(cell.strip() for cell in rows[0].split("|")[1:-1])
+def test_it_has_a_row_in_both_tables_and_a_changelog_line(name):
+    for page, columns in ((README, 3), (DOCS, 6)):
+        lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+        rows = [line for line in lines if f"`{name}`" in line.split("|")[1]]
+        assert len(rows) == 1, f"{page.name} has {len(rows)} rows"
+        cells = rows[0].split("|")[1:-1]
+        assert len(cells) == columns
+        assert all(map(str.strip, cells))
     assert f"`{name}`" in CHANGELOG.read_text()
 
 

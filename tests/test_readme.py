@@ -11,13 +11,14 @@ import torch
 import lightning_speedups
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
+TEXT, DOCS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "tricks.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 def test_the_examples_run_as_they_stand(caplog):
     names = {}
-    for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+    first, ordinary, *others = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    for code in (ordinary, first, *others):  # the first lines rest on what an ordinary project has
         with caplog.at_level(logging.INFO, "lightning.pytorch"):
             exec(compile(code, "README.md", "exec"), names)
     inputs, labels = names["data"].tensors
@@ -42,6 +43,22 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_every_result_file_that_is_named_exists():
-    named = re.findall(r"`(benchmarks/[^`]+)`", TEXT)
-    assert named
+    named = re.findall(r"`(benchmarks/[^`]+)`", TEXT + DOCS)
+    assert len(named) > 10
     assert all((ROOT / name).exists() for name in named)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/tricks.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def rows(text):
+    """The tricks of a table, by the first name in each row."""
+    return re.findall(r"^\| `(\w+)`.*\|$", text, re.M)
+
+
+def test_the_short_table_has_the_rows_of_the_whole_one():
+    assert rows(TEXT) == rows(DOCS)
