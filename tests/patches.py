@@ -14,7 +14,7 @@ def patched(trainer: Trainer) -> set[str]:
         "trainer": [trainer],
         "strategy": [trainer.strategy],
         "precision": [trainer.precision_plugin],
-        "loops": [loop, loop.epoch_loop, loop.epoch_loop.automatic_optimization],
+        "loops": [loop, loop.epoch_loop, loop.epoch_loop.automatic_optimization, loop.epoch_loop.val_loop],
         "module": [] if module is None else module.modules(),
         "optimizers": [getattr(one, "_optimizer", one) for one in trainer.strategy.optimizers],
         "monitors": [callback for callback in trainer.callbacks if isinstance(callback, LearningRateMonitor)],

@@ -23,7 +23,7 @@ LIBRARIES = {
     "cli": {"rich", "lightning_speedups_command"},
 }
 BASES = [  # of attach/, each may be built on those before it
-    "stations", "packages", "trick", "lasting", "randomness", "copies", "loaders", "run_length", "steps", "batches", "wrapping",
+    "stations", "packages", "trick", "lasting", "randomness", "copies", "loaders", "run_length", "steps", "schedulers", "batches", "wrapping",
 ]  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_every_file_stands_in_a_room_of_the_house():
     rooms = {path.relative_to(ROOT).with_suffix("").parts[0] for path in FILES} - {"__init__", "__main__"}
     assert all(storey(room) is not None for room in rooms)
     wings = {path.relative_to(ROOT).parts[1] for path in FILES if path.relative_to(ROOT).parts[0] == "tricks"}
-    assert wings - {"__init__.py"} == {"rates", "batches", "labels", "transfer", "hardware"}
+    assert wings - {"__init__.py"} == {"rates", "batches", "labels", "transfer", "hardware", "optimizers"}
 
 
 IMPURE = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import pickle
 
 import pytest
@@ -15,9 +16,10 @@ from curves import OWN, Curve, Steps, own_values, value_of
 from found import TRICKS, own_tests
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.optim.lr_scheduler import StepLR
+from rivals import RIVALS, ByHand, ByHandAtTheStep, ByHandTold, Rival
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
-from lightning_speedups import WarmupLRScaler
+from lightning_speedups import LRCurve, WarmupLRScaler
 from lightning_speedups.attach.steps import OptimizerTrick
 from lightning_speedups.tricks.rates.base import ScheduleTrick
 from zoo import (
@@ -53,7 +55,16 @@ def of_curves(keys):
     return pytest.mark.parametrize("curve", [pytest.param(CURVES[key], id=key) for key in keys])
 
 
+OF_THE_RATE = [key for key in SCHEDULES if "lr" in CURVES[key].make().keys]
 every_curve, every_driver, every_schedule = of_curves(CURVES), of_curves(ONE_OF_EACH.values()), of_curves(SCHEDULES)
+every_rate = of_curves(OF_THE_RATE)
+
+
+def each_rate_once(name, values):
+    """Each curve of the rate with one of the values, and each of these at least once."""
+    assert len(OF_THE_RATE) >= len(values)
+    pairs = zip(OF_THE_RATE, itertools.cycle(values), strict=False)
+    return pytest.mark.parametrize(("curve", name), [(CURVES[key], value) for key, value in pairs])
 
 
 def test_every_schedule_has_curves():
@@ -280,6 +291,120 @@ def test_another_owner_of_the_rate_is_refused_at_fit_start_by_name(curve):
             ):
                 trainer(callbacks=[trick, *callbacks]).fit(module, loader())
             assert not module.losses
+
+
+# ---- in the place of the module's own schedulers
+
+
+def own_part(values):
+    """What a run without schedulers has in its groups: theirs note more there."""
+    return [[{key: group[key] for key in OWN} for group in step] for step in values]
+
+
+@functools.cache
+def alone(curve):
+    """A run of the same module without a scheduler."""
+    torch.manual_seed(0)
+    module = Rival(None)
+    trainer(callbacks=[curve.make()]).fit(module, loader())
+    return module
+
+
+def assert_same_run(one, other):
+    assert own_part(one.values) == own_part(other.values)
+    assert one.losses == other.losses
+    assert_same_weights(weights(one), weights(other))
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+@every_rate
+def test_in_a_schedulers_place_the_run_is_that_without_one(curve, rival, caplog):
+    torch.manual_seed(0)
+    module, trick = Rival(rival), curve.make(replace=True)
+    run = trainer(callbacks=[trick, LearningRateMonitor()], logger=Memory())
+    with caplog.at_level(logging.INFO):
+        run.fit(module, loader())
+    assert_same_run(module, alone(curve))
+    told = [record.message for record in caplog.records if "takes the place" in record.message]
+    assert len(told) == 1
+    for config in run.lr_scheduler_configs:
+        assert f"{type(config.scheduler).__name__} (interval {config.interval})" in told[0]
+        assert config.frequency == 1
+    falls_away = rival in ("OneCycleLR", "CyclicLR") and "momentum" not in trick.keys
+    assert ("; the momentum that it cycles stays" in told[0]) is falls_away
+
+
+@every_schedule
+def test_where_there_is_no_scheduler_nothing_is_said_or_changed(curve, caplog):
+    module = Classifier()
+    with caplog.at_level(logging.INFO):
+        trainer(callbacks=[curve.make(replace=True)]).fit(module, loader())
+    curve.check(module.values, Steps())
+    assert "takes the place" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", [ByHand, ByHandAtTheStep, ByHandTold])
+@every_rate
+def test_a_scheduler_that_the_module_steps_itself_rests_too(curve, kind, caplog):
+    torch.manual_seed(0)
+    module = kind()
+    with caplog.at_level(logging.INFO):
+        trainer(callbacks=[curve.make(replace=True)]).fit(module, loader())
+    curve.check(module.values, Steps())
+    assert "takes the place of OneCycleLR (" in caplog.text
+
+
+@each_rate_once("rival", ["StepLR", "OneCycleLR", "SequentialLR", "timm's"])
+def test_a_resumed_run_in_a_schedulers_place_goes_on_exactly(curve, rival):
+    whole, parted = alone_on_replay(curve), replayed(Rival(rival))
+    stop = min(6, len(whole.values) - 1)
+    fit_interrupted(parted, ReplayLoader(), stop, [curve.make(replace=True)])
+    resume(parted, ReplayLoader(), [curve.make(replace=True)])
+    assert_same_run(parted, whole)
+
+
+def replayed(module):
+    """The module with the weights that all of them begin with."""
+    torch.manual_seed(0)
+    module.load_state_dict(Classifier().state_dict())
+    return module
+
+
+@functools.cache
+def alone_on_replay(curve):
+    module = replayed(Rival(None))
+    trainer(callbacks=[curve.make()]).fit(module, ReplayLoader())
+    return module
+
+
+@each_rate_once("rivals", [("OneCycleLR", "OneCycleLR"), ("StepLR", "LambdaLR from 0"), ("timm's", "two of them")])
+def test_a_run_that_a_scheduler_began_is_resumed_from_the_optimizers_own_values(curve, rivals):
+    begun, module = map(Rival, rivals)
+    stop = 4
+    fit_interrupted(begun, ReplayLoader(), stop, [])
+    resume(module, ReplayLoader(), [curve.make(replace=True)])
+    assert own_part(module.values) == own_part(alone(curve).values[stop:])
+
+
+@every_rate
+def test_the_refusal_and_the_warning_name_this_way_out(curve):
+    with pytest.raises(MisconfigurationException, match=r"Remove one .*, or give `replace=True` to take its place\.$"):
+        trainer(callbacks=[curve.make()]).fit(Rival("StepLR"), loader())
+    with pytest.warns(UserWarning, match="steps itself\\? `replace=True` lays it to rest"):
+        trainer(callbacks=[curve.make()]).fit(ByHand(), loader())
+
+
+def test_the_warning_names_no_way_out_that_leads_nowhere():
+    class MakesItLater(ByHand):
+        def configure_optimizers(self):
+            return Classifier.configure_optimizers(self)
+
+        def on_train_start(self):
+            self.own = OneCycleLR(self.optimizers().optimizer, 0.7, total_steps=200)
+
+    for trick, module in ((LRCurve(replace=True), MakesItLater()), (LRCurve(key="momentum"), ByHand())):
+        with pytest.warns(UserWarning, match=r"steps itself\?\)"):
+            trainer(callbacks=[trick]).fit(module, loader())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,21 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 CLASSES = 4
 STOPS = (1, 6, 8, 11)
 """Where a run of three epochs of four steps is interrupted: at the first step, in the middle, at an epoch's last, before the last."""
+
+
+def made_of(thing: Any, above: tuple[int, ...] = ()) -> Any:
+    """What a fresh object consists of, its own objects' parts included, as plain values that can be compared."""
+    if isinstance(thing, dict):
+        return {key: made_of(value, above) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple, set)):
+        return [made_of(value, above) for value in thing]
+    if isinstance(thing, partial):
+        return [made_of(part, above) for part in (thing.func, thing.args, thing.keywords)]
+    if id(thing) in above or isinstance(thing, type) or not hasattr(thing, "__dict__"):
+        return type(thing).__name__ if id(thing) in above else thing
+    if inspect.isfunction(thing):
+        return thing.__qualname__, made_of([cell.cell_contents for cell in thing.__closure__ or ()], above)
+    return type(thing), made_of(vars(thing), (*above, id(thing)))
 
 
 def images(count: int = 32, channels: int = 2, side: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -139,6 +156,44 @@ class Classifier(LightningModule):
 
     def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.values.append([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
+
+
+def photos(count: int = 128, side: int = 16) -> tuple[Tensor, Tensor]:
+    """Noise that is brighter from class to class, uint8."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % CLASSES
+    inputs = torch.randint(0, 60, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+    return inputs + 48 * labels.to(torch.uint8).view(-1, 1, 1, 1), labels
+
+
+class Convolutions(LightningModule):
+    """Two convolutions with BatchNorm, as a user writes them: normalises bytes itself, steps its scheduler each step."""
+
+    def __init__(self, optimizer: str = "sgd", lr: float = 0.05, scheduled: bool = False) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            *(nn.Conv2d(3, 24, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(24), nn.ReLU()),
+            *(nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten()),
+            nn.Linear(24, CLASSES),
+        )
+        self.optimizer, self.lr, self.scheduled = optimizer, lr, scheduled
+        self.losses: list[float] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net((inputs.float() - 100) / 60 if inputs.dtype == torch.uint8 else inputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.optimizer]
+        optimizer = kind(self.parameters(), lr=self.lr, weight_decay=0.1)
+        if not self.scheduled:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -392,6 +447,27 @@ def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different, f"these differ: {different}"
+
+
+def twins(
+    shapes: list[tuple[int, ...]], layout: torch.memory_format = torch.contiguous_format
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The same parameters twice, filters of the first in that layout."""
+    torch.manual_seed(0)
+    one = [
+        nn.Parameter(torch.randn(shape).to(memory_format=layout if len(shape) == 4 else torch.contiguous_format))
+        for shape in shapes
+    ]
+    return one, [nn.Parameter(p.detach().clone().contiguous()) for p in one]
+
+
+def give_gradients(step: int, *sides: list[nn.Parameter]) -> None:
+    """The same gradients for parameters that stand at the same place, others in each step."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for group in zip(*sides, strict=True):
+        gradient = torch.randn(group[0].shape, generator=generator)
+        for p in group:
+            p.grad = gradient.clone()
 
 
 def trainer(**arguments: Any) -> Trainer:

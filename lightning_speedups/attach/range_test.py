@@ -33,6 +33,7 @@ from lightning_speedups.attach.copies import NoCopyError, copy_module, flat, req
 from lightning_speedups.attach.packages import is_a, is_overridden
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.run_length import accumulation, raw_optimizers
+from lightning_speedups.attach.schedulers import SchedulersAtRest
 from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder
 from lightning_speedups.core.range_test import Sweep, diverged, smooth, sweep_rate
 
@@ -141,6 +142,7 @@ class RangeTest(OptimizerTrick):
 
     def __init__(self, sweep: Sweep) -> None:
         super().__init__()
+        self.grips = (SchedulersAtRest(self),)
         self.sweep = sweep
         self.rates = [sweep_rate(step, sweep.steps, sweep.min_lr, sweep.max_lr) for step in range(sweep.steps)]
         self.losses: list[float] = []  # of the steps that were done
@@ -160,12 +162,10 @@ class RangeTest(OptimizerTrick):
                 f"{names}. {WAY_OUT}"
             )
         super().on_fit_start(trainer, pl_module)
-        # before a scheduler's warm-up
-        self.own = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        self.own = [float(group["lr"]) for group in groups]
         loop = trainer.fit_loop
         # Only now, so that configure_optimizers has seen the length of the user's run. Skipped steps count here.
         loop.max_epochs, loop.epoch_loop.max_steps = -1, 2 * len(self.rates)
-        loop.epoch_loop.__dict__["update_lr_schedulers"] = _nothing
 
     def place(self) -> str:
         """Say where in the sweep an error has been raised."""

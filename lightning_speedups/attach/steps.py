@@ -156,7 +156,7 @@ class OptimizerTrick(Trick):
     def plan(self, run: RunFacts) -> None:
         """Settle what depends on the run's length or batch size, before the first step."""
 
-    def steps_of_run(self, run: RunFacts, given: int | None, way_out: str = GIVE_STEPS) -> int:
+    def _steps_of_run(self, run: RunFacts, given: int | None, way_out: str = GIVE_STEPS) -> int:
         """Return the length of the whole run in optimizer steps; refuse a run of unknown length.
 
         Args:
@@ -172,7 +172,7 @@ class OptimizerTrick(Trick):
             way_out,
         )
 
-    def steps_of_parts(self, run: RunFacts, whole: float | None = None, **parts: Duration) -> list[float]:
+    def _steps_of_parts(self, run: RunFacts, whole: float | None = None, **parts: Duration) -> list[float]:
         """Return the lengths of parts of the run in optimizer steps; refuse a run that does not tell one of them.
 
         Args:

@@ -103,7 +103,7 @@ def check_choice(name: str, value: Any, choices: Collection[Any], *, optional: b
     Args:
         name: The argument's name.
         value: What was given.
-        choices: What is allowed, two or more.
+        choices: What is allowed, one or more.
         optional: Whether None is allowed.
 
     Raises:
@@ -117,5 +117,5 @@ def check_choice(name: str, value: Any, choices: Collection[Any], *, optional: b
     if value in choices or (value is None and optional):
         return
     *first, last = map(repr, choices)
-    rule = f"{', '.join(first)} or {last}{', or None' if optional else ''}"
+    rule = f"{', '.join(first)}{' or ' if first else ''}{last}{', or None' if optional else ''}"
     raise ValueError(f"Expected `{name}` to be {rule}, but got {value!r}.")

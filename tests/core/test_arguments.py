@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lightning_speedups.core.arguments import check_number
+from lightning_speedups.core.arguments import check_choice, check_number
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,16 @@ def test_what_is_not_is_refused(value, rule, told):
     with pytest.raises(ValueError) as caught:
         check_number("x", value, **rule)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("choices", "rule"), [(["a"], "'a'"), (["a", "b"], "'a' or 'b'"), (["a", "b", "c"], "'a', 'b' or 'c'")]
+)
+def test_a_word_that_is_no_choice_is_told_the_choices(choices, rule):
+    check_choice("way", choices[-1], choices)
+    check_choice("way", None, choices, optional=True)
+    with pytest.raises(ValueError) as error:
+        check_choice("way", "z", choices)
+    assert str(error.value) == f"Expected `way` to be {rule}, but got 'z'."
+    with pytest.raises(ValueError, match=f"{rule}, or None, but"):
+        check_choice("way", "z", choices, optional=True)

@@ -7,12 +7,13 @@ from dataclasses import astuple, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.run_length import raw_optimizers, run_length
+from lightning_speedups.attach.schedulers import SchedulersAtRest, drives_the_same
 from lightning_speedups.attach.steps import GIVE_STEPS, OptimizerTrick, Steps, ValueOrder, get_value
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.core.arguments import check_choice, check_number
@@ -99,6 +100,7 @@ class ScheduleTrick(OptimizerTrick):
         total_steps: Length in optimizer steps, 1 or more; None: from the Trainer.
         optimizer: Index of the optimizer to drive; None: all of them.
         on_resume: What to do when a resumed run has another length.
+        replace: Take the place of the module's own schedulers of the learning rate, instead of refusing them.
         **rates: Learning rates that the user gives, by the arguments' names: one above 0, or one for each parameter
             group.
     """
@@ -113,7 +115,14 @@ class ScheduleTrick(OptimizerTrick):
     ways_out: ClassVar[str] = GIVE_STEPS
     """What to do when the length of the run is unknown."""
 
-    def __init__(self, total_steps: int | None, optimizer: int | None, on_resume: OnResume, **rates: Rates) -> None:
+    def __init__(
+        self,
+        total_steps: int | None,
+        optimizer: int | None,
+        on_resume: OnResume,
+        replace: bool = False,
+        **rates: Rates,
+    ) -> None:
         super().__init__()
         check_number("total_steps", total_steps, 1, whole=True, optional=True)
         check_number("optimizer", optimizer, 0, whole=True, optional=True)
@@ -122,6 +131,8 @@ class ScheduleTrick(OptimizerTrick):
             for rate in given if isinstance(given, (list, tuple)) and given else [given]:
                 check_number(name, rate, 0, above=True)
         self.total_steps, self.optimizer, self.on_resume, self.rates = total_steps, optimizer, on_resume, rates
+        self.at_rest = SchedulersAtRest(self) if replace else None
+        self.grips = (self.at_rest,) if self.at_rest else ()
 
     @property
     def needs_length(self) -> bool:
@@ -150,10 +161,12 @@ class ScheduleTrick(OptimizerTrick):
             if own is not before and not isinstance(own, Tensor) and own != before:
                 self.run.warned = True
                 what = "learning rate" if self.keys[0] == "lr" else self.keys[0]
+                helps = "lr" in self.keys and not self.at_rest
+                way_out = " `replace=True` lays it to rest, if `configure_optimizers` made it" if helps else ""
                 rank_zero_warn(
                     f"{self.name} is not alone: something else wrote the {what}, too, from {before:g} to {own:g} (a "
-                    "scheduler that the module steps itself?). Values of its own override what was written, factors "
-                    "multiply with it. Remove one of them (WarmupLRScaler may stay: it multiplies)."
+                    f"scheduler that the module steps itself?{way_out}). Values of its own override what was written, "
+                    "factors multiply with it. Remove one of them (WarmupLRScaler may stay: it multiplies)."
                 )
         return super().values_now(optimizer, group, values)
 
@@ -161,18 +174,22 @@ class ScheduleTrick(OptimizerTrick):
         """Return where the curve stands at a step of an optimizer, in the curve's own steps."""
         return self.saved.courses[optimizer].position(step)
 
-    def ratio(self, optimizer: int, group: int, values: Mapping[str, Any]) -> float:
+    def _ratio(self, optimizer: int, group: int, values: Mapping[str, Any]) -> float:
         """Return the learning rate of a group that came later over the first group's; 1 for the others."""
         leading = self.run.leading[optimizer] if self.run.leading else 0.0
         return float(values["lr"]) / leading if leading and group >= self.saved.groups[optimizer] else 1.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse another owner of the same values, and optimizers that lack them."""
+        """Refuse another owner of the same values, and optimizers that lack them; say whose place it takes."""
         super().on_fit_start(trainer, pl_module)
         if others := list(self._other_owners(trainer)):
             mine = "learning rate" if "lr" in self.keys else " and ".join(self.keys)
             what = f"sets the {mine} of every step, and so does {' and '.join(others)}"
-            raise self.refusal(what, "Remove one of them (WarmupLRScaler may stay: it multiplies).")
+            way_out = "Remove one of them (WarmupLRScaler may stay: it multiplies)"
+            replaced = others[0].startswith("the scheduler")
+            raise self.refusal(what, way_out + (", or give `replace=True` to take its place." if replaced else "."))
+        if self.at_rest and (report := self.at_rest.report):
+            rank_zero_info(f"{self.name} takes the place of {report}.")
 
     def meet(self, trainer: Trainer) -> None:
         """Refuse optimizers that do not fit, and note what leads the groups that come later."""
@@ -200,9 +217,8 @@ class ScheduleTrick(OptimizerTrick):
         self.run.own = {}
 
     def _other_owners(self, trainer: Trainer) -> Iterator[str]:
-        for config in trainer.lr_scheduler_configs if "lr" in self.keys else ():
-            driven = getattr(config.scheduler, "optimizer", None)
-            if self.optimizer is None or driven in (None, raw_optimizers(trainer)[self.optimizer]):
+        for config in trainer.lr_scheduler_configs:
+            if not self.at_rest and drives_the_same(config.scheduler, self, trainer):
                 yield f"the scheduler {type(config.scheduler).__name__} from configure_optimizers"
         for callback in callbacks_of(trainer):
             if is_a(callback, "StochasticWeightAveraging") and "lr" in self.keys:
@@ -228,7 +244,7 @@ class ScheduleTrick(OptimizerTrick):
         super().plan(run)
         if not self.needs_length:
             return
-        total = self.steps_of_run(run, self.total_steps, self.ways_out)
+        total = self._steps_of_run(run, self.total_steps, self.ways_out)
         told, end, courses = self.total_steps or run.told or total, total - self.ends_before, self.saved.courses
         if len(courses) != len(run.optimizers):
             courses = [Course(end, end)] * len(run.optimizers)
@@ -251,7 +267,7 @@ class ScheduleTrick(OptimizerTrick):
         """Length of the run as it is planned, in optimizer steps."""
         return self.saved.courses[0].total + self.ends_before
 
-    def counted(self, trainer: Trainer) -> int:
+    def _counted(self, trainer: Trainer) -> int:
         """Return the steps so far that the planned length is to be compared with: real ones, but where a GradScaler
         skips some, the Trainer's.
         """
@@ -263,7 +279,7 @@ class ScheduleTrick(OptimizerTrick):
         super().on_train_epoch_start(trainer, pl_module)
         if self.total_steps or not self.needs_length:
             return
-        length, done = run_length(trainer), self.counted(trainer)
+        length, done = run_length(trainer), self._counted(trainer)
         following, began, *expected = self.saved.outlook or (0, done, done)
         end = done + length.steps_in(length.epoch)
         self.saved.outlook = [length.epoch + 1, done, end, end + length.steps_in(length.epoch + 1)]
@@ -291,7 +307,7 @@ class ScheduleTrick(OptimizerTrick):
         super().on_train_end(trainer, pl_module)
         if self.total_steps or not self.needs_length or trainer.should_stop:
             return
-        if (steps := self.counted(trainer)) != self.planned:
+        if (steps := self._counted(trainer)) != self.planned:
             self._warn(
                 f"the run was planned with {self.planned} optimizer steps and ended after {steps}, so that the curve "
                 "did not end with it"

@@ -48,8 +48,8 @@ class CyclicMomentum(ScheduleTrick):
     that GradScaler skips moves nothing), and a step size can be a part of the run, so that it ends with a whole cycle.
     Parameter groups that appear later keep the ratio of their rate to that of the first group.
 
-    When not to use it: together with another scheduler (it refuses); for one run of known length, where
-    ``OneCycleMomentum`` or ``LRCurve`` end at a far lower rate.
+    When not to use it: together with another scheduler (it refuses, unless ``replace=True``); for one run of known
+    length, where ``OneCycleMomentum`` or ``LRCurve`` end at a far lower rate.
 
     Args:
         base_lr: The lowest rate, above 0: one number, or one for each parameter group.
@@ -68,6 +68,8 @@ class CyclicMomentum(ScheduleTrick):
         optimizer: Index of the optimizer to drive; None: all of them.
         on_resume: When a resumed run has another length and step sizes are fractions of it, ``"stretch"`` the cycles
             over the new total, or ``"extend"`` them: go on from where they stood and end with the new total.
+        replace: Take the place of the module's own schedulers of the rate, which then rest, also where the module steps
+            them by hand; rates start from what the optimizer held before them. Without it they are refused.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -100,8 +102,9 @@ class CyclicMomentum(ScheduleTrick):
         total_steps: int | None = None,
         optimizer: int | None = None,
         on_resume: OnResume = "stretch",
+        replace: bool = False,
     ) -> None:
-        super().__init__(total_steps, optimizer, on_resume, base_lr=base_lr, max_lr=max_lr)
+        super().__init__(total_steps, optimizer, on_resume, replace, base_lr=base_lr, max_lr=max_lr)
         check_choice("mode", mode, get_args(Mode))
         check_number("gamma", gamma, 0, 1, above=True)
         check_number("base_momentum", base_momentum, 0, 1, below=True)
@@ -124,7 +127,7 @@ class CyclicMomentum(ScheduleTrick):
         """Settle the step sizes."""
         super().plan(run)
         whole = self.length if self.needs_length else None
-        up, down = self.steps_of_parts(run, whole, step_size_up=self.up, step_size_down=self.down)
+        up, down = self._steps_of_parts(run, whole, step_size_up=self.up, step_size_down=self.down)
         if not up or not down:
             sizes = f"{self.up.amount:g} {self.up.unit} up and {self.down.amount:g} {self.down.unit} down"
             what = f"finds that step sizes of {sizes} are less than one optimizer step"
@@ -144,6 +147,6 @@ class CyclicMomentum(ScheduleTrick):
         height, cycle = triangle(position, *self.run.sizes)
         height *= amplitude(self.mode, cycle, position, self.gamma)
         base, high = rate_of(self.base_lr, group), rate_of(self.max_lr, group)
-        rate = (base + (high - base) * height) * self.ratio(optimizer, group, values)
+        rate = (base + (high - base) * height) * self._ratio(optimizer, group, values)
         momentum = self.max_momentum - (self.max_momentum - self.base_momentum) * height
         return {"lr": rate, **(entry(values, "momentum", momentum) if self.cycle_momentum else {})}

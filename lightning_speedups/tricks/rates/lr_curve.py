@@ -53,8 +53,8 @@ class LRCurve(ScheduleTrick):
     the same arguments its values are those of torch's schedulers. It counts real optimizer steps (one that GradScaler
     skips moves nothing). Several curves, for several values or optimizers, run side by side.
 
-    When not to use it: together with a scheduler of the learning rate (it refuses). For the shortest runs
-    ``OneCycleMomentum`` moves momentum as well.
+    When not to use it: together with a scheduler of the learning rate (it refuses, unless ``replace=True``). For the
+    shortest runs ``OneCycleMomentum`` moves momentum as well.
 
     Args:
         shape: ``"cosine"``, ``"linear"``, ``"step"``, ``"polynomial"``, ``"exponential"``, ``"trapezoid"`` (warm-up,
@@ -79,6 +79,8 @@ class LRCurve(ScheduleTrick):
         on_resume: When a resumed run has another length, ``"stretch"`` the curve over the new total, or ``"extend"``
             it: go on from where it stood and end at the new total. A trapezoid with warm-up and cooldown in steps that
             is stretched on its plateau stays there.
+        replace: Take the place of the module's own schedulers of the rate, which then rest, also where the module steps
+            them by hand; rates start from what the optimizer held before them. Without it they are refused.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -115,8 +117,9 @@ class LRCurve(ScheduleTrick):
         total_steps: int | None = None,
         optimizer: int | None = None,
         on_resume: OnResume = "stretch",
+        replace: bool = False,
     ) -> None:
-        super().__init__(total_steps, optimizer, on_resume)
+        super().__init__(total_steps, optimizer, on_resume, replace)
         check_number("end_factor", end_factor, 0, optional=True)
         check_number("warmup_factor", warmup_factor, 0)
         check_number("cooldown_factor", cooldown_factor, 0)
@@ -175,7 +178,7 @@ class LRCurve(ScheduleTrick):
         """Lay the pieces end to end."""
         super().plan(run)
         whole = self.length if self.needs_length else 1.0
-        warmup, cooldown = self.steps_of_parts(run, whole, warmup=self.warmup, cooldown=self.cooldown)
+        warmup, cooldown = self._steps_of_parts(run, whole, warmup=self.warmup, cooldown=self.cooldown)
         if warmup + cooldown > whole * (1 + 1e-9):  # fractions that add up to 1 may pass it by a rounding error
             if not self.resumed:
                 parts = f"a warm-up of {warmup:g} and a cooldown of {cooldown:g} optimizer steps"

@@ -33,8 +33,8 @@ class OneCycleMomentum(ScheduleTrick):
     another length: the curve is stretched over the new total or extended, with a warning. Parameter groups that appear
     later keep the ratio of their rate to that of the first group.
 
-    When not to use it: together with another scheduler (it refuses), or for open-ended runs. The peak must fit: too
-    high a ``max_lr`` diverges.
+    When not to use it: together with another scheduler (it refuses, unless ``replace=True``), or for open-ended
+    runs. The peak must fit: too high a ``max_lr`` diverges.
 
     Args:
         max_lr: The peak, above 0: one number, one for each parameter group, or ``"auto"``: found before the first step
@@ -54,6 +54,8 @@ class OneCycleMomentum(ScheduleTrick):
         on_resume: When a resumed run has another length, ``"stretch"`` the curve over the new total, or ``"extend"``
             it: go on from where it stood and end at the new total.
         range_test: Settings of the range test for ``max_lr="auto"``, the arguments of ``LRRangeTest``.
+        replace: Take the place of the module's own schedulers of the rate, which then rest, also where the module steps
+            them by hand; rates start from what the optimizer held before them. Without it they are refused.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -89,8 +91,9 @@ class OneCycleMomentum(ScheduleTrick):
         optimizer: int | None = None,
         on_resume: OnResume = "stretch",
         range_test: dict[str, Any] | None = None,
+        replace: bool = False,
     ) -> None:
-        super().__init__(total_steps, optimizer, on_resume, **({} if max_lr == "auto" else {"max_lr": max_lr}))
+        super().__init__(total_steps, optimizer, on_resume, replace, **({} if max_lr == "auto" else {"max_lr": max_lr}))
         self.cycle = OneCycle(pct_start, anneal, div_factor, final_div_factor, base_momentum, max_momentum, three_phase)
         self.max_lr, self.cycle_momentum = max_lr, cycle_momentum
         self.keys = ("lr", "momentum") if cycle_momentum else ("lr",)
@@ -120,7 +123,7 @@ class OneCycleMomentum(ScheduleTrick):
         """Set rate and momentum."""
         if not self.drives(optimizer):
             return {}
-        ratio = self.ratio(optimizer, group, values)
+        ratio = self._ratio(optimizer, group, values)
         rates = self.saved.found_lr if self.max_lr == "auto" else self.max_lr
         assert rates is not None
         lr, momentum = curve(self.cycle, self.position(optimizer, step), self.length, rate_of(rates, group) * ratio)

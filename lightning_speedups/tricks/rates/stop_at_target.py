@@ -151,7 +151,7 @@ class StopAtTarget(OptimizerTrick):
         """Refuse a decay whose length nobody knows."""
         super().plan(run)
         if self.finish == "anneal":
-            self.steps_of_parts(run, 1, anneal=self.anneal)
+            self._steps_of_parts(run, 1, anneal=self.anneal)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the samples."""

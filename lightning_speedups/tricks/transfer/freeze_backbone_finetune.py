@@ -228,7 +228,7 @@ class FreezeBackboneFinetune(FreezingTrick):
     def plan(self, run: RunFacts) -> None:
         """Settle the ramp."""
         super().plan(run)
-        (self.run.warmup_steps,) = self.steps_of_parts(run, unfreeze_warmup=self.unfreeze_warmup)
+        (self.run.warmup_steps,) = self._steps_of_parts(run, unfreeze_warmup=self.unfreeze_warmup)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze as the epoch wants it, also in a resumed run."""

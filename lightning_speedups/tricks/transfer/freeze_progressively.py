@@ -156,7 +156,7 @@ class FreezeProgressively(FreezingTrick):
     def plan(self, run: RunFacts) -> None:
         """Settle when each layer is frozen."""
         super().plan(run)
-        steps, names = self.steps_of_run(run, self.total_steps), [layer.name for layer in self.layers]
+        steps, names = self._steps_of_run(run, self.total_steps), [layer.name for layer in self.layers]
         times = freeze_times(len(names), self.start, self.until, self.power)
         self.run.times = dict(zip(names, times, strict=True))
         self.run.freeze_at = {name: max(1, round(time * steps)) for name, time in self.run.times.items()}

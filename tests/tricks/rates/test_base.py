@@ -51,7 +51,7 @@ class Place(ScheduleTrick):
     def group_values(self, optimizer, group, step, values):
         if not self.drives(optimizer):
             return {}
-        rate = self.unit * (1 + self.position(optimizer, step)) * self.ratio(optimizer, group, values)
+        rate = self.unit * (1 + self.position(optimizer, step)) * self._ratio(optimizer, group, values)
         return {name: changed for key in self.keys for name, changed in entry(values, key, rate).items()}
 
 
