@@ -16,6 +16,8 @@ from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
 from lightning_speedups.tricks.labels.binary_label_smoothing import BinaryLabelSmoothing
 from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
 from lightning_speedups.tricks.labels.smoothing_schedule import SmoothingSchedule
+from lightning_speedups.tricks.optimizers.muon.muon import Muon, MuonMixin
+from lightning_speedups.tricks.optimizers.muon.muon_callback import MuonCallback
 from lightning_speedups.tricks.rates.cyclic_momentum import CyclicMomentum
 from lightning_speedups.tricks.rates.lr_curve import LRCurve
 from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
@@ -40,6 +42,9 @@ __all__ = [
     "LRRangeTest",
     "LabelSmoothingLoss",
     "MixupCallback",
+    "Muon",
+    "MuonCallback",
+    "MuonMixin",
     "OneCycleMomentum",
     "Plateau",
     "ProgressiveResizing",

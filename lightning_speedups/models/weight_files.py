@@ -24,11 +24,11 @@ from lightning_speedups.modules.layers import find_timm_network
 from lightning_speedups.modules.weights import (
     Match,
     WeightReport,
+    find_heads,
     find_prefixes,
     find_states,
     fit_state,
     head_names,
-    last_layer,
     match_states,
     named_tensors,
     renamed,
@@ -188,7 +188,7 @@ def load_weights(
         (('0.weight', '0.bias'), ('2.weight', '2.bias'))
     """
     states, own = read_states(source), module.state_dict(keep_vars=True)
-    names = head_names(module, _heads(module, head))
+    names = head_names(module, find_heads(module, head))
     try:
         match = match_states(states, own, key)
     except ValueError as error:
@@ -205,21 +205,6 @@ def load_weights(
     module.load_state_dict(fitting, strict=False)
     rank_zero_info(str(report))
     return report
-
-
-def _heads(module: nn.Module, path: str | None) -> list[nn.Module]:
-    """Return the classifier: what stands at a path, or else that of timm's network, or what looks like one."""
-    if path is None:
-        network, classifiers = find_timm_network(module)
-        return last_layer(module) if network is None else classifiers
-    try:
-        return [module.get_submodule(path)]
-    except AttributeError as error:
-        children = [name for name, _ in module.named_children()]
-        raise ValueError(
-            f"Expected `head` to be the path of a submodule, but {type(module).__name__} has no {path!r}. It has "
-            f"{children}."
-        ) from error
 
 
 def _translated(module: nn.Module, state: Mapping[str, Any], match: Match) -> Mapping[str, Any]:

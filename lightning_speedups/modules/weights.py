@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from lightning_speedups.modules.layers import find_timm_network
+
 CONTAINERS = ("", "state_dict", "model_state_dict", "model", "net", "module", "weights")
 """Under which keys training programs keep the weights: none, or these; others are looked through afterwards."""
 
@@ -450,3 +452,30 @@ def last_layer(module: nn.Module) -> list[nn.Module]:
     layers = [part for part in module.modules() if any(True for _ in part.parameters(recurse=False))]
     pointwise = layers and isinstance(layers[-1], nn.Conv2d) and layers[-1].kernel_size == (1, 1)
     return layers[-1:] if pointwise or (layers and isinstance(layers[-1], nn.Linear)) else []
+
+
+def find_heads(module: nn.Module, path: str | None = None) -> list[nn.Module]:
+    """Return what makes a module's outputs of its features: the part at a path, timm's classifiers, or the last layer.
+
+    Args:
+        module: The module.
+        path: Of a submodule; None: look for it.
+
+    Raises:
+        ValueError: If there is no such submodule.
+
+    Example:
+        >>> find_heads(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)))
+        [Linear(in_features=4, out_features=2, bias=True)]
+    """
+    if path is None:
+        network, classifiers = find_timm_network(module)
+        return last_layer(module) if network is None else classifiers
+    try:
+        return [module.get_submodule(path)]
+    except AttributeError as error:
+        children = [name for name, _ in module.named_children()]
+        raise ValueError(
+            f"Expected `head` to be the path of a submodule, but {type(module).__name__} has no {path!r}. It has "
+            f"{children}."
+        ) from error

@@ -1,9 +1,12 @@
 import pytest
+import timm
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 from lightning_speedups.modules.weights import (
     WeightReport,
+    find_heads,
     find_prefixes,
     find_states,
     fit_state,
@@ -340,3 +343,13 @@ def test_the_head_is_the_last_layer_where_it_can_be_one():
 def test_a_head_that_would_be_everything_is_none():
     linear = nn.Linear(4, 2)
     assert head_names(linear, [linear]) == frozenset()
+
+
+def test_heads_are_found_in_torchvision_and_timm_or_at_a_path():
+    one, other = resnet18(), timm.create_model("convnext_atto")
+    assert find_heads(one) == [one.fc]
+    assert find_heads(nn.Sequential(other)) == [other.head.fc]
+    assert find_heads(one, "layer4.1") == [one.layer4[1]]
+    assert find_heads(nn.Sequential(nn.BatchNorm2d(3))) == []
+    with pytest.raises(ValueError, match=r"`head` to be the path of a submodule, but ResNet has no 'nothing'.*'fc'"):
+        find_heads(one, "nothing")

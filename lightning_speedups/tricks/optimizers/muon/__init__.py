@@ -1,0 +1,1 @@
+"""Muon as an optimizer, a mixin and a callback."""
