@@ -16,6 +16,7 @@ from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
 from lightning_speedups.tricks.labels.binary_label_smoothing import BinaryLabelSmoothing
 from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
 from lightning_speedups.tricks.labels.smoothing_schedule import SmoothingSchedule
+from lightning_speedups.tricks.optimizers.fast_start import FastStart
 from lightning_speedups.tricks.optimizers.muon.muon import Muon, MuonMixin
 from lightning_speedups.tricks.optimizers.muon.muon_callback import MuonCallback
 from lightning_speedups.tricks.rates.cyclic_momentum import CyclicMomentum
@@ -34,6 +35,7 @@ __all__ = [
     "BatchAugmentation",
     "BinaryLabelSmoothing",
     "CyclicMomentum",
+    "FastStart",
     "FeatureCache",
     "FreezeBackboneFinetune",
     "FreezeProgressively",

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_speedups import (
     BinaryLabelSmoothing,
     CyclicMomentum,
+    FastStart,
     FeatureCache,
     FreezeBackboneFinetune,
     FreezeProgressively,
@@ -48,6 +49,7 @@ NEUTRAL = {
     "all samples from the start": lambda: SubsetTraining(stop_at=0),
     "a flat schedule": lambda: SmoothingSchedule(end_factor=1.0),
     "a schedule behind the end": lambda: SmoothingSchedule(start=1.0),
+    "no other start": lambda: FastStart(whiten=None, dirac=False),
     "a target out of reach": lambda: StopAtTarget("train_loss", -math.inf, "min"),
 }
 

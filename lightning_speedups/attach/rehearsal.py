@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_speedups.attach.copies import copy_module
+from lightning_speedups.attach.copies import NoCopyError, copy_module
 from lightning_speedups.attach.randomness import same_randomness
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -53,6 +54,48 @@ def rehearsal(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Li
             buffer.copy_(value)
 
 
+class _Seen(Exception):
+    """Ends a training step in which all was seen that was looked for."""
+
+
+def first_inputs(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, part: nn.Module, others: Iterable[nn.Module] = ()
+) -> Tensor:
+    """Return what a part of the module is given first in the training step of a batch.
+
+    The step is rehearsed up to there; what is compiled runs as it is written.
+
+    Args:
+        trainer: A fitting Trainer, in training or in validation.
+        pl_module: Its module, without a wrapper.
+        batch: As ``training_step`` takes it, on the device.
+        part: The part.
+        others: Parts that are not to be called before it.
+
+    Raises:
+        NoCopyError: As for [rehearsal][lightning_speedups.attach.rehearsal.rehearsal], and if ``training_step`` fetches
+            its batches itself, does not call the part, or calls another one before.
+    """
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise NoCopyError(f"{type(pl_module).__name__}.training_step fetches its batches itself")
+    names = {module: name for name, module in pl_module.named_modules()}
+    seen: dict[nn.Module, Tensor] = {}
+
+    def see(one: nn.Module, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        seen[one] = [*inputs, *named.values()][0]
+        raise _Seen
+
+    with torch.compiler.set_stance("force_eager"), rehearsal(trainer, pl_module) as (twin, step):
+        for one in {part, *others}:
+            twin.get_submodule(names[one]).register_forward_pre_hook(partial(see, one), with_kwargs=True)
+        with suppress(_Seen):
+            step(batch)
+    if part not in seen:
+        instead = "".join(f" first, but `{names[one]}`" for one in seen)
+        raise NoCopyError(f"{type(pl_module).__name__}.training_step does not call `{names[part]}`{instead}")
+    return seen[part]
+
+
 def fresh_statistics(trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any]) -> Statistics:
     """Return the statistics that BatchNorm modules in training have on some batches: the mean over these.
 
@@ -80,7 +123,7 @@ def fresh_statistics(trainer: Trainer, pl_module: LightningModule, batches: Iter
         }
 
 
-def norms_of(module: torch.nn.Module) -> dict[str, _BatchNorm]:
+def norms_of(module: nn.Module) -> dict[str, _BatchNorm]:
     """Return the BatchNorm modules that keep running statistics, by name.
 
     Args:
@@ -93,7 +136,7 @@ def norms_of(module: torch.nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def swap_statistics(module: torch.nn.Module, statistics: Statistics) -> Statistics:
+def swap_statistics(module: nn.Module, statistics: Statistics) -> Statistics:
     """Give BatchNorm modules other statistics, and return those that they had.
 
     Args:
@@ -111,8 +154,9 @@ def swap_statistics(module: torch.nn.Module, statistics: Statistics) -> Statisti
 
 def _double(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
     twin = copy_module(trainer, pl_module, shared=pl_module.parameters())
-    # Validation has switched all modules to evaluation; it remembers their modes.
-    modes = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if trainer.validating else {}
+    # A validation under way has switched all modules to evaluation; it remembers their modes.
+    is_switched = trainer.validating and not pl_module.training
+    modes = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if is_switched else {}
     for part, module in twin.named_modules():
         module.training = modes.get(part, module.training)
     # The step may speak to the loggers, and tell the Trainer to stop.

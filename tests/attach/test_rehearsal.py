@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_speedups.attach.copies import NoCopyError
-from lightning_speedups.attach.rehearsal import fresh_statistics, norms_of, rehearsal, swap_statistics
+from lightning_speedups.attach.rehearsal import first_inputs, fresh_statistics, norms_of, rehearsal, swap_statistics
 from zoo import Classifier, Manual, images, loader, trainer, weights
 
 
@@ -208,3 +208,32 @@ def test_what_cannot_be_rehearsed_says_why(module, reason):
         return True
 
     assert run(rehearse, module())[0]
+
+
+def test_first_inputs_are_what_a_part_is_given_and_the_rest_of_the_step_is_not_run():
+    module, reached = Traces(), []
+    module.head.register_forward_pre_hook(lambda head, _: reached.append(head))
+
+    def look(trainer, pl_module):
+        before, count = weights(pl_module), len(reached)
+        batch = (images(8)[0], images(8)[1])
+        torch.manual_seed(4)
+        seen = first_inputs(trainer, pl_module, batch, pl_module.backbone[1])
+        same = torch.random.get_rng_state().equal(torch.manual_seed(4).get_state())
+        torch.manual_seed(4)
+        expected = pl_module.backbone[0](batch[0] + 0.1 * torch.randn_like(batch[0]))
+        unchanged = all(torch.equal(value, before[name]) for name, value in weights(pl_module).items())
+        return torch.equal(seen, expected), same, unchanged, len(reached) - count
+
+    result, _, _ = run(look, module)
+    assert result == (True, True, True, 0)
+
+
+def test_a_part_that_the_step_does_not_call_has_no_first_inputs():
+    def look(trainer, pl_module):
+        pl_module.spare = nn.Linear(2, 2)
+        with pytest.raises(NoCopyError, match=r"Classifier\.training_step does not call `spare`"):
+            first_inputs(trainer, pl_module, images(8), pl_module.spare)
+        return True
+
+    assert run(look, Classifier())[0]
