@@ -16,6 +16,7 @@ from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
 from lightning_speedups.tricks.labels.binary_label_smoothing import BinaryLabelSmoothing
 from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
 from lightning_speedups.tricks.labels.smoothing_schedule import SmoothingSchedule
+from lightning_speedups.tricks.optimizers.averaged_weights import AveragedWeights
 from lightning_speedups.tricks.optimizers.fast_start import FastStart
 from lightning_speedups.tricks.optimizers.muon.muon import Muon, MuonMixin
 from lightning_speedups.tricks.optimizers.muon.muon_callback import MuonCallback
@@ -32,6 +33,7 @@ from lightning_speedups_command import VERSION
 __version__ = VERSION
 
 __all__ = [
+    "AveragedWeights",
     "BatchAugmentation",
     "BinaryLabelSmoothing",
     "CyclicMomentum",
