@@ -12,6 +12,10 @@ from lightning_speedups.tricks.batches.in_memory_loader import InMemoryLoader
 from lightning_speedups.tricks.batches.mixup_callback import MixupCallback
 from lightning_speedups.tricks.batches.progressive_resizing.progressive_resizing import ProgressiveResizing
 from lightning_speedups.tricks.batches.subset_training import SubsetTraining
+from lightning_speedups.tricks.hardware.allocator_tuning import AllocatorTuning
+from lightning_speedups.tricks.hardware.autocast_cache import AutocastCache
+from lightning_speedups.tricks.hardware.channels_last import ChannelsLast
+from lightning_speedups.tricks.hardware.fused_optimizer import FusedOptimizer
 from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
 from lightning_speedups.tricks.labels.binary_label_smoothing import BinaryLabelSmoothing
 from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
@@ -33,14 +37,18 @@ from lightning_speedups_command import VERSION
 __version__ = VERSION
 
 __all__ = [
+    "AllocatorTuning",
+    "AutocastCache",
     "AveragedWeights",
     "BatchAugmentation",
     "BinaryLabelSmoothing",
+    "ChannelsLast",
     "CyclicMomentum",
     "FastStart",
     "FeatureCache",
     "FreezeBackboneFinetune",
     "FreezeProgressively",
+    "FusedOptimizer",
     "InMemoryLoader",
     "LRCurve",
     "LRRangeTest",
