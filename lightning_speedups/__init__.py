@@ -15,6 +15,7 @@ from lightning_speedups.tricks.batches.subset_training import SubsetTraining
 from lightning_speedups.tricks.hardware.allocator_tuning import AllocatorTuning
 from lightning_speedups.tricks.hardware.autocast_cache import AutocastCache
 from lightning_speedups.tricks.hardware.channels_last import ChannelsLast
+from lightning_speedups.tricks.hardware.compiled_modules import CompiledModules
 from lightning_speedups.tricks.hardware.fused_optimizer import FusedOptimizer
 from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
 from lightning_speedups.tricks.labels.binary_label_smoothing import BinaryLabelSmoothing
@@ -43,6 +44,7 @@ __all__ = [
     "BatchAugmentation",
     "BinaryLabelSmoothing",
     "ChannelsLast",
+    "CompiledModules",
     "CyclicMomentum",
     "FastStart",
     "FeatureCache",
