@@ -6,6 +6,7 @@ from lightning_speedups.measure.lr_range_test import LRRangeTest
 from lightning_speedups.measure.schedule_plot import plot_schedule
 from lightning_speedups.models.transfer_classifier import TransferClassifier
 from lightning_speedups.models.weight_files import load_weights
+from lightning_speedups.recipes import recipe
 from lightning_speedups.tensors.sample_losses import mean_over_samples
 from lightning_speedups.tricks.batches.batch_augmentation import BatchAugmentation
 from lightning_speedups.tricks.batches.in_memory_loader import InMemoryLoader
@@ -71,5 +72,6 @@ __all__ = [
     "mean_over_samples",
     "plot_batch",
     "plot_schedule",
+    "recipe",
     "trainer_defaults",
 ]
