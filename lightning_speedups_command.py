@@ -60,13 +60,13 @@ class Asked:
         None, "what finetune and freeze start from: a weight file, or 'pretrained' for timm's own",
         unset="a network trained on quarter turns of the images", kind=str, metavar="PATH",
     )  # fmt: skip
-    seeds: int | None = _option(None, "runs of each arm", (1, 100), "3, quick 1")
-    epochs: int | None = _option(None, "epochs of each run", (1, 1000), "8, quick 7")
+    seeds: int | None = _option(None, "runs of each arm", (1, 100), "2, quick 1")
+    epochs: int | None = _option(None, "epochs of each run", (1, 1000), "8, quick 6")
     batch_size: int = _option(64, "samples in a training batch", (2, 65536))
     lr: float = _option(0.02, "constant rate of plain", (0, 10), kind=float)
-    samples: int | None = _option(None, "training images", (10, 10**7), "2000, quick 1600; yours: all")
-    test_samples: int | None = _option(None, "test images", (10, 10**7), "1000, quick 500; yours: 2000")
-    width: int | None = _option(None, "channels of convnet's stem", (4, 1024), "24 grey, 32 colour")
+    samples: int | None = _option(None, "training images", (10, 10**7), "8000, quick 3000; yours: all")
+    test_samples: int | None = _option(None, "test images", (10, 10**7), "2000, quick 1000; yours: 2000")
+    width: int | None = _option(None, "channels of convnet's stem", (4, 1024), "16")
     image_size: int | None = _option(None, "side of a folder's images, in pixels", (8, 512), "64 or less")
     target: float | None = _option(None, "accuracy to reach", (0, 1), "the lowest that a plain run ends with", float)
     pretrain_epochs: int | None = _option(None, "epochs before finetune and freeze", (1, 1000), "half of the epochs")

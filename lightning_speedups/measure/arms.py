@@ -9,13 +9,17 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_speedups.measure.errors import CompareError
+from lightning_speedups.measure.images import ImageData
+from lightning_speedups.recipes import recipe
 from lightning_speedups.tricks.batches.mixup_callback import MixupCallback
 from lightning_speedups.tricks.batches.progressive_resizing.progressive_resizing import ProgressiveResizing
 from lightning_speedups.tricks.batches.subset_training import SubsetTraining
 from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
 from lightning_speedups.tricks.labels.label_smoothing_loss import LabelSmoothingLoss
+from lightning_speedups.tricks.optimizers.muon.muon_callback import MuonCallback
 from lightning_speedups.tricks.rates.cyclic_momentum import CyclicMomentum
 from lightning_speedups.tricks.rates.lr_curve import LRCurve
 from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
@@ -34,6 +38,7 @@ class Situation:
         accelerator: The Trainer's accelerator.
         backbone: Attribute path of the backbone in the LightningModule; ``None`` for a timm model.
         seed: Seed of the run.
+        data: The images.
     """
 
     epochs: int
@@ -41,6 +46,7 @@ class Situation:
     accelerator: str
     backbone: str | None
     seed: int
+    data: ImageData
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,15 @@ class Ingredients:
         callbacks: For the Trainer.
         trainer: Further arguments of the Trainer.
         criterion: Training loss.
+        one_cycle: Highest rate of torch's ``OneCycleLR``; ``None``: the plain rate, constant.
+        loader: Another training loader than plain's.
     """
 
     callbacks: Sequence[Callback] = ()
     trainer: Mapping[str, Any] = field(default_factory=dict)
     criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)
+    one_cycle: float | None = None
+    loader: DataLoader[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Arm:
         pretrained: Whether it starts from the seed's pretrained backbone.
         length: Share of the epochs that it trains for, in (0, 1]: a schedule that ends sooner is a trick, too.
         on_request: Whether it runs only when it is named.
+        single: Whether it shows a single trick: one seed is enough, unless arms are named, and it is drawn pale.
     """
 
     name: str
@@ -79,6 +90,7 @@ class Arm:
     pretrained: bool = False
     length: float = 1.0
     on_request: bool = False
+    single: bool = False
 
     def epochs(self, epochs: int) -> int:
         """Epochs of a run of this arm, when a full run has so many."""
@@ -133,6 +145,39 @@ def _precision(at: Situation) -> Ingredients:
     return Ingredients(trainer=trainer_defaults(precision="auto", accelerator=at.accelerator, devices=1))
 
 
+def _tuned(at: Situation) -> Ingredients:
+    precision = {"precision": _precision(at).trainer["precision"]}
+    return Ingredients(trainer=precision, criterion=nn.CrossEntropyLoss(label_smoothing=0.1), one_cycle=5 * at.lr)
+
+
+def looks(batches: int) -> int:
+    """Return after how many batches to evaluate, so that an epoch is looked at three to ten times, and at its end.
+
+    Args:
+        batches: Batches of an epoch.
+
+    Example:
+        >>> [looks(batches) for batches in (50, 51, 53)]
+        [10, 17, 53]
+    """
+    return next((every for every in range(batches // 3, batches // 10, -1) if batches % every == 0), batches)
+
+
+def _fast(at: Situation) -> Ingredients:
+    is_photos = at.data.x_train.shape[1] == 3
+    flip = "alternating" if is_photos else None  # digits have no mirror image
+    # in so few epochs growing images save less time than accuracy
+    stack = recipe(
+        "vision-fast", (at.data.x_train, at.data.y_train), epochs=at.epochs, flip=flip, start=1.0, seed=at.seed
+    )
+    trainer = {**_precision(at).trainer, "val_check_interval": looks(len(stack.loader))}
+    return Ingredients(stack.trainer["callbacks"], trainer, stack.loss, loader=stack.loader)
+
+
+def _muon(at: Situation) -> Ingredients:
+    return Ingredients([MuonCallback(lr=10 * at.lr, rest_lr=at.lr, momentum=0.6, steps=3, normalized=True)])
+
+
 def _everything(at: Situation) -> Ingredients:
     return Ingredients(
         [OneCycleMomentum(max_lr=3 * at.lr), MixupCallback(alpha=0.1, stop_after=0.3, seed=at.seed)],
@@ -151,18 +196,42 @@ def _gradual(at: Situation) -> Ingredients:
 
 # Choices, the same for every arm unless its trick defines the value: SGD with Nesterov momentum 0.9 and weight decay
 # 5e-4, constant learning rate, no augmentation. The learning rate is plain's best of 0.005, 0.01, 0.02 and 0.04, and
-# the tricks' values were picked the same way, on digits held out of the training part.
+# the others' values were picked the same way, on digits held out of the training part.
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("plain", "SGD at a constant learning rate, float32", _plain, baseline=None),
-        Arm("warmup", "WarmupLRScaler: twice the rate, reached over the first quarter of the run", _warmup),
-        Arm("onecycle", "OneCycleMomentum: up to three times the rate and down to almost nothing", _one_cycle),
-        Arm("mixup", "MixupCallback: alpha 0.2 in every batch; meant for long runs", _mixup),
-        Arm("smoothing", "LabelSmoothingLoss: smoothing 0.1", _smoothing),
-        Arm("precision", "trainer_defaults(precision='auto'): what this hardware is fast at", _precision),
-        Arm("all", "onecycle (which replaces warmup), smoothing, precision; mixup 0.1 in the first 30 %", _everything),
-        Arm("short", "all, in three quarters of the epochs", _everything, length=0.75),
+        Arm(
+            "tuned",
+            "by hand: torch's one-cycle and label smoothing, bfloat16, in half of the epochs",
+            _tuned,
+            length=0.5,
+        ),
+        Arm("fast", "the recipe vision-fast, in a quarter of the epochs", _fast, length=0.25),
+        Arm(
+            "onecycle",
+            "OneCycleMomentum: up to three times the rate and down to almost nothing, in half of the epochs",
+            _one_cycle,
+            length=0.5,
+            single=True,
+        ),
+        Arm(
+            "precision",
+            "trainer_defaults(precision='auto'): what the hardware is fast at",
+            _precision,
+            on_request=True,
+        ),
+        Arm("muon", "MuonCallback in the place of SGD, at ten times its rate", _muon, on_request=True),
+        Arm(
+            "warmup",
+            "WarmupLRScaler: twice the rate, reached over the first quarter of the run",
+            _warmup,
+            on_request=True,
+        ),
+        Arm("mixup", "MixupCallback: alpha 0.2 in every batch; meant for long runs", _mixup, on_request=True),
+        Arm("smoothing", "LabelSmoothingLoss: smoothing 0.1", _smoothing, on_request=True),
+        Arm("all", "onecycle, smoothing, precision; mixup 0.1 in the first 30 %", _everything, on_request=True),
+        Arm("short", "all, in three quarters of the epochs", _everything, length=0.75, on_request=True),
         Arm("auto", "OneCycleMomentum up to the rate that its range test finds", _found, on_request=True),
         Arm("curve", "LRCurve: the same rate, in the last 40 % of the run down to 0", _curve, on_request=True),
         Arm("cyclic", "CyclicMomentum: four cycles, up to three times the rate", _cyclic, on_request=True),
@@ -179,13 +248,21 @@ ARMS: Mapping[str, Arm] = {
             _freezing,
             on_request=True,
         ),
-        Arm("finetune", "plain, from a pretrained backbone: --weights, or quarter turns", _plain, None, True),
+        Arm(
+            "finetune",
+            "plain, from a pretrained backbone: --weights, or quarter turns",
+            _plain,
+            None,
+            True,
+            on_request=True,
+        ),
         Arm(
             "freeze",
             "FreezeBackboneFinetune from that backbone: frozen for one epoch, then at the same rate",
             _freeze,
             "finetune",
             True,
+            on_request=True,
         ),
         Arm(
             "gradual",

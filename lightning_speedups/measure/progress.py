@@ -15,11 +15,10 @@ class Bar(Progress):
     """One bar on stderr for one piece of work after the other; a context manager, more than once if need be.
 
     Args:
-        batch_size: Samples of a batch.
         shown: Whether to show anything at all.
     """
 
-    def __init__(self, batch_size: int, *, shown: bool) -> None:
+    def __init__(self, *, shown: bool) -> None:
         console = Console(stderr=True)
         super().__init__(
             *Progress.get_default_columns(),
@@ -29,7 +28,6 @@ class Bar(Progress):
             transient=True,
             disable=not (shown and (console.is_interactive or console.is_jupyter)),  # a pipe would get empty lines
         )
-        self._batch_size = batch_size
         self._work = self.add_task("getting the images", total=None)
 
     def begin(self, what: str, parts: int) -> None:
@@ -71,4 +69,4 @@ class Bar(Progress):
             self.update(self._work, description=f"{label}: {point.accuracy:.1%}")
 
         self.update(self._work, description=label)
-        return Stopwatch(self._batch_size, lambda: self.advance(self._work), on_point)
+        return Stopwatch(lambda samples: self.advance(self._work, samples), on_point)

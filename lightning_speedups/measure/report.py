@@ -76,14 +76,15 @@ def _range(values: Spread | None, digits: int, unit: str = "", *, never: str) ->
     return f"{middle} ({values.low:.{digits}f}–{high})"
 
 
-def _draw_arm(axes: Axes, runs: Sequence[Run], *, is_baseline: bool) -> tuple[float, Line2D]:
+def _draw_arm(axes: Axes, runs: Sequence[Run], *, is_baseline: bool, is_pale: bool) -> tuple[float, Line2D]:
     """Mean accuracy over median seconds as a line, from the worst to the best run a band; gives the line's end, too."""
     seconds = np.median([[point.seconds for point in run.points] for run in runs], 0)
     accuracy = 100 * np.array([[point.accuracy for point in run.points] for run in runs])
     arm, mean = runs[0].arm, accuracy.mean(0)
     # baselines in black, so that the colours mean tricks
-    style, colour, width = ("-" if arm == "plain" else "--", "black", 2.6) if is_baseline else ("-", None, 1.8)
-    (line,) = axes.plot(seconds, mean, style, color=colour, linewidth=width, marker="o", markersize=3)
+    style, colour = ("-" if arm == "plain" else "--", "black") if is_baseline else ("-", None)
+    width, alpha = (1.2, 0.5) if is_pale else (2.6, 1.0)
+    (line,) = axes.plot(seconds, mean, style, color=colour, linewidth=width, alpha=alpha, marker="o", markersize=3)
     line.set_label(f"{arm}  {mean[-1]:.1f} %")
     axes.fill_between(seconds, accuracy.min(0), accuracy.max(0), color=line.get_color(), alpha=0.10, linewidth=0)
     return float(mean[-1]), line
@@ -95,7 +96,7 @@ def figure(
     """Test accuracy against training seconds: a line an arm (mean over seeds), a light band from worst to best seed.
 
     Args:
-        settings: What was compared: ``model``, ``data`` and the number of ``seeds``.
+        settings: What was compared: ``model``, ``data`` and the number of ``seeds``; ``singles``, drawn pale.
         baselines: The arms in their order, each with the name of its baseline (``None`` for a baseline).
         runs: The complete runs.
         target: Accuracy to mark, a fraction.
@@ -108,7 +109,8 @@ def figure(
     lines = []
     for arm, baseline in baselines.items():
         if of_arm := [run for run in runs if run.arm == arm]:
-            lines.append(_draw_arm(axes, of_arm, is_baseline=baseline is None))
+            is_pale = arm in settings.get("singles", ())
+            lines.append(_draw_arm(axes, of_arm, is_baseline=baseline is None, is_pale=is_pale))
     if target is not None:
         level = 100 * target
         line = axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
@@ -120,8 +122,10 @@ def figure(
         "band worst to best",
     )
     axes.title.set_parse_math(False)  # a file's name may hold a dollar sign
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
+    axes.set_xscale("log")  # the arms differ tenfold
+    axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    axes.xaxis.set_minor_formatter(lambda seconds, _: f"{seconds:g}" * (f"{seconds:e}"[0] in "235"))
+    axes.grid(alpha=0.25, which="both")
     # in the order in which the lines end, so that the legend reads like labels beside them
     handles = [line for _, line in sorted(lines, key=lambda entry: -entry[0])]
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lightning_speedups.core import throughput
 from lightning_speedups.core.counts import counted
+from lightning_speedups.core.throughput import Spread
 from lightning_speedups.measure.report import figure, table
 from lightning_speedups.measure.runs import Run, Summary
 
@@ -89,7 +90,7 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """What a reader must know to read the numbers right."""
-        return [*self._notes_on_targets(), *self._notes_on_runs()]
+        return [*self._notes_on_targets(), *self._notes_on_rivals(), *self._notes_on_runs()]
 
     def _notes_on_targets(self) -> Iterator[str]:
         for arm, baseline in self.baselines.items():
@@ -101,7 +102,24 @@ class Comparison:
             if target <= 1.2 * self.chance:
                 yield f"That is no better than chance ({self.chance:.1%}): the times to it say nothing; train longer."
 
+    def sooner(self, arm: str, rival: str) -> Spread | None:
+        """How many times sooner than another arm it reaches the lowest accuracy that the other's runs ended with."""
+        ends = [run.points[-1].accuracy for run in self.complete(rival)]
+        seconds = [
+            {run.seed: run.until(min(ends), "seconds") for run in self.complete(name)} if ends else {}
+            for name in (rival, arm)
+        ]
+        seeds = seconds[0].keys() & seconds[1].keys()
+        return throughput.paired_speedup(*([of_arm[seed] for seed in seeds] for of_arm in seconds))
+
+    def _notes_on_rivals(self) -> Iterator[str]:
+        if (times := self.sooner("fast", "tuned")) is not None and times.low > 0:
+            spread = f" ({times.low:.2f}–{times.high:.2f})" if times.count > 1 else ""
+            yield f"fast reaches what tuned ends with {times.median:.2f}{spread} times sooner."
+
     def _notes_on_runs(self) -> Iterator[str]:
+        for reason in self.settings.get("left_out", {}).values():
+            yield f"Left out: {reason}"
         if any(row.seconds is not None and row.seconds.high == math.inf for row in self.summaries()):
             yield "A run that did not reach the target counts as infinitely long (a ratio of 0)."
         load, cores = self.machine.get("load"), self.machine.get("cores")

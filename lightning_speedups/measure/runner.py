@@ -35,7 +35,7 @@ WARM_UP_BATCHES = 8
 TEST_LIMIT = 2000  # of the caller's own images, unless asked otherwise: they are looked at every epoch
 
 
-def interleaved(arms: Sequence[Arm], seeds: Sequence[int]) -> list[tuple[int, Arm]]:
+def interleaved(arms: Sequence[Arm], seeds: Sequence[int], once: bool = False) -> list[tuple[int, Arm]]:
     """The order of the runs: seed by seed, and within a seed every arm once, in an order that the seed shuffles.
 
     A machine that gets slower or busier over minutes then hurts all arms alike.
@@ -43,11 +43,13 @@ def interleaved(arms: Sequence[Arm], seeds: Sequence[int]) -> list[tuple[int, Ar
     Args:
         arms: The arms.
         seeds: The seeds.
+        once: Whether single tricks run with the first seed only.
 
     Returns:
         (seed, arm) of each run.
     """
-    return [(seed, arm) for seed in seeds for arm in random.Random(seed).sample(arms, len(arms))]
+    runs = [(seed, arm) for seed in seeds for arm in random.Random(seed).sample(arms, len(arms))]
+    return [(seed, arm) for seed, arm in runs if seed == seeds[0] or not (once and arm.single)]
 
 
 class _Workbench:
@@ -58,7 +60,7 @@ class _Workbench:
         count, batch_size = len(data.y_train), settings.batch_size
         if count < batch_size:
             raise CompareError(f"`batch_size` {batch_size} is more than the {counted(count, 'training image')}")
-        self.batches_per_epoch = count // batch_size
+        self.samples_per_epoch = count // batch_size * batch_size
         self._first = self._network(0, data, weights=settings.weights)
         self._pretrained: dict[int, tuple[nn.Module, float]] = {}
 
@@ -68,9 +70,11 @@ class _Workbench:
 
     def _train(self, network: nn.Module, data: ImageData, recipe: Ingredients, **run: Any) -> None:
         settings = self.settings
-        module = Classifier(network, data.num_classes, lr=settings.lr, criterion=recipe.criterion)
+        lr, criterion = recipe.one_cycle or settings.lr, recipe.criterion
+        module = Classifier(network, data, lr=lr, criterion=criterion, one_cycle=recipe.one_cycle is not None)
         trainer = {"accelerator": settings.accelerator, **recipe.trainer}
-        train(module, data, batch_size=settings.batch_size, callbacks=recipe.callbacks, trainer=trainer, **run)
+        parts: dict[str, Any] = {"callbacks": recipe.callbacks, "trainer": trainer, "loader": recipe.loader}
+        train(module, data, batch_size=settings.batch_size, **parts, **run)
 
     def pretrained(self, seed: int, bar: Bar) -> tuple[nn.Module, float]:
         """What a seed's pretrained arms start from, and the seconds that took: weights, or once a run on turns."""
@@ -87,22 +91,32 @@ class _Workbench:
     def run(self, seed: int, arm: Arm, epochs: int, watch: Stopwatch, source: nn.Module | None, **trainer: Any) -> None:
         """Train one arm from a seed's weights and those of the source's backbone; the points are in the stopwatch."""
         backbone = "model.backbone" if self.settings.model == DEFAULT_MODEL else None
-        recipe = arm.build(Situation(epochs, self.settings.lr, self.settings.accelerator, backbone, seed))
+        recipe = arm.build(Situation(epochs, self.settings.lr, self.settings.accelerator, backbone, seed, self.data))
         network = self._network(seed, self.data)
         if source is not None:
             load_backbone(network, source)
         recipe = replace(recipe, trainer={**recipe.trainer, **trainer})
         self._train(network, self.data, recipe, epochs=epochs, seed=seed, watch=watch)
 
-    def warm_up(self, arms: Sequence[Arm], bar: Bar) -> None:
-        """A few steps of every arm: what torch prepares once is prepared, and an arm that can't run fails now."""
-        few = {"limit_train_batches": WARM_UP_BATCHES, "limit_val_batches": 1}
+    def warm_up(self, arms: Sequence[Arm], bar: Bar, *, named: bool) -> dict[str, str]:
+        """A few steps of every arm: what torch prepares once is prepared, and an arm that can't run fails now.
+
+        Gives the arms that can't run and why, baselines and arms that were named excepted.
+        """
+        left_out = {}
+        few = {"limit_train_batches": WARM_UP_BATCHES, "limit_val_batches": 1, "val_check_interval": 1.0}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a run of a few steps gives the tricks reasons to warn
             for arm in bar.each(arms, "warming up"):
                 source = self._first if arm.pretrained else None
-                with as_compare_error(f"the arm {arm.name!r} can't run: ", MisconfigurationException):
-                    self.run(0, arm, 1, Stopwatch(self.settings.batch_size), source, **few)
+                try:
+                    with as_compare_error(f"the arm {arm.name!r} can't run: ", MisconfigurationException):
+                        self.run(0, arm, 1, Stopwatch(), source, **few)
+                except CompareError as error:
+                    if named or arm.baseline is None:
+                        raise
+                    left_out[arm.name] = str(error)
+        return left_out
 
 
 def _images(data: ImageData | str | Path | None, settings: Settings) -> ImageData:
@@ -139,8 +153,8 @@ def compare(
 
     Args:
         data: Images, or the path of an ``.npz`` file or a folder; ``None`` makes collages of handwritten digits.
-        arms: Names from `lightning_speedups.measure.ARMS`; ``None`` for all that need not be named. Missing baselines
-            are added.
+        arms: Names from `lightning_speedups.measure.ARMS`; ``None`` for all that need not be named, but those
+            that can't train this model, of which a note tells. Missing baselines are added.
         settings: Size and choices of the comparison.
         out: Folder for ``compare.json`` (rewritten after every run) and ``compare.png``; ``None`` writes nothing.
         progress: Whether to show progress bars on stderr.
@@ -163,32 +177,34 @@ def compare(
     chosen = choose_arms([arms] if isinstance(arms, str) else arms)
     if settings.weights is not None and not any(arm.pretrained for arm in chosen):
         raise CompareError("`weights` is what finetune and freeze start from, but neither is among the arms")
-    bar = Bar(settings.batch_size, shown=progress)
+    bar = Bar(shown=progress)
     with bar:
         images = _images(data, settings)
     bench = _Workbench(images, settings)
     folder = _folder(out)
     seeds, epochs = settings.run_seeds, settings.run_epochs
     pretrains = settings.weights is None and any(arm.pretrained for arm in chosen)
-    epochs_a_seed = sum(arm.epochs(epochs) for arm in chosen) + pretrains * settings.run_pretrain_epochs
-    batches = len(seeds) * epochs_a_seed * bench.batches_per_epoch
     with quiet(), contextlib.ExitStack() as put_back:
         if settings.threads is not None:
             put_back.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(settings.threads)
+        with bar:
+            left_out = bench.warm_up(chosen, bar, named=arms is not None)
+        chosen = tuple(arm for arm in chosen if arm.name not in left_out)
+        runs = interleaved(chosen, seeds, once=arms is None)
+        run_epochs = sum(arm.epochs(epochs) for _, arm in runs) + pretrains * len(seeds) * settings.run_pretrain_epochs
         result = Comparison(
             baselines={arm.name: arm.baseline for arm in chosen},
-            settings=_described(settings, images, chosen),
+            settings={**_described(settings, images, chosen), "left_out": left_out},
             machine=machine_facts(),
             versions=versions(),
             chance=images.chance,
             target=settings.target,
         )
         with bar:
-            bench.warm_up(chosen, bar)
-            bar.begin("first run", batches)
+            bar.begin("first run", run_epochs * bench.samples_per_epoch)
             try:
-                for seed, arm in interleaved(chosen, seeds):
+                for seed, arm in runs:
                     source, seconds = bench.pretrained(seed, bar) if arm.pretrained else (None, 0.0)
                     watch = bar.watch(f"seed {seed}, {arm.name}")
                     run = Run(arm.name, seed, watch.points, pretrain_seconds=seconds)
@@ -221,4 +237,5 @@ def _described(settings: Settings, images: ImageData, arms: Sequence[Arm]) -> di
         "pretrain_epochs": settings.run_pretrain_epochs if settings.weights is None else None,
         "optimizer": "SGD, Nesterov momentum 0.9, weight decay 5e-4",
         "arms": {arm.name: arm.description for arm in arms},
+        "singles": [arm.name for arm in arms if arm.single],
     }

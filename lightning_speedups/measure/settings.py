@@ -42,12 +42,12 @@ class Settings(Asked):
     @property
     def run_seeds(self) -> range:
         """The seeds themselves."""
-        return range(self.seeds or (1 if self.quick else 3))
+        return range(self.seeds or (1 if self.quick else 2))
 
     @property
     def run_epochs(self) -> int:
         """Epochs of each run."""
-        return self.epochs or (7 if self.quick else 8)
+        return self.epochs or (6 if self.quick else 8)
 
     @property
     def run_pretrain_epochs(self) -> int:
@@ -57,7 +57,7 @@ class Settings(Asked):
     @property
     def collages(self) -> tuple[int, int]:
         """Training and test images to make when the caller brings none."""
-        train, test = (1600, 500) if self.quick else (2000, 1000)
+        train, test = (3000, 1000) if self.quick else (8000, 2000)
         return self.samples or train, self.test_samples or test
 
 

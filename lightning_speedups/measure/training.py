@@ -26,34 +26,61 @@ class Classifier(LightningModule):
 
     Args:
         model: The network.
-        num_classes: For the accuracy.
-        lr: Constant learning rate of SGD.
+        data: The images, for their statistics and number of classes.
+        lr: Learning rate of SGD; constant, or the highest of a cycle.
         criterion: Training loss of (logits, targets).
+        one_cycle: Whether the rate follows torch's ``OneCycleLR``.
     """
 
-    def __init__(self, model: nn.Module, num_classes: int, *, lr: float, criterion: nn.Module | None = None) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        *,
+        lr: float,
+        criterion: nn.Module | None = None,
+        one_cycle: bool = False,
+    ) -> None:
         super().__init__()
-        self.model, self.lr = model, lr
+        self.model, self.lr, self.one_cycle = model, lr, one_cycle
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
-        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.accuracy = MulticlassAccuracy(data.num_classes, average="micro")
+        mean, std = data.statistics()
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images, normalised ones or uint8."""
+        if images.dtype == torch.uint8:
+            images = (images - self.mean) / self.std
+        logits: Tensor = self.model(images)
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch of (images, labels)."""
         images, labels = batch
-        loss: Tensor = self.criterion(self.model(images), labels)
+        loss: Tensor = self.criterion(self(images), labels)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accuracy and cross-entropy of one batch; the same loss whatever the arm trains with."""
         images, labels = batch
-        logits = self.model(images).float()
+        logits = self(images).float()
         self.accuracy(logits, labels)
         self.log("test_accuracy", self.accuracy)
         self.log("test_loss", nn.functional.cross_entropy(logits, labels), batch_size=len(labels))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         """SGD with Nesterov momentum."""
-        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        if not self.one_cycle:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class _Images(Dataset[tuple[Tensor, Tensor]]):
@@ -123,6 +150,7 @@ def train(
     seed: int,
     callbacks: Sequence[Callback] = (),
     trainer: Mapping[str, Any] | None = None,
+    loader: DataLoader[Any] | None = None,
     watch: Stopwatch | None = None,
 ) -> list[Point]:
     """Train once through a real Trainer and measure it.
@@ -135,6 +163,7 @@ def train(
         seed: Seed of the batches' order and of torch's global generators during the run.
         callbacks: The tricks' callbacks.
         trainer: Further arguments of the Trainer.
+        loader: Another training loader than that of `loaders`.
         watch: The stopwatch to use; holds the points also when the run is interrupted.
 
     Returns:
@@ -143,7 +172,7 @@ def train(
     Raises:
         KeyboardInterrupt: If the run was interrupted; Lightning would end the program instead.
     """
-    watch = watch or Stopwatch(batch_size)
+    watch = watch or Stopwatch()
     arguments: dict[str, Any] = {
         "devices": 1,
         "logger": False,
@@ -161,7 +190,7 @@ def train(
         torch.backends.cudnn.benchmark = False
         train_loader, test_loader = loaders(data, batch_size, seed)
         try:
-            Trainer(callbacks=[watch, *callbacks], **arguments).fit(module, train_loader, test_loader)
+            Trainer(callbacks=[watch, *callbacks], **arguments).fit(module, loader or train_loader, test_loader)
         except SystemExit as exit_:
             # what the Trainer makes of a Ctrl-C, after it has switched Ctrl-C off for good
             if not isinstance(exit_.__context__, KeyboardInterrupt):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from lightning_speedups.measure.digits import digit_collages
 from lightning_speedups.measure.errors import CompareError
@@ -19,11 +20,33 @@ def test_convnet_takes_any_side_and_stays_small(side, channels):
     assert sum(p.numel() for p in network.parameters()) < 400_000
 
 
-def test_default_width_follows_the_channels(data):
+def test_the_width_is_16_unless_asked_otherwise(data):
     colour = ImageData("c", data.x_train.repeat(1, 3, 1, 1), data.y_train, data.x_test, data.y_test, 10)
-    assert build_network("convnet", data).backbone[0][0].out_channels == 24
-    assert build_network("convnet", colour).backbone[0][0].out_channels == 32
-    assert build_network("convnet", colour, width=9).backbone[0][0].out_channels == 9
+    for images in (data, colour):
+        assert build_network("convnet", images).backbone[0][0].out_channels == 16
+        assert build_network("convnet", images, width=9).backbone[0][0].out_channels == 9
+
+
+@pytest.mark.parametrize(
+    ("side", "map_side", "channels"),
+    [(8, 4, [8, 16, 16]), (24, 3, [8, 16, 16, 32, 32, 64, 64]), (32, 4, [8, 16, 16, 32, 32, 64, 64]),
+     (64, 4, [8, 16, 16, 32, 32, 64, 64])],
+)  # fmt: skip
+def test_stages_double_the_channels_and_halve_the_sides_by_max_pooling(side, map_side, channels):
+    network = ConvNet(1, 10, side=side, width=8)
+    *blocks, pool, _ = network.backbone
+    assert [block[0].out_channels for block in blocks] == channels
+    assert blocks[0][0].stride == (max(1, side // 32),) * 2
+    assert [any(isinstance(layer, nn.MaxPool2d) for layer in block) for block in blocks[1:]] == [
+        index % 2 == 0 for index in range(len(blocks) - 1)
+    ]
+    assert isinstance(pool, nn.AdaptiveMaxPool2d)
+    assert nn.Sequential(*blocks)(torch.zeros(2, 1, side, side)).shape[2:] == (map_side, map_side)
+
+
+def test_channels_grow_eightfold_at_most():
+    channels = [block[0].out_channels for block in ConvNet(1, 10, side=63, width=4).backbone[:-2]]
+    assert max(channels) == 32
 
 
 def test_any_timm_model(data):

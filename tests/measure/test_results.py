@@ -163,6 +163,48 @@ def test_the_figure_has_a_named_line_for_each_arm(result, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_figure_has_a_logarithmic_axis_and_single_tricks_are_pale(result):
+    result.settings["singles"] = ["trick"]
+    axes = result.figure().axes[0]
+    assert axes.get_xscale() == "log"
+    named = {line.get_label().split()[0]: line for line in axes.lines if not line.get_label().startswith("_")}
+    assert named["trick"].get_alpha() < named["late"].get_alpha() == named["plain"].get_alpha()
+    assert named["trick"].get_linewidth() < named["late"].get_linewidth()
+
+
+@pytest.fixture
+def rivals(monkeypatch):
+    monkeypatch.setitem(ARMS, "tuned", "plain")
+    monkeypatch.setitem(ARMS, "fast", "plain")
+    return [
+        run("tuned", 0, [0.5, 0.7, 0.9], 2.0),  # reaches .8 at 6 s
+        run("tuned", 1, [0.6, 0.8, 0.8], 2.0),  # at 4 s, the lowest end
+        run("fast", 1, [0.8], 2.5),  # 1.6 times
+        run("fast", 0, [0.5, 0.9], 1.0),  # 3 times
+    ]
+
+
+def test_fast_against_tuned_at_the_lowest_end_of_tuned(rivals):
+    result = comparison(*rivals)
+    assert result.target_of("fast") is None  # plain did not run
+    times = result.sooner("fast", "tuned")
+    assert (times.low, times.median, times.high) == pytest.approx((1.6, 2.3, 3.0))
+    assert "fast reaches what tuned ends with 2.30 (1.60–3.00) times sooner." in result.notes()
+
+
+def test_one_seed_has_no_range(rivals):
+    assert "fast reaches what tuned ends with 3.00 times sooner." in comparison(rivals[0], rivals[3]).notes()
+
+
+def test_no_word_of_fast_if_it_does_not_get_there_or_is_missing(rivals):
+    late = comparison(*rivals[:3], run("fast", 0, [0.5, 0.7], 1.0))
+    assert late.sooner("fast", "tuned").low == 0
+    for result in (late, comparison(*rivals[:2]), comparison(*rivals[2:])):
+        assert not [note for note in result.notes() if note.startswith("fast")]
+    assert comparison(*rivals[2:]).sooner("fast", "tuned") is None
+    assert comparison(rivals[0], rivals[2]).sooner("fast", "tuned") is None  # no seed of both
+
+
 def test_nothing_measured_at_all():
     result = comparison()
     text(result)

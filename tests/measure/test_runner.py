@@ -6,10 +6,12 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_speedups.measure import ARMS, Arm, CompareError, ImageData, Ingredients, Settings, compare
 from lightning_speedups.measure.digits import digit_collages
 from lightning_speedups.measure.networks import build_network
+from lightning_speedups.measure.progress import Bar
 from lightning_speedups.measure.runner import interleaved
 
 TINY = {"samples": 80, "test_samples": 40, "epochs": 2, "batch_size": 16, "width": 4, "accelerator": "cpu"}
@@ -135,6 +137,51 @@ def test_runs_are_interleaved_seed_by_seed():
     assert order == interleaved(arms, range(4))
 
 
+def test_single_tricks_run_with_the_first_seed_only_if_no_arms_were_named():
+    arms = [ARMS[name] for name in ("plain", "fast", "onecycle")]
+    full, once = interleaved(arms, range(5, 8)), interleaved(arms, range(5, 8), once=True)
+    assert [run for run in full if run[0] == 5 or not run[1].single] == once
+    assert sorted(arm.name for seed, arm in once if seed == 5) == ["fast", "onecycle", "plain"]
+    assert sorted((seed, arm.name) for seed, arm in once if seed > 5) == [
+        (6, "fast"), (6, "plain"), (7, "fast"), (7, "plain"),
+    ]  # fmt: skip
+
+
+def test_singles_of_a_comparison(monkeypatch):
+    for name in list(ARMS):
+        monkeypatch.delitem(ARMS, name) if name not in ("plain", "onecycle", "smoothing") else None
+    counted = {"plain": 2, "onecycle": 1}
+    result = tiny(None, seeds=2, epochs=1)
+    assert {name: len(result.complete(name)) for name in counted} == counted
+    assert result.settings["singles"] == ["onecycle"]
+    assert {run.seed for run in result.complete("onecycle")} == {0}
+    assert len(tiny(["onecycle"], seeds=2, epochs=1).complete("onecycle")) == 2
+
+
+def test_the_bar_counts_the_samples_of_all_runs(monkeypatch):
+    begun, counts = {}, []
+    monkeypatch.setattr(Bar, "begin", lambda self, what, parts: begun.update({what: parts}))
+    advance = Bar.advance
+    monkeypatch.setattr(Bar, "advance", lambda self, task, parts=1: (counts.append(parts), advance(self, task, parts)))
+    tiny(["plain", "short"], seeds=2, epochs=4)
+    assert begun["first run"] == 80 * 2 * (4 + 3)
+    assert sum(count for count in counts if count > 1) == begun["first run"]
+
+
+def test_an_arm_with_a_loader_of_its_own_is_counted_by_what_it_hands_out(monkeypatch):
+    seen = {}
+
+    def build(at):
+        loader = DataLoader(TensorDataset(at.data.x_train[:50], at.data.y_train[:50]), 10)
+        seen["images"] = at.data.x_train.dtype
+        return Ingredients(loader=loader)
+
+    monkeypatch.setitem(ARMS, "own", Arm("own", "", build))
+    result = tiny(["own"], seeds=1)
+    assert seen["images"] == torch.uint8
+    assert [point.samples for point in result.complete("own")[0].points] == [50, 100]
+
+
 def test_a_comparison_from_end_to_end(tmp_path):
     seen = []
     result = tiny(
@@ -166,10 +213,17 @@ def test_a_comparison_from_end_to_end(tmp_path):
 def test_every_arm_trains():
     result = tiny(list(ARMS), seeds=1, samples=128, epochs=4)
     assert {run.arm for run in result.runs if run.complete} == set(ARMS)
-    assert {run.arm: len(run.points) for run in result.runs} == {name: 4 for name in ARMS} | {"short": 3}
+    lengths = dict.fromkeys(ARMS, 4) | {
+        "tuned": 2,
+        "onecycle": 2,
+        "short": 3,
+        "fast": 4,
+    }  # fast is looked at within its epoch
+    assert {run.arm: len(run.points) for run in result.runs} == lengths
     assert result.table().row_count == len(ARMS)
 
 
+@pytest.mark.filterwarnings("ignore:FastStart finds no convolutions to begin as the identity")
 @pytest.mark.filterwarnings("ignore:CyclicMomentum. a cycle of 1.5 optimizer steps is too short")
 @pytest.mark.filterwarnings("ignore:FreezeBackboneFinetune thaws or freezes layers in epoch 1, but the run ends before")
 @pytest.mark.slow
@@ -246,6 +300,23 @@ def test_an_arm_that_can_not_run_is_found_before_anything_trains(monkeypatch, tm
     with pytest.raises(CompareError, match="the arm 'refuses' can't run: two owners of the learning rate"):
         tiny(["refuses"], seeds=1, out=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_arm_that_nobody_named_is_left_out_if_it_can_not_run(monkeypatch):
+    class Refuses(Callback):
+        def setup(self, trainer, module, stage):
+            raise MisconfigurationException("not with this network")
+
+    for name in list(ARMS):
+        monkeypatch.delitem(ARMS, name) if name not in ("plain", "smoothing") else None
+    monkeypatch.setitem(ARMS, "refuses", Arm("refuses", "", lambda at: Ingredients([Refuses()])))
+    result = tiny(None, seeds=1, epochs=1)
+    assert [run.arm for run in result.runs] == list(result.baselines) == ["plain"]
+    assert "Left out: the arm 'refuses' can't run: not with this network" in result.notes()
+    assert list(json.loads(result.to_json())["settings"]["left_out"]) == ["refuses"]
+    monkeypatch.setitem(ARMS, "plain", Arm("plain", "", lambda at: Ingredients([Refuses()]), baseline=None))
+    with pytest.raises(CompareError, match="'plain' can't run"):
+        tiny(None, seeds=1, epochs=1)
 
 
 @pytest.mark.parametrize(

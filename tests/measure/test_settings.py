@@ -44,6 +44,8 @@ def test_quick_is_smaller_and_what_is_asked_for_wins():
     assert len(quick.run_seeds) < len(full.run_seeds)
     assert quick.run_epochs < full.run_epochs
     assert quick.collages < full.collages
+    assert (list(full.run_seeds), full.collages) == ([0, 1], (8000, 2000))
+    assert (list(quick.run_seeds), quick.collages) == ([0], (3000, 1000))
     asked = Settings(quick=True, seeds=4, epochs=9, samples=777, test_samples=55, pretrain_epochs=3)
     assert (list(asked.run_seeds), asked.run_epochs, asked.collages) == ([0, 1, 2, 3], 9, (777, 55))
     assert asked.run_pretrain_epochs == 3
@@ -53,5 +55,5 @@ def test_quick_is_smaller_and_what_is_asked_for_wins():
 def test_every_setting_is_told_of():
     for name, option in OPTIONS.items():
         assert f"    {name}: {option.meaning}" in Settings.__doc__
-    assert "seeds: runs of each arm, 1 to 100 (default: 3, quick 1)." in Settings.__doc__
+    assert "seeds: runs of each arm, 1 to 100 (default: 2, quick 1)." in Settings.__doc__
     assert "lr: constant rate of plain, above 0 to 10 (default: 0.02)." in Settings.__doc__

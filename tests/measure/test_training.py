@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_speedups.measure.digits import digit_collages
 from lightning_speedups.measure.networks import build_network
@@ -19,7 +20,7 @@ def data():
 
 def module(data, seed=0, **options):
     with seeded(seed):
-        return Classifier(build_network("convnet", data, width=4), data.num_classes, lr=0.02, **options)
+        return Classifier(build_network("convnet", data, width=4), data, lr=0.02, **options)
 
 
 def fit(module, data, **options):
@@ -62,7 +63,7 @@ def test_the_stopwatch_counts_training_and_hooks_but_no_evaluation(data):
         def on_validation_end(self, *_):
             clock.now += 0.25  # the trick's own hook after the clock has started again
 
-    points = fit(module(data), data, callbacks=[Slow()], watch=Stopwatch(16, clock=clock))
+    points = fit(module(data), data, callbacks=[Slow()], watch=Stopwatch(clock=clock))
     # 50 images in batches of 16 with the rest dropped: 3 batches an epoch
     assert [point.seconds for point in points] == [1000 + 100 + 33, 1000 + 0.25 + 2 * (100 + 33)]
     assert [point.samples for point in points] == [48, 96]
@@ -94,10 +95,61 @@ def test_train_loss_is_the_mean_over_the_epoch(data):
 
 def test_callers_of_the_stopwatch_hear_of_batches_and_points(data):
     batches, points = [], []
-    watch = Stopwatch(2, lambda: batches.append(len(points)), points.append)
+    watch = Stopwatch(lambda samples: batches.append((len(points), samples)), points.append)
     fit(module(data), data, batch_size=2, epochs=2, watch=watch)
-    assert batches == 25 * [0] + 25 * [1]
+    assert batches == 25 * [(0, 2)] + 25 * [(1, 2)]
     assert [point.epoch for point in points] == [1, 2]
+
+
+def test_the_stopwatch_counts_the_samples_of_each_batch(data):
+    uneven = DataLoader(TensorDataset(data.x_train[:20], data.y_train[:20]), 8)
+    counts = []
+    points = fit(module(data), data, epochs=1, watch=Stopwatch(counts.append), loader=uneven)
+    assert counts == [8, 8, 4]
+    assert points[0].samples == 20
+
+
+def test_a_loader_of_its_own_takes_the_place_of_the_usual_one(data):
+    seen = []
+
+    class Watching(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            seen.append(batch[1])
+
+    own = DataLoader(TensorDataset(data.x_train, data.y_train), 25)
+    fit(module(data), data, epochs=1, callbacks=[Watching()], loader=own)
+    assert torch.equal(torch.cat(seen), data.y_train)
+
+
+def test_bytes_are_normalised_by_the_module_and_other_images_taken_as_they_are(data):
+    trained = module(data).eval()
+    mean, std = data.x_train[:1000].double().mean(), data.x_train[:1000].double().std()
+    by_hand = ((data.x_test.double() - mean) / std).float()
+    expected = trained.model(by_hand)
+    assert torch.allclose(trained(data.x_test), expected, atol=1e-4)
+    assert torch.equal(trained(by_hand), expected)
+    assert not {"mean", "std"} & trained.state_dict().keys()
+
+
+def test_one_cycle_is_torchs_own_over_the_whole_run(data):
+    rates = []
+
+    class Watching(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit(module(data, one_cycle=True), data, callbacks=[Watching()])
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.02, momentum=0.9)
+    schedule, expected = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, 6), []
+    for step in range(6):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < 5:
+            schedule.step()
+    assert rates == pytest.approx(expected)
+    rates.clear()
+    fit(module(data), data, callbacks=[Watching()])
+    assert rates == 6 * [0.02]
 
 
 def test_loaders_give_normalised_whole_batches_in_an_order_of_the_seed(data):
@@ -171,7 +223,7 @@ def test_ctrl_c_is_an_interrupt_again_and_keeps_the_points(data):
                 signal.raise_signal(signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    watch = Stopwatch(16)
+    watch = Stopwatch()
     with pytest.raises(KeyboardInterrupt):
         fit(module(data), data, epochs=3, callbacks=[Bomb()], watch=watch)
     assert [point.epoch for point in watch.points] == [1]
