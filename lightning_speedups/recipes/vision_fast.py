@@ -127,7 +127,7 @@ def vision_fast(
         LRCurve("linear", replace=True),
         FastStart(logit_scale=1 / 9, batch_norm_momentum=0.4),
         BatchAugmentation(crop, flip=flip, seed=seed),
-        *([ProgressiveResizing(start)] if start < 1 else []),
+        *([ProgressiveResizing(start, in_loader=False)] if start < 1 else []),
         *([SubsetTraining(keep, method="loss", seed=seed)] if keep < 1 and epochs > 2 else []),
         ChannelsLast(),
         AllocatorTuning(),

@@ -224,7 +224,7 @@ class FastStart(Trick):
         if self.zero_residual:
             done["residual blocks to begin as their shortcuts"] = len(zero_residual_branches(network))
         if self.logit_scale is not None:
-            done["heads to scale"] = scale_logits(find_heads(network), self.logit_scale)
+            done["head to scale"] = scale_logits(find_heads(network), self.logit_scale)
         return done
 
     def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
