@@ -202,7 +202,6 @@ def raw(
     data,
     test,
     epochs,
-    batch_size=1000,
     keep=0.8,
     sides=(20, 24, 32),
     ends=(0.3, 0.7),
@@ -215,6 +214,7 @@ def raw(
     libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     images, labels = data
     started, count = time.perf_counter(), len(labels)
+    batch_size = max(32, min(1000, count // 50))
     net = network()
     first, *filters = [layer.weight for layer in net if isinstance(layer, nn.Conv2d)]
     norms, head = [layer for layer in net if isinstance(layer, nn.BatchNorm2d)], net[-1].weight
