@@ -55,18 +55,26 @@ class Comparison:
         """The accuracy that counts as "there": asked for, or the lowest that a run of the arm's baseline ended with."""
         if self.target is not None:
             return self.target
-        baseline = self.baselines[arm] or arm
-        return throughput.common_target([[point.accuracy for point in run.points] for run in self.complete(baseline)])
+        return self._end_of(self.baselines[arm] or arm)
+
+    def _end_of(self, arm: str) -> float | None:
+        """The lowest accuracy that a complete run of an arm ended with."""
+        return throughput.common_target([[point.accuracy for point in run.points] for run in self.complete(arm)])
+
+    def _seconds(self, arm: str, target: float | None) -> dict[int, float]:
+        """Training seconds of an arm's complete runs to an accuracy, by seed."""
+        return {} if target is None else {run.seed: run.until(target, "seconds") for run in self.complete(arm)}
+
+    def _speedup(self, arm: str, rival: str, target: float | None) -> Spread | None:
+        """Another arm's seconds to an accuracy over an arm's own, paired by seed."""
+        before, seconds = self._seconds(rival, target), self._seconds(arm, target)
+        shared = before.keys() & seconds.keys()
+        return throughput.paired_speedup([before[seed] for seed in shared], [seconds[seed] for seed in shared])
 
     def summary(self, arm: str) -> Summary:
         """What the table says of one arm."""
         runs, target, baseline = self.complete(arm), self.target_of(arm), self.baselines[arm]
-
-        def seconds_of(arm: str) -> dict[int, float]:
-            return {} if target is None else {run.seed: run.until(target, "seconds") for run in self.complete(arm)}
-
-        seconds, before = seconds_of(arm), {} if baseline is None else seconds_of(baseline)
-        shared = before.keys() & seconds.keys()
+        seconds = self._seconds(arm, target)
         final = [run.points[-1].accuracy for run in runs]
         return Summary(
             arm=arm,
@@ -81,7 +89,7 @@ class Comparison:
             throughput=throughput.spread(
                 throughput.samples_per_second(run.points[-1].samples, run.points[-1].seconds) for run in runs
             ),
-            speedup=throughput.paired_speedup([before[seed] for seed in shared], [seconds[seed] for seed in shared]),
+            speedup=None if baseline is None else self._speedup(arm, baseline, target),
         )
 
     def summaries(self) -> list[Summary]:
@@ -104,13 +112,7 @@ class Comparison:
 
     def sooner(self, arm: str, rival: str) -> Spread | None:
         """How many times sooner than another arm it reaches the lowest accuracy that the other's runs ended with."""
-        ends = [run.points[-1].accuracy for run in self.complete(rival)]
-        seconds = [
-            {run.seed: run.until(min(ends), "seconds") for run in self.complete(name)} if ends else {}
-            for name in (rival, arm)
-        ]
-        seeds = seconds[0].keys() & seconds[1].keys()
-        return throughput.paired_speedup(*([of_arm[seed] for seed in seeds] for of_arm in seconds))
+        return self._speedup(arm, rival, self._end_of(rival))
 
     def _notes_on_rivals(self) -> Iterator[str]:
         if (times := self.sooner("fast", "tuned")) is not None and times.low > 0:
