@@ -24,6 +24,22 @@ def may_split_model(trainer: Trainer) -> bool:
     return is_a(strategy, "DeepSpeedStrategy") or not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy")
 
 
+def require_whole(trick: Trick, trainer: Trainer, parts: str) -> None:
+    """Refuse a strategy that may split the model.
+
+    Args:
+        trick: Who needs it whole.
+        trainer: Its Trainer.
+        parts: What of it, in the message: ``"weights"``.
+
+    Raises:
+        MisconfigurationException: If it may.
+    """
+    if may_split_model(trainer):
+        what = f"needs whole {parts}, which {type(trainer.strategy).__name__} may split"
+        raise trick.refusal(what, "Use `strategy='ddp'`, or a single device.")
+
+
 def require_copyable(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse a module of which a copy cannot be trained.
 

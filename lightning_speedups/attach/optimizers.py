@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-Group = dict[str, Any]
+from lightning_speedups.attach.steps import Group
 
 
 class Birth(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick
-from lightning_speedups.attach.copies import may_split_model
+from lightning_speedups.attach.copies import require_whole
 from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.core.batch import places_of_tensors, replace_part
@@ -99,9 +99,7 @@ class ChannelsLast(BatchTrick):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if may_split_model(trainer):
-            what = f"needs whole weights, which {type(trainer.strategy).__name__} may split"
-            raise self.refusal(what, "Use `strategy='ddp'`, or a single device.")
+        require_whole(self, trainer, "weights")
         # After `configure_model` and the loading of weights, and before DDP takes down how gradients lie.
         Station.of(trainer.precision_plugin, "convert_module").join(self, self._convert)
         Station.of(trainer.strategy, "optimizer_state").join(self, self._state)

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_speedups.attach.batches import batch_number
-from lightning_speedups.attach.copies import may_split_model
+from lightning_speedups.attach.copies import require_whole
 from lightning_speedups.attach.run_length import run_length
 from lightning_speedups.attach.trick import Trick, callbacks_of
 from lightning_speedups.core.arguments import check_number
@@ -161,9 +161,7 @@ class CompiledModules(Trick):
         super().on_fit_start(trainer, pl_module)
         if any(isinstance(one, CompiledModules) and one is not self for one in callbacks_of(trainer)):
             raise self.refusal("compiles a network, and there are two such callbacks", "Remove one.")
-        if may_split_model(trainer):
-            what = f"needs whole modules, which {type(trainer.strategy).__name__} may split"
-            raise self.refusal(what, "Use `strategy='ddp'`, or a single device.")
+        require_whole(self, trainer, "modules")
         for name, part in pl_module.named_modules():
             if is_compiled(part):
                 what = f"compiles modules itself, but {f'`{name}`' if name else type(part).__name__} is compiled"

@@ -18,11 +18,10 @@ from lightning_speedups.attach.copies import may_split_model
 from lightning_speedups.attach.packages import is_overridden
 from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.stations import Station
+from lightning_speedups.attach.steps import Group
 from lightning_speedups.attach.trick import Trick
 from lightning_speedups.modules.memory_format import match_state
 
-Group = dict[str, Any]
-"""A parameter group."""
 DEVICES = ("cpu", "cuda", "mps")
 UNSCALES = "_step_supports_amp_scaling"
 """Torch's mark of an optimizer that takes the scale off gradients itself."""

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_speedups.attach.copies import may_split_model
+from lightning_speedups.attach.copies import require_whole
 from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.rehearsal import Statistics, fresh_statistics, norms_of, swap_statistics
 from lightning_speedups.attach.run_length import raw_optimizers
@@ -131,9 +131,7 @@ class AveragedWeights(OptimizerTrick):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what it cannot average."""
         super().on_fit_start(trainer, pl_module)
-        if may_split_model(trainer):
-            what = f"needs whole weights, which {type(trainer.strategy).__name__} may split"
-            raise self.refusal(what, "Use `strategy='ddp'`, or a single device.")
+        require_whole(self, trainer, "weights")
         for one in callbacks_of(trainer):
             if is_a(one, "WeightAveraging", "StochasticWeightAveraging"):
                 raise self.refusal(f"averages weights, and so does {type(one).__name__}", "Use one of them.")

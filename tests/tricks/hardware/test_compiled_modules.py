@@ -330,6 +330,6 @@ def test_what_cannot_be_compiled_is_refused_at_the_start(monkeypatch):
     module.head.compile(backend="eager")
     with pytest.raises(MisconfigurationException, match="`head` is compiled"):
         fit(CompiledModules(), module=module)
-    monkeypatch.setattr(compiled_modules, "may_split_model", lambda _: True)
+    monkeypatch.setattr("lightning_speedups.attach.copies.may_split_model", lambda _: True)
     with pytest.raises(MisconfigurationException, match="may split"):
         fit(CompiledModules())

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CyclicLR
 
-from lightning_speedups.attach.copies import may_split_model
+from lightning_speedups.attach.copies import require_whole
 from lightning_speedups.attach.optimizers import Birth, born_as
 from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.run_length import raw_optimizers
@@ -111,17 +111,15 @@ class MuonCallback(Trick):
         """Take a place where optimizers are made."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.require_whole(trainer, pl_module)
+            self._require_fit(trainer, pl_module)
             # Further in than who puts schedulers to rest, and the rates from before them back.
             Station.of(trainer.strategy, "setup_optimizers").join(self, self.make, order=-1)
 
-    def require_whole(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _require_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse several optimizers, matrices in parts, and groups that come later."""
         if not pl_module.automatic_optimization:
             raise self.refusal("does not know which optimizer to replace in manual optimization", "Use `Muon` itself.")
-        if may_split_model(trainer):
-            what = f"needs whole matrices, which {type(trainer.strategy).__name__} may split"
-            raise self.refusal(what, "Use `strategy='ddp'`, or a single device.")
+        require_whole(self, trainer, "matrices")
         if any(is_a(one, "BaseFinetuning") for one in callbacks_of(trainer)):
             what = "has no rule for the groups that a BaseFinetuning of Lightning adds in the middle of a run"
             raise self.refusal(what, "Use `FreezeBackboneFinetune`.")

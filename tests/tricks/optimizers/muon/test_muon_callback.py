@@ -400,7 +400,7 @@ def test_optimizers_that_it_cannot_replace_are_refused_by_their_names():
     with pytest.raises(MisconfigurationException, match=r"adds in the middle of a run\. Use `FreezeBackboneFinetune`"):
         fitted(Classifier(), MuonCallback(lr=0.1), BackboneFinetuning(1))
     with pytest.raises(MisconfigurationException, match=r"FSDPStrategy may split\. Use `strategy='ddp'`"):
-        MuonCallback().require_whole(SimpleNamespace(strategy=FSDPStrategy()), Classifier())
+        MuonCallback()._require_fit(SimpleNamespace(strategy=FSDPStrategy()), Classifier())
 
 
 def test_arguments_out_of_range_or_without_a_rate_are_refused():
