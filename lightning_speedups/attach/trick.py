@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from abc import ABCMeta
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -19,7 +21,20 @@ class Nothing:
     """What belongs to a run of a trick that remembers nothing."""
 
 
-class Trick(Callback):
+class ListsOwn(ABCMeta):
+    """Lets ``help()`` list what a trick's docstring has as attributes and methods, not what the package calls on it.
+
+    An ABCMeta, so that a trick may have an abstract base beside it.
+    """
+
+    def __dir__(cls) -> list[str]:
+        """Return the names of a class, without the public ones that are for the package alone."""
+        sections = re.findall(r"(?:Attributes|Methods):\n(.+?)\n *\n", cls.__doc__ or "", re.DOTALL)
+        shown = re.findall(r"^ *(\w+):", "\n".join(sections), re.MULTILINE)
+        return [name for name in super().__dir__() if name.startswith("_") or name in shown]
+
+
+class Trick(Callback, metaclass=ListsOwn):
     """Base of the callbacks of this package.
 
     A subclass changes what it must in ``setup`` (for stage ``"fit"``) or later, and puts it back in ``undo``, which

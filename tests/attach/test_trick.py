@@ -1,5 +1,7 @@
 """The life of a run: what belongs to it begins with it, and everything is put back at its end."""
 
+import pydoc
+from abc import ABC
 from dataclasses import dataclass, field
 
 import pytest
@@ -145,3 +147,32 @@ def test_every_hook_of_a_grip_is_passed_on():
     hooks = {name for name in vars(Grip) if hasattr(Callback, name) and not name.startswith("_")}
     assert hooks <= vars(Trick).keys()
     assert {"on_fit_start", "on_train_start", "on_train_epoch_start"} <= hooks
+
+
+class Documented(Trick, ABC):
+    """Has something of its own.
+
+    Attributes:
+        seen: What came.
+
+    Methods:
+        again: Once more.
+
+    Raises:
+        hidden: Is no attribute.
+    """
+
+    seen = 0
+    hidden = 0
+
+    def again(self):
+        """Once more."""
+
+
+def test_help_lists_what_the_docstring_names():
+    assert [name for name in dir(Documented) if not name.startswith("_")] == ["again", "seen"]
+    shown = pydoc.render_doc(Documented, renderer=pydoc.plaintext)
+    assert "again(self)" in shown
+    assert "is_active" not in shown
+    assert "on_fit_start" not in shown
+    assert "is_active" in dir(Documented())  # the package's own ways are all there

@@ -82,6 +82,9 @@ class LRCurve(ScheduleTrick):
         replace: Take the place of the module's own schedulers of the rate, which then rest, also where the module steps
             them by hand; rates start from what the optimizer held before them. Without it they are refused.
 
+    Methods:
+        cool_down: Begins the last decay now and ends the run after it.
+
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At fit start, if the run's length is unknown, if warm-up and cooldown are longer than

@@ -57,6 +57,9 @@ class OneCycleMomentum(ScheduleTrick):
         replace: Take the place of the module's own schedulers of the rate, which then rest, also where the module steps
             them by hand; rates start from what the optimizer held before them. Without it they are refused.
 
+    Attributes:
+        found_lr: The peak that the range test found, for ``max_lr="auto"``; None before it.
+
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At fit start, if the run's length is unknown, if there is another owner of the

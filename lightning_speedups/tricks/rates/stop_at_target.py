@@ -92,6 +92,9 @@ class StopAtTarget(OptimizerTrick):
         anneal: Length of that decay: a whole number of optimizer steps, a float in [0, 1] as a fraction of the
             steps done so far, or a text like ``"1 epoch"``; 0 ends the run at once. It ends with the run at the latest.
 
+    Attributes:
+        reached: Seconds, steps and samples that the target took; None as long as it is not reached.
+
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: After the first epoch (that validates, if any does), if there is no such metric; at
