@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from convnet import convnet
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -48,20 +49,6 @@ EPOCHS = {"plain": 16, "tuned": 10, "fast": 6, "raw": 6}
 DROP = 12  # epochs of plain before its rate drops
 
 
-def block(channels, wider, pool):
-    pooling = [nn.MaxPool2d(2)] if pool else []
-    return [nn.Conv2d(channels, wider, 3, padding=1, bias=False), *pooling, nn.BatchNorm2d(wider), nn.ReLU()]
-
-
-def network(width=32):
-    """A convolutional network of 172 MFLOP (at the width of 32)."""
-    stages = [(width << i, width << i + 1) for i in range(3)]
-    return nn.Sequential(
-        *block(3, width, False), *[layer for c, w in stages for layer in (*block(c, w, True), *block(w, w, False))],
-        nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10, bias=False),
-    )  # fmt: skip
-
-
 def normalized(images):
     return (images.float() - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
@@ -71,7 +58,7 @@ class Net(LightningModule):
 
     def __init__(self, loss, schedule=None, lr=0.02, width=32):
         super().__init__()
-        self.net, self.loss, self.schedule, self.lr = network(width), loss, schedule, lr
+        self.net, self.loss, self.schedule, self.lr = convnet(width), loss, schedule, lr
 
     def forward(self, images):
         return self.net(normalized(images) if images.dtype == torch.uint8 else images)
@@ -215,7 +202,7 @@ def raw(
     images, labels = data
     started, count = time.perf_counter(), len(labels)
     batch_size = max(32, min(1000, count // 50))
-    net = network()
+    net = convnet()
     first, *filters = [layer.weight for layer in net if isinstance(layer, nn.Conv2d)]
     norms, head = [layer for layer in net if isinstance(layer, nn.BatchNorm2d)], net[-1].weight
     with torch.no_grad():

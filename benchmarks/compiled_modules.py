@@ -22,6 +22,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from convnet import convnet
 from torch import Tensor, nn
 
 from lightning_speedups.measure.machine import machine_facts, versions
@@ -29,15 +30,6 @@ from lightning_speedups.modules.compiling import CompiledBlocks, find_blocks
 from lightning_speedups.tricks.hardware.compiled_modules import break_even, compile_cost
 
 FIRST = 5  # steps in which something is compiled
-
-
-def testbed() -> nn.Module:
-    """Three stages of two convolutions, 172 MFLOP for an image of 32 pixels."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
-    for narrow, wide in ((32, 64), (64, 128), (128, 256)):
-        layers += [nn.Conv2d(narrow, wide, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(wide), nn.ReLU()]
-        layers += [nn.Conv2d(wide, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, 10, bias=False))
 
 
 class Transformer(nn.Module):
@@ -70,7 +62,7 @@ NETWORKS = {
     "vit": (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=96), lambda: images(32, 96)),
     "resnet": (lambda: timm.create_model("resnet18", num_classes=10), lambda: images(32, 64)),
     "transformer": (Transformer, lambda: text(32, 128)),
-    "testbed": (testbed, lambda: images(128, 32)),
+    "testbed": (convnet, lambda: images(128, 32)),
 }
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import random
 import statistics
@@ -22,6 +21,7 @@ from pathlib import Path
 import timm
 import timm.optim
 import torch
+from convnet import convnet
 from rich.progress import track
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -35,26 +35,11 @@ BOOKKEEPING = {"as_strided", "view", "_unsafe_view", "_reshape_alias", "resolve_
 WHOLE = ("aten::_foreach", "aten::_fused", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
-def testbed() -> nn.Module:
-    """The network of the CIFAR-10 proof, 172 MFLOP forward."""
-
-    def block(inputs: int, outputs: int, *pool: nn.Module) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), *pool, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    widths = (32, 64, 128, 256)
-    stages = [
-        layer
-        for inputs, outputs in itertools.pairwise(widths)
-        for layer in (*block(inputs, outputs, nn.MaxPool2d(2)), *block(outputs, outputs))
-    ]
-    return nn.Sequential(*block(3, 32), *stages, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, 10, bias=False))
-
-
 NETWORKS = {
     "resnet18": (lambda: timm.create_model("resnet18", num_classes=10), 32, 64, False),
     "vit_tiny": (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64), 32, 64, False),
-    "testbed_1000": (testbed, 1000, 32, True),
-    "testbed_128": (testbed, 128, 32, True),
+    "testbed_1000": (convnet, 1000, 32, True),
+    "testbed_128": (convnet, 128, 32, True),
 }
 
 

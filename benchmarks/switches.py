@@ -27,6 +27,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from convnet import convnet
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -37,27 +38,8 @@ from lightning_speedups.tricks.hardware.fused_optimizer import set_fused
 GROUPS = ("layout", "allocator", "fused", "cache")
 
 
-def testbed():
-    """Three stages of two convolutions each: 172 MFLOP forward on 32 pixels."""
-
-    def stage(inside, outside):
-        first = (
-            nn.Conv2d(inside, outside, 3, padding=1, bias=False),
-            nn.MaxPool2d(2),
-            nn.BatchNorm2d(outside),
-            nn.ReLU(),
-        )
-        return [*first, nn.Conv2d(outside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
-
-    stem = [nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
-    return nn.Sequential(
-        *stem, *stage(32, 64), *stage(64, 128), *stage(128, 256), nn.AdaptiveMaxPool2d(1), nn.Flatten(),
-        nn.Linear(256, 10, bias=False),
-    )  # fmt: skip
-
-
 NETWORKS = {  # and the side of its images and how many are in a batch
-    "testbed": (testbed, 32, 128),
+    "testbed": (convnet, 32, 128),
     "ResNet-18": (lambda: timm.create_model("resnet18", num_classes=10), 96, 32),
     "MobileNetV3-small": (lambda: timm.create_model("mobilenetv3_small_100", num_classes=10), 96, 32),
     "ViT-tiny": (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=96), 96, 32),
@@ -184,7 +166,7 @@ def layout(steps):
 def allocator_in_this_process(size, tuned, steps, threads):
     torch.set_num_threads(threads)
     tricks = [ChannelsLast(), *([AllocatorTuning()] if tuned else [])]
-    return measured(testbed, (size, 3, 32, 32), steps, tricks, "bf16-mixed")
+    return measured(convnet, (size, 3, 32, 32), steps, tricks, "bf16-mixed")
 
 
 def allocator(steps):
