@@ -161,7 +161,7 @@ def main() -> None:
         callbacks, rate, epochs, _ = chosen[arm]
         with seeded(seed):
             network = build_network("convnet", data)
-        module = Classifier(network, data.num_classes, lr=rate)
+        module = Classifier(network, data, lr=rate)
         run = {"batch_size": args.batch_size, "epochs": epochs, "seed": seed, "callbacks": callbacks()}
         return train(module, data, trainer={"accelerator": "cpu", **trainer}, **run)
 

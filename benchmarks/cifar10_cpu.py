@@ -30,8 +30,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from clock import Clock
 from convnet import convnet
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import nn
@@ -96,26 +97,8 @@ def photo_loader(images, labels, batch_size):
     return DataLoader(Photos(images, labels, transform), batch_size, shuffle=True, drop_last=True)
 
 
-class Clock(Callback):
-    """Seconds of training without those of evaluation, and the accuracy of each evaluation; ends a run at the target."""
-
-    def __init__(self, stop_at=math.inf):
-        self.seconds, self.points, self.stop_at = 0.0, [], stop_at
-
-    def on_fit_start(self, trainer, *_):
-        self.since = time.perf_counter()
-
-    def on_validation_start(self, trainer, *_):
-        self.seconds += time.perf_counter() - self.since
-
-    def on_validation_end(self, trainer, *_):
-        self.points.append((round(self.seconds, 2), round(float(trainer.callback_metrics["accuracy"]), 6)))
-        trainer.should_stop = self.points[-1][1] >= self.stop_at
-        self.since = time.perf_counter()
-
-
 def fit(module, loader, test, epochs, every_epoch, callbacks=(), stop_at=math.inf, **arguments):
-    clock = Clock(stop_at)
+    clock = Clock(stop_at=stop_at, with_setup=True)
     settings = {
         "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
         "enable_model_summary": False, "num_sanity_val_steps": 0, "max_epochs": epochs, "check_val_every_n_epoch": 1 if every_epoch else epochs,

@@ -16,12 +16,12 @@ import json
 import logging
 import random
 import statistics
-import time
 import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from clock import Clock
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import nn
@@ -106,26 +106,6 @@ class Net(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-
-class Clock(Callback):
-    """Seconds of training without those of evaluation, and the accuracy of each evaluation."""
-
-    def __init__(self):
-        self.seconds, self.points, self.steps, self.samples = 0.0, [], 0, 0
-
-    def on_train_start(self, trainer, *_):
-        self.since = time.perf_counter()
-
-    def on_validation_start(self, trainer, *_):
-        self.seconds += time.perf_counter() - self.since
-
-    def on_validation_end(self, trainer, *_):
-        self.points.append((self.seconds, float(trainer.callback_metrics["accuracy"])))
-        self.since = time.perf_counter()
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, *_):
-        self.samples += len(batch[1])
 
 
 def draw(rows, path):

@@ -17,12 +17,12 @@ import json
 import logging
 import random
 import statistics
-import time
 import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from clock import Clock
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from rich.progress import track
 from scipy.stats import ttest_1samp
 from torch import nn
@@ -32,18 +32,17 @@ from lightning_speedups.measure.digits import digit_collages
 from lightning_speedups.measure.loading import load_npz
 from lightning_speedups.measure.machine import machine_facts, versions
 
-NONE = {"whiten": None, "dirac": False}
 ARMS = {
     "plain": None,
-    "frozen": {"whiten": "frozen", "dirac": False},
-    "trained": {"whiten": "trained", "dirac": False},
-    "dirac": {"whiten": None},
-    "logits": {**NONE, "logit_scale": 1 / 9},
-    "momentum": {**NONE, "batch_norm_momentum": 0.4},
-    "weights": {**NONE, "fixed_norm_weights": True},
-    "residual": {**NONE, "zero_residual": True},
-    "default": {},
-    "all": {"logit_scale": 1 / 9, "batch_norm_momentum": 0.4},
+    "frozen": {},
+    "trained": {"whiten": "trained"},
+    "dirac": {"whiten": None, "dirac": True},
+    "logits": {"whiten": None, "logit_scale": 1 / 9},
+    "momentum": {"whiten": None, "batch_norm_momentum": 0.4},
+    "weights": {"whiten": None, "fixed_norm_weights": True},
+    "residual": {"whiten": None, "zero_residual": True},
+    "frozen and dirac": {"dirac": True},
+    "all": {"dirac": True, "logit_scale": 1 / 9, "batch_norm_momentum": 0.4},
 }
 
 
@@ -81,23 +80,6 @@ class Net(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-
-class Clock(Callback):
-    """Seconds of training without those of evaluation, and the accuracy of each evaluation."""
-
-    def __init__(self):
-        self.seconds, self.points = 0.0, []
-
-    def on_train_start(self, trainer, *_):
-        self.since = time.perf_counter()
-
-    def on_validation_start(self, trainer, *_):
-        self.seconds += time.perf_counter() - self.since
-
-    def on_validation_end(self, trainer, *_):
-        self.points.append((round(self.seconds, 3), round(float(trainer.callback_metrics["accuracy"]), 4)))
-        self.since = time.perf_counter()
 
 
 def read(args):
@@ -138,7 +120,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--max-lr", type=float, default=0.4)
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--arms", default="plain,frozen,trained,dirac,logits,momentum,weights,default,all")
+    parser.add_argument("--arms", default="plain,frozen,trained,dirac,logits,momentum,weights,frozen and dirac,all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "starts.json")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -173,7 +155,7 @@ def main() -> None:
     for arm, one in found.items():
         low, high = one["confidence_95"]
         print(
-            f"{arm:9s} {one['accuracy']:.2f} %, {one['difference']:+.2f} points (95 %: {low:+.2f} to {high:+.2f}), "
+            f"{arm:16s} {one['accuracy']:.2f} %, {one['difference']:+.2f} points (95 %: {low:+.2f} to {high:+.2f}), "
             f"{one['seconds']:.1f} s, {one['time_ratio'][0]:.3f} of {arms[0]}'s ({one['time_ratio'][1]:.3f} to {one['time_ratio'][2]:.3f})"
         )
 

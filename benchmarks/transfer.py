@@ -17,13 +17,13 @@ import json
 import logging
 import random
 import statistics
-import time
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer, seed_everything
+from clock import Clock
+from lightning.pytorch import Trainer, seed_everything
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -67,25 +67,6 @@ ARMS = {
 }
 
 
-class Clock(Callback):
-    """Seconds of training without those of evaluation, and the accuracy of each evaluation."""
-
-    def __init__(self):
-        self.seconds, self.points = 0.0, []
-
-    def on_train_start(self, trainer, *_):
-        self.since = time.perf_counter()
-
-    def on_validation_start(self, trainer, *_):
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self.since
-
-    def on_validation_end(self, trainer, *_):
-        self.points.append((round(self.seconds, 3), round(float(trainer.callback_metrics["val_accuracy"]), 4)))
-        self.since = time.perf_counter()
-
-
 def prepare(images, side):
     """Normalise to three channels of the side."""
     images = F.interpolate(images.float() / 255, size=(side, side), mode="bilinear", antialias=True)
@@ -93,7 +74,7 @@ def prepare(images, side):
 
 
 def fit(module, loader, test, args, callbacks, epochs, bar=False):
-    clock = Clock()
+    clock = Clock("val_accuracy")
     Trainer(
         callbacks=[*callbacks, clock], max_epochs=epochs, accelerator=args.accelerator, devices=1, precision=args.precision,
         logger=False, enable_checkpointing=False, enable_progress_bar=bar, enable_model_summary=False, num_sanity_val_steps=0,

@@ -49,7 +49,7 @@ NEUTRAL = {
     "all samples from the start": lambda: SubsetTraining(stop_at=0),
     "a flat schedule": lambda: SmoothingSchedule(end_factor=1.0),
     "a schedule behind the end": lambda: SmoothingSchedule(start=1.0),
-    "no other start": lambda: FastStart(whiten=None, dirac=False),
+    "no other start": lambda: FastStart(whiten=None),
     "a target out of reach": lambda: StopAtTarget("train_loss", -math.inf, "min"),
 }
 

@@ -75,6 +75,10 @@ class FastStart(Trick):
     resumed run and a second fit go on with theirs, the first convolution frozen as before. What does not train is left
     alone. After the fit everything can train again, and norms have their own momentum.
 
+    In four epochs of 10,000 CIFAR-10 images under SGD with one cycle (``benchmarks/starts.py``) the whitened, frozen
+    first convolution brought 10.8 points (3.2 to 18.3), trained on 8.7; identity filters beside it took 5.8 of them
+    away, and small logits, momentum and fixed weights alone brought nothing that five seeds could tell.
+
     When not to use it: on pretrained weights, which it would overwrite (BatchNorm's statistics tell, and it refuses;
     without BatchNorm nothing does). Whitening by a small batch of images: its patches should be ten times as many as
     the numbers in one. Identity filters where channels are not features of one kind. In long runs the head start fades.
@@ -82,7 +86,8 @@ class FastStart(Trick):
     Args:
         whiten: ``"frozen"``: the first convolution whitens its patches and does not train; ``"trained"``: it goes on
             from there; None: it stays as it is.
-        dirac: Whether convolutions of odd kernels above 1×1 but the first begin as the identity, as far as channels go.
+        dirac: Whether convolutions of odd kernels above 1×1 but the first begin as the identity, as far as channels go;
+            in the speedrun, where Muon trains them.
         zero_residual: Whether residual blocks begin as their shortcuts.
         logit_scale: Multiplies the head's first weights, above 0, so that the first logits are small: 1/9 in the
             speedrun. To scale logits in all of the run, also multiply the head's rate by its square.
@@ -103,7 +108,7 @@ class FastStart(Trick):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[FastStart(whiten="frozen", batch_norm_momentum=0.4)])
+        >>> trainer = Trainer(callbacks=[FastStart(whiten="frozen")])
     """
 
     saved_as, run_as = Started, Starting
@@ -113,7 +118,7 @@ class FastStart(Trick):
     def __init__(
         self,
         whiten: str | None = "frozen",
-        dirac: bool = True,
+        dirac: bool = False,
         zero_residual: bool = False,
         logit_scale: float | None = None,
         batch_norm_momentum: float | None = None,

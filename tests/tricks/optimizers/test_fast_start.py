@@ -35,11 +35,9 @@ from zoo import (
     weights,
 )
 
-QUIET = {"dirac": False}  # the shared module has no second convolution
-
 
 def EXAMPLE():
-    return {"callbacks": [FastStart(dirac=False, logit_scale=0.5, batch_norm_momentum=0.4)]}
+    return {"callbacks": [FastStart(logit_scale=0.5, batch_norm_momentum=0.4)]}
 
 
 class Deep(Classifier):
@@ -74,7 +72,7 @@ def test_the_first_steps_forward_has_the_new_weights():
     torch.manual_seed(1)
     fresh = Deep()
     before = weights(fresh)
-    module = fitted(FastStart(logit_scale=0.25), module=fresh, max_steps=1)
+    module = fitted(FastStart(dirac=True, logit_scale=0.25), module=fresh, max_steps=1)
     had, made = module.had[0], module.made[0].double().transpose(0, 1).flatten(1)
     np.testing.assert_allclose(np.cov(made[:4].numpy(), bias=True), np.eye(4), atol=0.01)
     torch.testing.assert_close(made[4:], -made[:4])
@@ -87,7 +85,7 @@ def test_the_first_steps_forward_has_the_new_weights():
 
 def test_draws_and_data_of_the_run_are_those_of_a_run_without_it():
     seen = []
-    for callbacks in ([], [FastStart()]):
+    for callbacks in ([], [FastStart(dirac=True)]):
         torch.manual_seed(5)
         module = Deep()
         data = DataLoader(TensorDataset(*images()), batch_size=8, shuffle=True)
@@ -102,7 +100,7 @@ def test_draws_and_data_of_the_run_are_those_of_a_run_without_it():
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_frozen_stem_rests_to_the_bit_without_gradient_and_trains_again_after_the_fit(optimizer, precision):
     options = {"plugins": [scaled()]} if precision == "16-mixed" else {"precision": precision}
-    module = fitted(FastStart(), module=Deep(optimizer), accumulate_grad_batches=2, **options)
+    module = fitted(FastStart(dirac=True), module=Deep(optimizer), accumulate_grad_batches=2, **options)
     for name in STEM:
         assert all(torch.equal(had[name], module.had[0][name]) for had in [*module.had, weights(module)])
     assert all(names == {n for n, _ in module.named_parameters()} - STEM for names in module.trained)
@@ -112,7 +110,7 @@ def test_a_frozen_stem_rests_to_the_bit_without_gradient_and_trains_again_after_
 
 
 def test_a_stem_that_is_not_frozen_trains_on():
-    module = fitted(FastStart("trained"))
+    module = fitted(FastStart("trained", dirac=True))
     assert not torch.equal(module.had[0]["backbone.0.weight"], weights(module)["backbone.0.weight"])
     assert module.without_gradient == set()
 
@@ -123,8 +121,8 @@ def test_a_resumed_run_keeps_its_weights_and_its_stem_frozen(stop):
     whole = Deep()
     whole.backbone[5] = nn.Identity()
     parted = copy.deepcopy(whole)
-    fitted(FastStart(fixed_norm_weights=True), module=whole)
-    fit_interrupted(parted, ReplayLoader(), stop, [FastStart(fixed_norm_weights=True)])
+    fitted(FastStart(dirac=True, fixed_norm_weights=True), module=whole)
+    fit_interrupted(parted, ReplayLoader(), stop, [FastStart(dirac=True, fixed_norm_weights=True)])
     other = Deep()  # as a new process would have it, with another start
     other.backbone[5] = nn.Identity()
     resume(other, ReplayLoader(), [FastStart(fixed_norm_weights=True)])
@@ -177,14 +175,14 @@ def test_a_network_that_has_trained_before_is_refused():
             fitted(FastStart(), module=fresh)
         assert all(parameter.requires_grad for parameter in fresh.parameters())
     before = weights(module)
-    fitted(FastStart(None, dirac=False, batch_norm_momentum=0.4), module=module, max_steps=1)  # writes no weights
+    fitted(FastStart(None, batch_norm_momentum=0.4), module=module, max_steps=1)  # writes no weights
     assert_same_weights(before, module.had[-1])
 
 
 def test_norms_have_their_momentum_for_the_time_of_the_fit_and_weights_of_one_stay():
     module, momenta = Deep(), []
     module.on_train_batch_end = lambda *_: momenta.append([module.backbone[i].momentum for i in (1, 4)])
-    fitted(FastStart(None, dirac=False, batch_norm_momentum=0.4, fixed_norm_weights=True), module=module, max_steps=2)
+    fitted(FastStart(None, batch_norm_momentum=0.4, fixed_norm_weights=True), module=module, max_steps=2)
     assert momenta == [[0.4, 0.4]] * 2
     for i in (1, 4):
         assert module.backbone[i].momentum == 0.1
@@ -201,7 +199,7 @@ def test_a_network_of_timm_starts_as_the_functions_say():
         def on_before_zero_grad(self, trainer, pl_module, optimizer):
             noted.setdefault("first", weights(pl_module.model))
 
-    fitted(FastStart("trained", zero_residual=True, logit_scale=0.1), Notes(), module=module, max_steps=1)
+    fitted(FastStart("trained", dirac=True, zero_residual=True, logit_scale=0.1), Notes(), module=module, max_steps=1)
     first, model = noted["first"], timm.create_model("resnet18", num_classes=CLASSES, in_chans=2)
     assert not any(first[f"layer{i}.{b}.bn2.weight"].any() for i in (1, 2, 3, 4) for b in (0, 1))
     for name, conv in model.named_modules():
@@ -236,7 +234,7 @@ def test_a_compiled_network_is_looked_at_as_it_is_written_and_compiled_as_before
         module = Classifier()
         if is_compiled:
             module.backbone = torch.compile(module.backbone, backend=backend, fullgraph=True)
-        fitted(FastStart(**QUIET), module=module, max_epochs=1)
+        fitted(FastStart(), module=module, max_epochs=1)
         ends.append({name.replace("_orig_mod.", ""): value for name, value in weights(module).items()})
     assert len(compiled) == 1
     for name, value in ends[0].items():
@@ -262,7 +260,7 @@ def test_a_stem_may_be_called_by_keyword_and_behind_what_does_not_train():
 
 
 def test_a_stem_stays_frozen_when_the_backbone_around_it_thaws():
-    module = fitted(FastStart(**QUIET), FreezeBackboneFinetune(unfreeze_at_epoch=1), max_epochs=3)
+    module = fitted(FastStart(), FreezeBackboneFinetune(unfreeze_at_epoch=1), max_epochs=3)
     assert {frozenset(names & STEM) for names in module.trained} == {frozenset()}
     assert "backbone.3.weight" in module.trained[-1]
     assert torch.equal(module.had[-1]["backbone.0.weight"], weights(module)["backbone.0.weight"])
@@ -279,8 +277,8 @@ class Own(Classifier):
 
 def test_all_ranks_start_from_the_first_ones_sample_and_stay_equal():
     module = Own()
-    fitted_alone = fitted(FastStart(**QUIET), module=copy.deepcopy(module), data=loader(seed=0), max_steps=1)
-    two([FastStart(**QUIET), Keeps()], max_epochs=2).fit(module)
+    fitted_alone = fitted(FastStart(), module=copy.deepcopy(module), data=loader(seed=0), max_steps=1)
+    two([FastStart(), Keeps()], max_epochs=2).fit(module)
     first, second = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same_weights(first, second)
     assert torch.equal(first["backbone.0.weight"], weights(fitted_alone)["backbone.0.weight"])
@@ -333,7 +331,7 @@ def test_what_cannot_be_whitened_is_refused_with_a_way_out(what):
     module, data = REFUSED[what]()
     before = weights(module)
     with pytest.raises(MisconfigurationException, match=rf"FastStart\(whiten='frozen'\).*{what}.*Use `whiten=None`"):
-        fitted(FastStart(**QUIET), module=module, data=data)
+        fitted(FastStart(), module=module, data=data)
     assert_same_weights(before, weights(module))
     assert all(parameter.requires_grad for parameter in module.parameters())
 
@@ -363,7 +361,7 @@ def test_arguments_out_of_range_are_refused(arguments, rule):
 
 def test_a_part_that_finds_nothing_is_warned_of():
     with pytest.warns(UserWarning, match=r"finds no convolutions to begin as the identity in Classifier"):
-        fitted(FastStart(), module=Classifier(), max_steps=1)
+        fitted(FastStart(dirac=True), module=Classifier(), max_steps=1)
 
 
 def test_no_loader_is_asked_twice():
