@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 from clock import Clock
+from convnet import convnet
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from matplotlib.figure import Figure
 from rich.progress import track
-from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from lightning_speedups import (
@@ -77,22 +77,10 @@ def batches(images, labels, size, train):
     return DataLoader(data, batch_size=None, sampler=BatchSampler(order, size, drop_last=train))
 
 
-def conv(channels, wider):
-    return nn.Conv2d(channels, wider, 3, padding=1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()
-
-
-def stage(channels, wider):
-    first, *rest = conv(channels, wider)
-    return nn.Sequential(first, nn.MaxPool2d(2), *rest, *conv(wider, wider))
-
-
 class Net(LightningModule):
     def __init__(self, width=64):
         super().__init__()
-        self.layers = nn.Sequential(
-            *conv(3, width // 2), stage(width // 2, width), stage(width, 2 * width), stage(2 * width, 4 * width),
-            nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10, bias=False),
-        ).to(memory_format=torch.channels_last)  # fmt: skip
+        self.layers = convnet(width // 2).to(memory_format=torch.channels_last)
         self.loss = LabelSmoothingLoss(0.1)
 
     def forward(self, images):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from clock import Clock
+from convnet import convnet
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from rich.progress import track
 from scipy.stats import ttest_1samp
@@ -46,15 +47,6 @@ ARMS = {
 }
 
 
-def conv(channels, wider):
-    return nn.Conv2d(channels, wider, 3, padding=1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()
-
-
-def stage(channels, wider):
-    first, *rest = conv(channels, wider)
-    return nn.Sequential(first, nn.MaxPool2d(2), *rest, *conv(wider, wider))
-
-
 def network(model, width, channels, classes):
     if model == "resnet18":
         from torchvision.models import resnet18
@@ -62,9 +54,7 @@ def network(model, width, channels, classes):
         net = resnet18(num_classes=classes)
         net.conv1, net.maxpool = nn.Conv2d(channels, 64, 3, stride=2, padding=1, bias=False), nn.Identity()
         return net
-    stages = (stage(width // 2, width), stage(width, 2 * width), stage(2 * width, 4 * width))
-    head = (nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes, bias=False))
-    return nn.Sequential(*conv(channels, width // 2), *stages, *head)
+    return convnet(width // 2, channels, classes)
 
 
 class Net(LightningModule):

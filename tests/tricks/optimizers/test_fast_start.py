@@ -125,12 +125,12 @@ def test_a_resumed_run_keeps_its_weights_and_its_stem_frozen(stop):
     fit_interrupted(parted, ReplayLoader(), stop, [FastStart(dirac=True, fixed_norm_weights=True)])
     other = Deep()  # as a new process would have it, with another start
     other.backbone[5] = nn.Identity()
-    resume(other, ReplayLoader(), [FastStart(fixed_norm_weights=True)])
+    resume(other, ReplayLoader(), [FastStart(dirac=True, fixed_norm_weights=True)])
     assert_same_weights(weights(whole), weights(other))
     fixed = STEM | {"backbone.1.weight", "backbone.4.weight"}
     assert all(not names & fixed for names in [*other.trained, *whole.trained])
     other.trained.clear()
-    fitted(FastStart(fixed_norm_weights=True), module=other, max_steps=1)
+    fitted(FastStart(dirac=True, fixed_norm_weights=True), module=other, max_steps=1)
     assert_same_weights(weights(whole), other.had[-1])
     assert not other.trained[0] & fixed
 
@@ -142,14 +142,14 @@ def test_a_run_that_began_without_it_goes_on_without_it():
     fitted(module=whole)
     fit_interrupted(parted, ReplayLoader(), 4, [])
     with pytest.warns(UserWarning, match="FastStart does nothing in a run that began without it"):
-        resume(parted, ReplayLoader(), [FastStart()])
+        resume(parted, ReplayLoader(), [FastStart(dirac=True)])
     assert_same_weights(weights(whole), weights(parted))
     assert all(names >= STEM for names in parted.trained)
 
 
 def test_a_second_fit_goes_on_from_the_weights_of_the_first():
-    module = fitted(FastStart(logit_scale=0.5))
-    for trick in (FastStart(logit_scale=0.5), FastStart(logit_scale=0.5)):
+    module = fitted(FastStart(dirac=True, logit_scale=0.5))
+    for trick in (FastStart(dirac=True, logit_scale=0.5), FastStart(dirac=True, logit_scale=0.5)):
         before = weights(module)
         module.had.clear()
         fitted(trick, module=module, max_epochs=1)
@@ -160,11 +160,11 @@ def test_a_second_fit_goes_on_from_the_weights_of_the_first():
 def test_a_network_that_has_its_first_weights_again_is_started_again():
     module = Deep()
     first = weights(module)
-    fitted(FastStart(), module=module, max_steps=2)
+    fitted(FastStart(dirac=True), module=module, max_steps=2)
     after = module.had[0]
     module.load_state_dict(first)
     module.had.clear()
-    fitted(FastStart(), module=module, max_steps=2)
+    fitted(FastStart(dirac=True), module=module, max_steps=2)
     assert_same_weights(after, module.had[0])
 
 
@@ -172,7 +172,7 @@ def test_a_network_that_has_trained_before_is_refused():
     module = fitted(max_steps=2)
     for fresh in (module, copy.deepcopy(module)):
         with pytest.raises(MisconfigurationException, match="overwrite weights that were trained: BatchNorm's"):
-            fitted(FastStart(), module=fresh)
+            fitted(FastStart(dirac=True), module=fresh)
         assert all(parameter.requires_grad for parameter in fresh.parameters())
     before = weights(module)
     fitted(FastStart(None, batch_norm_momentum=0.4), module=module, max_steps=1)  # writes no weights
@@ -214,7 +214,7 @@ def test_a_network_is_found_by_its_path_and_what_is_beside_it_or_frozen_stays():
     module.teacher = copy.deepcopy(module.backbone).requires_grad_(False)
     module.criterion = None
     before = weights(module.teacher)
-    fitted(FastStart(network="backbone"), module=module, max_steps=1)
+    fitted(FastStart(dirac=True, network="backbone"), module=module, max_steps=1)
     assert_same_weights(before, weights(module.teacher))
     first = Deep()
     first.teacher, first.backbone = copy.deepcopy(first.backbone), first.backbone
@@ -255,7 +255,7 @@ class Named(Deep):
 
 
 def test_a_stem_may_be_called_by_keyword_and_behind_what_does_not_train():
-    made = fitted(FastStart(), module=Named(), max_steps=1).made[0].double().transpose(0, 1).flatten(1)
+    made = fitted(FastStart(dirac=True), module=Named(), max_steps=1).made[0].double().transpose(0, 1).flatten(1)
     np.testing.assert_allclose(np.cov(made[:4].numpy(), bias=True), np.eye(4), atol=0.01)
 
 
@@ -365,4 +365,4 @@ def test_a_part_that_finds_nothing_is_warned_of():
 
 
 def test_no_loader_is_asked_twice():
-    fitted(FastStart(), data=endless(), max_epochs=-1, max_steps=3)
+    fitted(FastStart(dirac=True), data=endless(), max_epochs=-1, max_steps=3)
