@@ -1,7 +1,8 @@
 """What averages of the weights bring: `AveragedWeights` at a constant rate and on a one-cycle, in whole and in shorter runs; Lookahead
 (Zhang et al., arXiv:1907.08610) as airbench has it; and BatchNorm's statistics averaged, or computed anew for the average.
 
-One network, paired by seed and interleaved; digit collages, or images of a file as `lightning-speedups compare --data` takes it. Run nothing beside it.
+One network, paired by seed and interleaved; digit collages, or images of a file as `lightning-speedups compare --data` takes it. Run nothing beside
+it: with two threads and the defaults it takes about an hour.
 
     python benchmarks/averages.py [--seeds 8] [--epochs 8] [--shorter 6] [--lr 0.05] [--peak 0.1] [--horizons 0.01,0.05] [--validation 500]
         [--data cifar10.npz --samples 8000 --test-samples 2000]

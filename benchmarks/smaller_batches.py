@@ -28,6 +28,7 @@ from rich.progress import track
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from lightning_speedups import (
+    AllocatorTuning,
     BatchAugmentation,
     LabelSmoothingLoss,
     OneCycleMomentum,
@@ -50,7 +51,12 @@ ARMS = {  # tricks, and the share of the epochs
     "as they are": (lambda: [], 1),
     "resizing": (lambda: [crops(), ProgressiveResizing()], 1),
     "longer": (lambda: [crops(), ProgressiveResizing()], 1.25),
+    "early": (lambda: [crops(), ProgressiveResizing(grow_from=0.2, full_from=0.5)], 1),
+    "later": (lambda: [crops(), ProgressiveResizing(full_from=0.6)], 1),
+    "late": (lambda: [crops(), ProgressiveResizing(grow_from=0.3, full_from=0.8)], 1),
     "mild": (lambda: [crops(), ProgressiveResizing(start=0.75)], 1),
+    "filled": (lambda: [crops(), ProgressiveResizing(fill_batch=True)], 1),
+    "filled sqrt": (lambda: [crops(), ProgressiveResizing(fill_batch=True, rule="sqrt")], 1),
     "infobatch": (lambda: [crops(), SubsetTraining(KEEP)], 1),
     "random": (lambda: [crops(), SubsetTraining(KEEP, method="random")], 1),
     "loss": (lambda: [crops(), SubsetTraining(KEEP, method="loss")], 1),
@@ -149,7 +155,7 @@ def main() -> None:
         clock, (make, share) = Clock(), ARMS[arm]
         epochs = round(share * args.epochs)
         trainer = Trainer(
-            callbacks=[OneCycleMomentum(args.max_lr, pct_start=0.25), *make(), clock], max_epochs=epochs, accelerator="cpu", precision="bf16-mixed",
+            callbacks=[OneCycleMomentum(args.max_lr, pct_start=0.25), AllocatorTuning(), *make(), clock], max_epochs=epochs, accelerator="cpu", precision="bf16-mixed",
             check_val_every_n_epoch=1 if args.every_epoch else epochs, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         )  # fmt: skip

@@ -31,8 +31,8 @@ class Growth:
     """
 
     start: float = 0.5
-    grow_from: float = 0.3
-    full_from: float = 0.8
+    grow_from: float = 0.25
+    full_from: float = 0.55
     stages: int | tuple[float, ...] | None = None
     multiple: int = 4
 
@@ -44,11 +44,11 @@ class Growth:
             shorter: Shorter side of full images, in pixels.
 
         Example:
-            >>> [round(Growth().share(progress, 224), 3) for progress in (0.0, 0.3, 0.55, 0.8, 1.0)]
+            >>> [round(Growth().share(progress, 224), 3) for progress in (0.0, 0.25, 0.4, 0.55, 1.0)]
             [0.5, 0.5, 0.75, 1.0, 1.0]
-            >>> [Growth(stages=3).share(progress, 224) for progress in (0.54, 0.55, 0.8)]
+            >>> [Growth(stages=3).share(progress, 224) for progress in (0.39, 0.4, 0.55)]
             [0.5, 0.75, 1.0]
-            >>> [round(Growth(stages=(112, 168, 1.0)).share(progress, 224), 3) for progress in (0.54, 0.55, 0.8)]
+            >>> [round(Growth(stages=(112, 168, 1.0)).share(progress, 224), 3) for progress in (0.39, 0.4, 0.55)]
             [0.5, 0.75, 1.0]
         """
         grown = float(progress >= self.full_from)

@@ -568,7 +568,7 @@ class Looks(LightningModule):
 
 TRICKS = {
     "augmentation": lambda **places: BatchAugmentation(crop=2, seed=1, **places),
-    "resizing": lambda **places: ProgressiveResizing(probe=False, **places),
+    "resizing": lambda **places: ProgressiveResizing(full_from=0.8, probe=False, **places),
     "cutmix": lambda **places: MixupCallback(alpha=0, cutmix_alpha=1, seed=1, targets="soft", num_classes=2, **places),
 }
 

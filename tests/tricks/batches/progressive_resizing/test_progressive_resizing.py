@@ -37,11 +37,14 @@ def EXAMPLE():
     return {"callbacks": [ProgressiveResizing(multiple=2)]}
 
 
+LATE = {"grow_from": 0.3, "full_from": 0.8}  # over most of the run
+
+
 def sides(module):
     return [tuple(inputs.shape[-2:]) for inputs, _ in module.seen]
 
 
-def expected(batches, full=16, start=0.5, grow_from=0.3, full_from=0.8, multiple=1):
+def expected(batches, full=16, start=0.5, grow_from=0.25, full_from=0.55, multiple=1):
     """The promise, once more: a line between two points, rounded."""
     share = np.interp(np.arange(batches) / batches, [grow_from, full_from], [start, 1.0])
     return [full if one == 1 else multiple * math.floor(full * one / multiple + 0.5) for one in share]
@@ -62,7 +65,7 @@ def test_each_batch_of_a_fit_has_its_size(multiple):
     assert sides(module) == [(side, side) for side in expected(20, multiple=multiple)]
     assert sides(module)[0] == (8, 8)
     assert sides(module)[-4:] == [(16, 16)] * 4
-    assert len(set(sides(module))) == (9 if multiple == 1 else 3)
+    assert len(set(sides(module))) == (7 if multiple == 1 else 3)
 
 
 def test_images_are_resized_and_nothing_else_happens_to_them():
@@ -119,7 +122,7 @@ def test_growth_by_epochs_needs_their_number_and_says_that_steps_may_end_the_run
     assert not module.seen
     with pytest.warns(UserWarning, match="`max_steps` may end the run"):
         trainer(callbacks=[callback], max_epochs=3, max_steps=10).fit(module, square(16))
-    assert sides(module) == [(side, side) for side in [8] * 4 + [9] * 4 + [14] * 2]
+    assert sides(module) == [(side, side) for side in [8] * 4 + [10] * 4 + [16] * 2]
 
 
 def test_an_endless_run_says_what_to_give():
@@ -139,7 +142,7 @@ def test_an_endless_run_says_what_to_give():
         assert not module.seen
     module = Classifier()
     trainer(callbacks=[ProgressiveResizing(by="epoch", multiple=1)], max_epochs=4).fit(module, endless)
-    assert sides(module) == [(side, side) for side in (8, 8, 11, 15) for _ in range(2)]
+    assert sides(module) == [(side, side) for side in (8, 8, 15, 16) for _ in range(2)]
 
 
 def test_every_kind_of_image_stays_what_it_is():
@@ -243,7 +246,8 @@ class Normed(Classifier):
 
 def test_validation_has_the_statistics_of_full_images_and_training_its_own():
     module, data = Normed(), square(16)
-    trainer(callbacks=[ProgressiveResizing(refresh_batches=3)], max_epochs=5).fit(module, data, square(16, 8))
+    callback = ProgressiveResizing(**LATE, refresh_batches=3)
+    trainer(callbacks=[callback], max_epochs=5).fit(module, data, square(16, 8))
     for (mean, variance), weight, bias in module.validated[:3]:  # in the last two epochs images end full
         outputs = [F.conv2d(x, weight, bias) for x, _ in data.batches[1:]]
         torch.testing.assert_close(mean, torch.stack([x.mean((0, 2, 3)) for x in outputs]).mean(0))
@@ -310,7 +314,7 @@ def test_soft_targets_reach_the_rehearsed_step():
 
     module = Soft()
     mixup = MixupCallback(targets="soft", num_classes=CLASSES)
-    trainer(callbacks=[mixup, ProgressiveResizing()], max_epochs=2).fit(module, square(16), square(16, 8))
+    trainer(callbacks=[mixup, ProgressiveResizing(**LATE)], max_epochs=2).fit(module, square(16), square(16, 8))
     assert not any(map(torch.equal, module.validated[0][0], module.trained[3]))
 
 
@@ -438,7 +442,7 @@ def test_the_loader_makes_the_largest_size_of_the_epoch_and_the_device_the_rest(
 
 def test_a_datasets_own_size_is_used_and_given_back_also_after_an_exception():
     module, dataset = Made(), Pictures(None, size=16)
-    trainer(callbacks=[ProgressiveResizing()], max_epochs=1).fit(
+    trainer(callbacks=[ProgressiveResizing(**LATE)], max_epochs=1).fit(
         module, DataLoader(Subset(dataset, range(16)), batch_size=8)
     )
     assert module.loaded == [12, 12]  # the second batch of two stands in the middle of the growth
@@ -544,7 +548,7 @@ def test_the_loader_makes_full_images_for_the_statistics():
 
     dataset = Pictures(v2.Resize((16, 16), antialias=True))
     module = Module()
-    trainer(callbacks=[ProgressiveResizing(refresh_batches=2)], max_epochs=5).fit(
+    trainer(callbacks=[ProgressiveResizing(**LATE, refresh_batches=2)], max_epochs=5).fit(
         module, DataLoader(dataset, batch_size=8), square(16, 8)
     )
     assert module.loaded[0] == 8
@@ -570,7 +574,7 @@ def test_reloaded_loaders_are_made_small_too():
             return DataLoader(self.datasets[-1], batch_size=8)
 
     module, data = Made(), Data()
-    trainer(callbacks=[ProgressiveResizing()], reload_dataloaders_every_n_epochs=1).fit(module, datamodule=data)
+    trainer(callbacks=[ProgressiveResizing(**LATE)], reload_dataloaders_every_n_epochs=1).fit(module, datamodule=data)
     assert module.loaded == [8] * 4 + [12] * 4 + [16] * 4
     assert [tuple(one.transform.size) for one in data.datasets] == [(16, 16)] * 3
 
@@ -692,7 +696,7 @@ def test_a_range_test_before_the_run_sweeps_and_leaves_the_loader_alone(fill_bat
     callbacks = [OneCycleMomentum(max_lr="auto"), ProgressiveResizing(fill_batch=fill_batch, by="epoch")]
     trainer(callbacks=callbacks).fit(module, DataLoader(dataset, batch_size=8))  # of four, the sweep shows no rate
     assert sides(module)[0] == (8, 8)
-    assert sides(module)[-1] == (12, 12)
+    assert sides(module)[-1] == (16, 16)
     assert tuple(dataset.transform.size) == (16, 16)
 
 
