@@ -127,7 +127,7 @@ def vision_fast(
         LRCurve("linear", replace=True),
         FastStart(dirac=True, logit_scale=1 / 9, batch_norm_momentum=0.4, fixed_norm_weights=True),
         BatchAugmentation(crop, flip=flip, seed=seed),
-        *([ProgressiveResizing(start, 0.3, 0.8, multiple=4, in_loader=False)] if start < 1 else []),
+        *([ProgressiveResizing(start, 0.3, 0.8, in_loader=False)] if start < 1 else []),
         *([SubsetTraining(keep, method="loss", stop_at=1.0, seed=seed)] if keep < 1 and epochs > 2 else []),
         ChannelsLast(),
         AllocatorTuning(),

@@ -5,7 +5,6 @@ import itertools
 import logging
 import re
 import resource
-import statistics
 import sys
 
 import pytest
@@ -66,8 +65,8 @@ def test_later_steps_take_no_pages_while_it_lasts_and_do_so_afterwards():
     trainer(callbacks=[AllocatorTuning()], max_steps=8).fit(module, ReplayLoader())
     tuned, module.faults = module.faults, []
     trainer(max_steps=4).fit(module, ReplayLoader())
-    # What others put into a gap between blocks may make the heap grow once more, but not step after step.
-    assert statistics.median(tuned) < min(module.faults) / 10
+    *rest, _ = sorted(tuned[2:])  # what others put into a gap between blocks may make the heap grow once more
+    assert max(rest) < min(module.faults) / 10
     assert not AllocatorTuning.users
 
 
