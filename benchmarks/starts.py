@@ -4,7 +4,7 @@ One recipe for all arms (SGD with one cycle, label smoothing, batched crops and,
 are interleaved seed by seed, and differences are paired. Seconds are those of training. Run nothing beside it.
 
     python benchmarks/starts.py [cifar10.npz] [--samples 10000] [--seeds 5] [--epochs 4] [--arms plain,frozen,...] [--validation 4000]
-    python benchmarks/starts.py cifar10.npz --model resnet18 --arms plain,residual,all --out benchmarks/results/starts_residual.json
+    python benchmarks/starts.py cifar10.npz --samples 5000 --model resnet18 --arms plain,residual,all --out benchmarks/results/starts_residual.json
 
 Without a file the images are digit collages. `--validation N` holds N training images out and tests on those: for choosing settings, which
 the test images must not.

@@ -77,7 +77,8 @@ class FastStart(Trick):
 
     In four epochs of 10,000 CIFAR-10 images under SGD with one cycle (``benchmarks/starts.py``) the whitened, frozen
     first convolution brought 10.8 points (3.2 to 18.3), trained on 8.7; identity filters beside it took 5.8 of them
-    away, and small logits, momentum and fixed weights alone brought nothing that five seeds could tell.
+    away, and small logits, momentum and fixed weights alone brought nothing that five seeds could tell. A ResNet-18 at
+    a rate it hardly bears went from 17 to 36 % with ``whiten=None, zero_residual=True``.
 
     When not to use it: on pretrained weights, which it would overwrite (BatchNorm's statistics tell, and it refuses;
     without BatchNorm nothing does). Whitening by a small batch of images: its patches should be ten times as many as
