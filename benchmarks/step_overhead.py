@@ -31,6 +31,7 @@ from torch import nn
 from lightning_speedups import (
     BatchAugmentation,
     CyclicMomentum,
+    ExactResume,
     FreezeBackboneFinetune,
     FreezeProgressively,
     InMemoryLoader,
@@ -64,6 +65,7 @@ ARMS = {
     "BatchAugmentation": lambda: [BatchAugmentation(crop=1, seed=0)],
     "ProgressiveResizing": lambda: [ProgressiveResizing(multiple=1)],
     "SubsetTraining": lambda: [SubsetTraining()],
+    "ExactResume": lambda: [ExactResume()],
     "all": lambda: [
         OneCycleMomentum(0.1),
         WarmupLRScaler(scale=2.0, warmup_steps=100),

@@ -9,9 +9,11 @@ from lightning_speedups.models.weight_files import load_weights
 from lightning_speedups.recipes import recipe
 from lightning_speedups.tensors.sample_losses import mean_over_samples
 from lightning_speedups.tricks.batches.batch_augmentation import BatchAugmentation
-from lightning_speedups.tricks.batches.in_memory_loader import InMemoryLoader
+from lightning_speedups.tricks.batches.in_memory.in_memory import InMemory
+from lightning_speedups.tricks.batches.in_memory.in_memory_loader import InMemoryLoader
 from lightning_speedups.tricks.batches.mixup_callback import MixupCallback
 from lightning_speedups.tricks.batches.progressive_resizing.progressive_resizing import ProgressiveResizing
+from lightning_speedups.tricks.batches.random_resized_crops import RandomResizedCrops
 from lightning_speedups.tricks.batches.subset_training import SubsetTraining
 from lightning_speedups.tricks.hardware.allocator_tuning import AllocatorTuning
 from lightning_speedups.tricks.hardware.autocast_cache import AutocastCache
@@ -31,6 +33,12 @@ from lightning_speedups.tricks.rates.lr_curve import LRCurve
 from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
 from lightning_speedups.tricks.rates.stop_at_target import StopAtTarget
 from lightning_speedups.tricks.rates.warmup_lr_scaler import WarmupLRScaler
+from lightning_speedups.tricks.steps.auto_micro_batch import AutoMicroBatch
+from lightning_speedups.tricks.steps.effective_batch_size import EffectiveBatchSize
+from lightning_speedups.tricks.steps.exact_resume import ExactResume
+from lightning_speedups.tricks.steps.image_store import ImageStore
+from lightning_speedups.tricks.steps.loader_tuning import LoaderTuning
+from lightning_speedups.tricks.steps.prefetch_to_device import PrefetchToDevice
 from lightning_speedups.tricks.transfer.feature_cache.feature_cache import FeatureCache
 from lightning_speedups.tricks.transfer.freeze_backbone_finetune import FreezeBackboneFinetune
 from lightning_speedups.tricks.transfer.freeze_progressively import FreezeProgressively
@@ -40,6 +48,7 @@ __version__ = VERSION
 
 __all__ = [
     "AllocatorTuning",
+    "AutoMicroBatch",
     "AutocastCache",
     "AveragedWeights",
     "BatchAugmentation",
@@ -47,22 +56,29 @@ __all__ = [
     "ChannelsLast",
     "CompiledModules",
     "CyclicMomentum",
+    "EffectiveBatchSize",
+    "ExactResume",
     "FastStart",
     "FeatureCache",
     "FreezeBackboneFinetune",
     "FreezeProgressively",
     "FusedOptimizer",
+    "ImageStore",
+    "InMemory",
     "InMemoryLoader",
     "LRCurve",
     "LRRangeTest",
     "LabelSmoothingLoss",
+    "LoaderTuning",
     "MixupCallback",
     "Muon",
     "MuonCallback",
     "MuonMixin",
     "OneCycleMomentum",
     "Plateau",
+    "PrefetchToDevice",
     "ProgressiveResizing",
+    "RandomResizedCrops",
     "SmoothingSchedule",
     "StopAtTarget",
     "SubsetTraining",

@@ -39,9 +39,11 @@ from lightning_speedups.core.resizing import Size
 
 
 class BatchOrder(IntEnum):
-    """When a trick changes the batch; lower comes first."""
+    """When a trick changes the batch; lower comes first. Those below LOOK do so in every stage."""
 
+    CONVERT = -10
     LOOK = 0
+    CUT = 5
     AUGMENT = 10
     RESIZE = 20
     MEMORY_FORMAT = 30
@@ -258,7 +260,12 @@ def transferred(trainer: Trainer, batch: Any) -> Any:
     """
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return _pipeline(trainer).original(batch, dataloader_idx=0)
+    station = _pipeline(trainer)
+    transfer = station.original
+    for order, _, act in station.members:
+        if order < BatchOrder.LOOK:
+            transfer = partial(act, transfer)
+    return transfer(batch, dataloader_idx=0)
 
 
 def batch_number(trainer: Trainer) -> int:

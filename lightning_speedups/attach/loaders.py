@@ -12,6 +12,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -45,9 +46,11 @@ class LoaderGrip(Grip):
 
     Attributes:
         loaders: Who stands at the loader, as long as the fit lasts.
+        keeps_order: Whether the trick must know an epoch's order to its end, which is then drawn at the beginning.
     """
 
     loaders: Loaders
+    keeps_order = False
 
     def __init__(
         self, trick: Trick, any_loader: bool = False, name: str | None = None, reads_rows: bool = False
@@ -62,6 +65,12 @@ class LoaderGrip(Grip):
     def batch_size_in_epoch(self, epoch: int, batch_size: int) -> int:
         """Return the batch size of an epoch, in samples."""
         return batch_size
+
+    def epoch_left(self) -> tuple[list[int], int] | None:
+        """Return what the sampler had drawn for the epoch that a resumed run goes on with, and how many of its batches
+        to leave out; None where the order is drawn anew.
+        """
+        return None
 
     def select(self, trainer: Trainer, epoch: int, order: list[int]) -> list[int]:
         """Return the samples of an epoch, as many as promised, from all of this rank's in their order; asked only in
@@ -155,6 +164,33 @@ class LoaderGrip(Grip):
             Station.of(trainer.strategy, "process_dataloader").leave(loaders)
 
 
+class LoaderSwap(Grip):
+    """Puts other loaders in the place of those that Lightning begins to use, before a LoaderGrip sees them.
+
+    Args:
+        trick: Whose.
+        swap: Takes the Trainer and a loader, also of validation, and returns the one to use.
+        order: Where among others of this kind, below 0; lower comes first.
+    """
+
+    def __init__(self, trick: Trick, swap: Callable[[Trainer, Any], Any], order: int) -> None:
+        super().__init__(trick)
+        self.swap, self.order = swap, order
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Join; what tuners have left behind is asked for anew."""
+        trainer.fit_loop._combined_loader = None
+        Station.of(trainer.strategy, "process_dataloader").join(self, partial(self._take, trainer), self.order)
+
+    def leave(self, trainer: Trainer) -> None:
+        """Leave; the loaders themselves are as they were."""
+        Station.of(trainer.strategy, "process_dataloader").leave(self)
+
+    def _take(self, trainer: Trainer, process: Callable[[Any], Any], loader: Any) -> Any:
+        loader = process(loader)
+        return self.swap(trainer, loader) if self.trick.is_active(trainer) else loader
+
+
 class Loaders:
     """Stands at ``strategy.process_dataloader`` and takes the training loader over."""
 
@@ -165,7 +201,7 @@ class Loaders:
         self.has_all = True  # Lightning hands over one loader after the other, and then starts an epoch
         self.selection: Selection | None = None  # of the only loader, if it can be changed
         self.epoch = 0
-        self.order: list[Any] | None = None  # of the epoch under way; None before its first batch
+        self.order: Order | None = None  # of the epoch under way; None before its first batch
         self.skipped = 0
         self.early = 0  # the id of Lightning's iterator, if it had one when the epoch began
         self.hushed: Any = None
@@ -227,7 +263,7 @@ class Loaders:
                 progress.current.completed = max(progress.current.completed, self.selection.batches_in_epoch(epoch))
         self.early = id(self._iterator())
         if loop.epoch_loop.restarting and self.selection is not None and self.hushed is None:
-            if progress.current.ready and not progress.is_last_batch:
+            if progress.current.ready and not progress.is_last_batch and self.epoch_left() is None:
                 self._warn_of_order(self.selection.batcher)
             # Lightning takes a number of steps for the end of an epoch if it is a multiple of this epoch's.
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
@@ -236,13 +272,17 @@ class Loaders:
     def _warn_of_order(self, batcher: BatchSampler) -> None:
         """Say that the epoch, under way already, goes on with samples that it has had."""
         # Torchdata's loader asks its sampler for a state, and not who stands there.
-        if not _goes_on(self.loader) or (_is_torchdatas(batcher) and not draws_alike(batcher)):
+        if not goes_on(self.loader) or (_is_torchdatas(batcher) and not draws_alike(batcher)):
             rank_zero_warn(
                 "You're resuming from a checkpoint that ended before the epoch ended, and beside "
                 f"{self.grips[0].name} the training loader cannot go on in the order that it had: in this epoch some "
                 "samples come again, and others do not come. Use a checkpoint between two epochs, or an "
                 "`InMemoryLoader`."
             )
+
+    def epoch_left(self) -> tuple[list[int], int] | None:
+        """Return what a trick knows of the epoch that a resumed run goes on with."""
+        return next((left for grip in self.active_grips() if (left := grip.epoch_left()) is not None), None)
 
     def begin(self, epoch: int) -> None:
         """Prepare an epoch."""
@@ -269,22 +309,33 @@ class Loaders:
 
     def samples_of_batch(self) -> list[Any]:
         """Return the dataset's indices of the batch that is on its way."""
-        selection = self.selection
+        selection, iterator = self.selection, self._iterator()
         assert selection is not None
         number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        iterator, loader = self._iterator(), self.loader
-        if self.order is None:  # others may iterate over the loader too, before and after, and draw other orders
-            # A loader that cannot go on in the middle of an epoch begins anew there.
-            self.skipped = 0 if _goes_on(loader) else number
-            # Workers have drawn theirs when Lightning made its iterator: long ago, or just before this batch.
-            is_early = loader.num_workers > 0 and id(iterator) == self.early
-            self.order = selection.first if is_early and selection.first is not None else selection.order
-        order, place = self.order, number - self.skipped
-        if isinstance(iterator, _MultiProcessingDataLoaderIter) and iterator._persistent_workers:
+        order, place = self.settle_order(number), number - self.skipped
+        if _persists(iterator):
             # There is one for all: whoever iterates over the loader begins Lightning's iterator anew.
             order, place = selection.order, iterator._num_yielded - 1
         size = selection.batcher.batch_size
         return order[place * size : (place + 1) * size]
+
+    def settle_order(self, number: int) -> Order:
+        """Return the order of the epoch under way, which its first batch settles: others may iterate over the loader
+        too, before and after, and draw other orders.
+
+        Args:
+            number: How many batches of the epoch came before the one that is on its way.
+        """
+        if self.order is None:
+            selection, iterator, loader = self.selection, self._iterator(), self.loader
+            assert selection is not None
+            # A loader that cannot go on in the middle of an epoch begins anew there, or with what is left.
+            self.skipped = 0 if goes_on(loader) else number
+            # Workers have drawn theirs when Lightning made its iterator: long ago, or just before this batch.
+            draws_early = loader.num_workers > 0 and not getattr(loader, "draws_late", False)
+            is_early = draws_early and id(iterator) == self.early and not _persists(iterator)
+            self.order = selection.first if is_early and selection.first is not None else selection.order
+        return self.order
 
     def give_back(self) -> None:
         """Put the loader's own sampler and batch size back."""
@@ -294,6 +345,16 @@ class Loaders:
         if self.hushed in warnings.filters:
             warnings.filters.remove(self.hushed)  # type: ignore[attr-defined]
         self.hushed = None
+
+
+class Order(list[Any]):
+    """The samples that an epoch hands out in their order, as far as they are drawn.
+
+    Attributes:
+        drawn: All that the sampler has drawn for the epoch, if a trick keeps them.
+    """
+
+    drawn: list[Any]
 
 
 class Selection(Sampler[Any]):
@@ -308,8 +369,8 @@ class Selection(Sampler[Any]):
         self.loaders, self.batcher = loaders, batcher
         self.source: Any = batcher.sampler  # the loader's own
         self.batch_size = batcher.batch_size  # the loader's own
-        self.order = list[Any]()
-        self.first: list[Any] | None = None  # since Lightning was given the loader
+        self.order = Order()
+        self.first: Order | None = None  # since Lightning was given the loader
         batcher.sampler = self
 
     def give_back(self) -> None:
@@ -339,18 +400,24 @@ class Selection(Sampler[Any]):
         return self._sizes(self.loaders.epoch)[0]
 
     def __iter__(self) -> Iterator[Any]:
-        if len(self) == len(self.source):  # one by one: asked for more than is needed, samplers draw more
-            order = self._note([])
-            for index in self.source:
+        grips, is_whole = self.loaders.active_grips(), len(self) == len(self.source)
+        if is_whole and not any(grip.keeps_order for grip in grips):
+            order = self._note(Order())
+            for index in self.source:  # one by one: asked for more than is needed, samplers draw more
                 order.append(_plain(index))
                 yield index
-        else:
-            order = [_plain(index) for index in itertools.islice(self.source, len(self.source))]
-            for grip in self.loaders.active_grips():
-                order = grip.select(self.loaders.trainer, self.loaders.epoch, order)
-            yield from self._note(order)
+            return
+        drawn, done = self.loaders.epoch_left() or (None, 0)
+        if drawn is None:
+            drawn = [_plain(index) for index in itertools.islice(self.source, len(self.source))]
+        chosen = drawn
+        for grip in [] if is_whole else grips:
+            chosen = grip.select(self.loaders.trainer, self.loaders.epoch, chosen)
+        order = self._note(Order(chosen[done * self.batcher.batch_size :]))
+        order.drawn = drawn
+        yield from order
 
-    def _note(self, order: list[Any]) -> list[Any]:
+    def _note(self, order: Order) -> Order:
         self.order = order
         self.first = order if self.first is None else self.first
         return order
@@ -366,9 +433,22 @@ def find_selection(trainer: Trainer) -> Selection | None:
     return None if loaders is None else loaders.selection
 
 
-def _goes_on(loader: Any) -> bool:
-    """Tell whether a loader can go on in the middle of an epoch."""
+def goes_on(loader: Any) -> bool:
+    """Tell whether a loader can go on in the middle of an epoch by itself.
+
+    Args:
+        loader: Any loader.
+
+    Example:
+        >>> goes_on(DataLoader(range(8)))
+        False
+    """
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def _persists(iterator: Any) -> bool:
+    """Tell whether an iterator is one for all epochs."""
+    return isinstance(iterator, _MultiProcessingDataLoaderIter) and bool(iterator._persistent_workers)
 
 
 def _plain(index: Any) -> Any:
@@ -416,7 +496,7 @@ def draws_alike(sampler: Any) -> bool:
     if isinstance(sampler, BatchSampler):
         return _only_cuts(sampler) and draws_alike(sampler.sampler)
     if isinstance(sampler, Selection):
-        return draws_alike(sampler.source)
+        return sampler.loaders.epoch_left() is not None or draws_alike(sampler.source)
     if (wrapped := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:  # by Lightning, for DDP
         return draws_alike(wrapped)
     return hasattr(sampler, "set_epoch") or isinstance(sampler, (Sequence, SequentialSampler))

@@ -128,7 +128,7 @@ def _fit_a_copy(
         owner: Any = twin if twin_data is None else twin_data
         hook = owner.train_dataloader
         owner.__dict__["train_dataloader"] = lambda: _copy_loaders(hook() if loaders is None else loaders, undo)
-        hidden = not _shows_progress(trainer)
+        hidden = not shows_progress(trainer)
         run.bar = undo.enter_context(Tqdm(total=len(run.rates), desc="LR range test", leave=False, disable=hidden))
         inner = _imitate(trainer)
         inner.callbacks = [run]  # type: ignore[attr-defined]  # Lightning sets it without declaring it
@@ -319,7 +319,12 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _shows_progress(trainer: Trainer) -> bool:
+def shows_progress(trainer: Trainer) -> bool:
+    """Tell whether another progress bar may be shown for a while.
+
+    Args:
+        trainer: The Trainer.
+    """
     bar: Any = trainer.progress_bar_callback
     # A rich bar that is already there would be torn by another one.
     return bar is not None and bar.is_enabled and getattr(bar, "progress", None) is None

@@ -7,6 +7,7 @@ metrics, counters and lists of its own; nothing is logged, no gradient is comput
 from __future__ import annotations
 
 import copy
+import timeit
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_speedups.attach.batches import transferred
 from lightning_speedups.attach.copies import NoCopyError, copy_module
 from lightning_speedups.attach.randomness import same_randomness
 
@@ -94,6 +96,27 @@ def first_inputs(
         instead = "".join(f" first, but `{names[one]}`" for one in seen)
         raise NoCopyError(f"{type(pl_module).__name__}.training_step does not call `{names[part]}`{instead}")
     return seen[part]
+
+
+def step_seconds(trainer: Trainer, batch: Any) -> float:
+    """Return about how many seconds a training step takes: three forward passes, as a backward pass takes two.
+
+    Args:
+        trainer: A fitting Trainer, in training or in validation.
+        batch: As the loader hands it out.
+
+    Raises:
+        NoCopyError: As for [rehearsal][lightning_speedups.attach.rehearsal.rehearsal].
+    """
+
+    def forward() -> None:
+        step(moved)
+        if trainer.strategy.root_device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    with rehearsal(trainer, trainer.lightning_module) as (_, step):
+        moved = transferred(trainer, batch)
+        return 3 * min(timeit.repeat(forward, number=1, repeat=3))
 
 
 def fresh_statistics(trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any]) -> Statistics:

@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_speedups.attach.loaders import find_selection
-from lightning_speedups.attach.packages import is_a
 from lightning_speedups.attach.trick import Grip, callbacks_of
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.run_length import RunLength
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 def run_length(trainer: Trainer) -> RunLength:
     """Return what the run's length follows from.
 
-    Unlike ``trainer.estimated_stepping_batches`` it is right under ``GradientAccumulationScheduler``, and it neither
+    Unlike ``trainer.estimated_stepping_batches`` it is right where accumulation changes over the run, and it neither
     loads data nor disturbs a resumed loader.
 
     Args:
@@ -52,11 +51,10 @@ def _batches_by_epoch(trainer: Trainer) -> Callable[[int], int | None]:
 
 
 def _accumulation_by_epoch(trainer: Trainer) -> Callable[[int], int]:
-    for callback in callbacks_of(trainer):
-        if is_a(callback, "GradientAccumulationScheduler"):
-            return callback.get_accumulate_grad_batches  # type: ignore[attr-defined,no-any-return]
     batches = trainer.accumulate_grad_batches
-    return lambda _: batches
+    # Lightning's GradientAccumulationScheduler has it, and so has EffectiveBatchSize.
+    told = (getattr(callback, "get_accumulate_grad_batches", None) for callback in callbacks_of(trainer))
+    return next(filter(None, told), lambda _: batches)
 
 
 def batches_in_epoch(trainer: Trainer, epoch: int) -> int | None:
@@ -67,17 +65,21 @@ def batches_in_epoch(trainer: Trainer, epoch: int) -> int | None:
 def accumulation(trainer: Trainer, epoch: int) -> int:
     """Return how many batches make one optimizer step in an epoch.
 
-    ``trainer.accumulate_grad_batches`` follows a ``GradientAccumulationScheduler`` only once that had its turn.
+    ``trainer.accumulate_grad_batches`` follows a callback that changes it only once that had its turn.
     """
     return _accumulation_by_epoch(trainer)(epoch)
 
 
-def loader_batch_size(trainer: Trainer) -> int | None:
+def loader_batch_size(trainer: Trainer, loader: Any = None) -> int | None:
     """Return the batch size of the training loader in one process, in samples, or None where it does not say.
 
     Tricks that change it from epoch to epoch do not count.
+
+    Args:
+        trainer: A fitting Trainer.
+        loader: A training loader that it is about to use; None: the one that it has.
     """
-    loader = trainer.train_dataloader
+    loader = trainer.train_dataloader if loader is None else loader
     # The last one: whole batches as samples, so that the loader itself does not batch.
     samplers = (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
     sizes = (getattr(holder, "batch_size", None) for holder in (find_selection(trainer), loader, *samplers))
@@ -129,14 +131,17 @@ def logger_step(trainer: Trainer) -> int:
 
 
 class ShorterRun(Grip):
-    """Says so if schedulers of the module's own, stepped in each step, count on epochs that a trick makes shorter."""
+    """Says so if schedulers of the module's own, stepped in each step, count on steps that a trick makes fewer: by
+    shorter epochs, or by accumulating more batches later in the run.
+    """
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Compare what the schedulers count on with what will be."""
         length, selection = run_length(trainer), find_selection(trainer)
-        if selection is None or length.steps is None or not trainer.lightning_module.automatic_optimization:
+        if length.steps is None or not trainer.lightning_module.automatic_optimization:
             return
-        told = replace(length, batches_in=lambda _: selection.batches_in_epoch(None)).told or 0
+        full = length.batches_in if selection is None else lambda _: selection.batches_in_epoch(None)
+        told = replace(length, batches_in=full, accumulation=lambda _: length.accumulation(0)).told or 0
         for config in trainer.lr_scheduler_configs:
             counts = config.interval == "step" and not config.reduce_on_plateau
             if counts and is_cut_off(config.scheduler, length.steps // config.frequency, told // config.frequency):

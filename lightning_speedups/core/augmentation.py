@@ -16,10 +16,10 @@ def shifted_crops(images: Tensor, offsets: Tensor, pad: int, fill: float | None 
     """Pad each image on all sides and cut it back to its size at a place of its own.
 
     Args:
-        images: ``(N, ..., H, W)``, of any type.
+        images: ``(N, ..., H, W)``, of any type; or volumes ``(N, ..., D, H, W)``.
         offsets: Where each cut begins in the padded image, int64 ``(2, N)``: rows and columns, in [0, 2 · pad], on the
-            images' device.
-        pad: Pixels on each side, 1 or more, below H and W.
+            images' device. ``(3, N)`` for volumes: along their depth, rows and columns.
+        pad: Pixels on each side, 1 or more, below H and W, and D of volumes.
         fill: The value outside; None: the image itself, reflected at its border without a repeat of the border.
 
     Returns:
@@ -32,15 +32,16 @@ def shifted_crops(images: Tensor, offsets: Tensor, pad: int, fill: float | None 
         >>> shifted_crops(image, torch.tensor([[1], [2]]), pad=1).tolist()
         [[[2, 3, 2], [5, 6, 5], [8, 9, 8]]]
     """
-    height, width = images.shape[-2:]
-    rows, columns = images.ndim - 2, images.ndim - 1
+    moved = range(images.ndim - len(offsets), images.ndim)
+    windows = images if fill is None else F.pad(images, [pad] * 2 * len(offsets), value=fill)
     if fill is None:
-        padded = _reflect(_reflect(images, rows, pad), columns, pad)
-    else:
-        padded = F.pad(images, [pad] * 4, value=fill)
-    windows = padded.unfold(rows, height, 1).unfold(columns, width, 1)  # a view: (N, ..., places, places, H, W)
-    windows = windows.movedim((rows, columns), (1, 2))
-    return windows[torch.arange(len(images), device=images.device), offsets[0], offsets[1]]
+        for dim in moved:
+            windows = _reflect(windows, dim, pad)
+    for dim in moved:
+        windows = windows.unfold(dim, images.shape[dim], 1)
+    # A view: (N, places, places, ..., H, W), with as many dimensions of places as the images are moved along.
+    windows = windows.movedim(tuple(moved), tuple(range(1, len(offsets) + 1)))
+    return windows[(torch.arange(len(images), device=images.device), *offsets)]
 
 
 def _reflect(images: Tensor, dim: int, pad: int) -> Tensor:

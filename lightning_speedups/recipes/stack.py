@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_speedups.tricks.batches.in_memory_loader import InMemoryLoader
+from lightning_speedups.tricks.batches.in_memory.in_memory_loader import InMemoryLoader
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.recipes.stack import Stack
 from lightning_speedups.tricks.batches.batch_augmentation import BatchAugmentation
-from lightning_speedups.tricks.batches.in_memory_loader import InMemoryLoader
+from lightning_speedups.tricks.batches.in_memory.in_memory_loader import InMemoryLoader
 from lightning_speedups.tricks.batches.progressive_resizing.progressive_resizing import ProgressiveResizing
 from lightning_speedups.tricks.batches.subset_training import SubsetTraining
 from lightning_speedups.tricks.hardware.allocator_tuning import AllocatorTuning

@@ -151,12 +151,20 @@ def _open(folder: Path, kinds: Mapping[str, Kind], samples: int, size: int) -> T
     file = folder / f"{fingerprint([list(kinds.items()), samples])[:16]}.bin"
     folder.mkdir(parents=True, exist_ok=True)
     if not file.exists() or file.stat().st_size < size:  # of one that was cut off, the end says what is there: nothing
-        _reserve(file, size)
+        reserve(file, size)
     return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
 
 
-def _reserve(file: Path, size: int) -> None:
-    """Let a file have its full size on the disk: one that is full later would end the process."""
+def reserve(file: Path, size: int) -> None:
+    """Let a file have its full size on the disk: one that is full later would end the process.
+
+    Args:
+        file: Which; it is made if it is not there, and is gone again if there is no room.
+        size: In bytes.
+
+    Raises:
+        OSError: If the disk has no room for it.
+    """
     free = shutil.disk_usage(file.parent).free
     if free < size:
         raise OSError(f"the disk of {file.parent} has {free:,} bytes left")

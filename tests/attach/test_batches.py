@@ -518,6 +518,20 @@ def test_a_batch_comes_to_the_tricks_as_the_users_hooks_and_the_precision_leave_
     assert torch.equal(made[0], batch[0])
 
 
+def test_it_comes_to_them_as_those_leave_it_that_change_batches_in_every_stage():
+    class Looks(Linear):
+        def change_batch(self, trainer, pl_module, batch):
+            self.found.append((transferred(trainer, [torch.ones(2, 2)]), batch))
+            return super().change_batch(trainer, pl_module, batch)
+
+    first, trick, second = Linear(3, 0, BatchOrder.CONVERT), Looks(2, 1, BatchOrder.LOOK), Linear(7, 0)
+    trick.found = []
+    trainer(callbacks=[second, trick, first], max_epochs=1).fit(Seer(), Batches([torch.ones(2, 2)]))
+    ((made, batch),) = trick.found
+    assert torch.equal(made[0], torch.full((2, 2), 3.0))
+    assert torch.equal(made[0], batch[0])
+
+
 class Stored:
     """Its attributes live in a store, which it copies with itself, and are items too, as torch_geometric's Data."""
 

@@ -19,8 +19,9 @@ from torch.utils.data import (
 )
 
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick
-from lightning_speedups.attach.loaders import LoaderGrip, find_batcher
+from lightning_speedups.attach.loaders import LoaderGrip, LoaderSwap, find_batcher
 from lightning_speedups.attach.run_length import batches_in_epoch, run_length
+from lightning_speedups.attach.trick import Trick
 from zoo import Batches, Classifier, OrderOfEpoch, ReplayLoader, fit_interrupted, images, resume, trainer
 
 
@@ -586,3 +587,63 @@ def test_a_random_sampler_with_its_own_generator_draws_as_without_the_trick():
     trainer(max_epochs=3).fit(plain, data())
     fit(Plan((1.0, None), (0.5, None)), data(), with_trick, epochs=3)
     assert with_trick.numbers == plain.numbers[:4] + plain.numbers[6:]
+
+
+class Swaps(Trick):
+    """Puts copies in the place of loaders, and notes which came by."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.came, self.made = [], []
+        self.grips = (LoaderSwap(self, self.swap, order),)
+
+    def swap(self, trainer, loader):
+        self.came.append(loader)
+        self.made.append(copy.copy(loader))
+        return self.made[-1]
+
+
+class SeesLoaders(Trick):
+    def __init__(self):
+        super().__init__()
+        self.grips = (LoaderGrip(self),)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_other_loaders_are_used_and_seen_in_the_place_of_those_given(turn):
+    first, second, sees = Swaps(-2), Swaps(-1), SeesLoaders()
+    seen = []
+    sees.grips[0].change_loader = lambda trainer, loader, epoch: seen.append(loader)
+    given, val = DataLoader([*zip(*images(8), strict=True)], 4), DataLoader([*zip(*images(4), strict=True)], 4)
+    before = dict(vars(given))
+    run = trainer(callbacks=[first, second, sees][::turn], max_epochs=2)
+    run.fit(Classifier(), given, val)
+    assert first.came == [given, val]
+    assert second.came == first.made
+    assert run.train_dataloader is second.made[0]
+    assert all(loader is second.made[0] for loader in seen)
+    assert vars(given) == before
+    assert "process_dataloader" not in vars(run.strategy)
+
+
+def test_loaders_of_tuners_trial_runs_are_left_alone():
+    swaps = Swaps(-1)
+    finder = LearningRateFinder(num_training_steps=3)
+    given = DataLoader([*zip(*images(8), strict=True)], 4)
+    run = trainer(callbacks=[finder, swaps], max_epochs=1)
+    run.fit(Classifier(), given)
+    assert swaps.came == [given]
+    assert run.train_dataloader is swaps.made[0]
+
+
+def test_loaders_of_trial_runs_within_a_fit_are_left_alone():
+    class Tries(Classifier):
+        def on_train_start(self):
+            callbacks, self.trainer.callbacks = self.trainer.callbacks, []
+            self.found = self.trainer.strategy.process_dataloader(given)
+            self.trainer.callbacks = callbacks
+
+    swaps, module, given = Swaps(-1), Tries(), DataLoader([*zip(*images(8), strict=True)], 4)
+    trainer(callbacks=[swaps], max_epochs=1).fit(module, given)
+    assert module.found is given
+    assert len(swaps.made) == 1

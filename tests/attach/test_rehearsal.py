@@ -12,8 +12,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
+from lightning_speedups.attach import rehearsal as module
 from lightning_speedups.attach.copies import NoCopyError
-from lightning_speedups.attach.rehearsal import first_inputs, fresh_statistics, norms_of, rehearsal, swap_statistics
+from lightning_speedups.attach.rehearsal import (
+    first_inputs,
+    fresh_statistics,
+    norms_of,
+    rehearsal,
+    step_seconds,
+    swap_statistics,
+)
 from zoo import Classifier, Manual, images, loader, trainer, weights
 
 
@@ -237,3 +245,19 @@ def test_a_part_that_the_step_does_not_call_has_no_first_inputs():
         return True
 
     assert run(look, Classifier())[0]
+
+
+def test_a_step_takes_about_three_forward_passes(monkeypatch):
+    monkeypatch.setattr(module.timeit, "repeat", lambda forward, number, repeat: [forward() or 0.5, 0.25, 0.75])
+    found = []
+
+    class Times(Classifier):
+        def training_step(self, batch, batch_idx):
+            if not torch.is_grad_enabled():
+                found.append("rehearsed")
+            elif not found:
+                found.append(step_seconds(self.trainer, batch))
+            return super().training_step(batch, batch_idx)
+
+    trainer(max_steps=1).fit(Times(), loader())
+    assert found[-1] == 0.75

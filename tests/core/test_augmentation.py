@@ -61,6 +61,24 @@ def test_the_middle_place_gives_the_image_itself_and_no_image_gives_none():
     assert shifted_crops(images[:0], torch.zeros(2, 0, dtype=torch.int64), 2).shape == (0, 2, 6, 6)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("fill", [None, 0, -100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_volumes_are_cut_along_their_depth_too(dtype, fill, memory_format):
+    volumes = pictures(12, 2, 6, 5, 7, dtype=dtype).contiguous(memory_format=memory_format)
+    before, offsets = volumes.clone(), torch.randint(5, (3, 12), generator=generator_for(4))
+    crops = shifted_crops(volumes, offsets, 2, fill)
+    for volume, crop, (front, top, left) in zip(volumes, crops, offsets.T.tolist(), strict=True):
+        array, around = volume.double().numpy(), [(0, 0)] + [(2, 2)] * 3
+        padded = np.pad(array, around, mode="reflect") if fill is None else np.pad(array, around, constant_values=fill)
+        cut = padded[:, front : front + 6, top : top + 5, left : left + 7]
+        assert np.array_equal(crop.double().numpy(), cut)
+    assert crops.dtype == dtype
+    assert crops.shape == volumes.shape
+    assert crops.is_contiguous(memory_format=memory_format)
+    assert torch.equal(volumes, before)
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_flips_mirror_the_chosen_images_left_to_right(dtype, memory_format):

@@ -260,6 +260,85 @@ def test_places_may_be_paths_into_a_nested_batch():
     assert batch["views"][0] is image
 
 
+def cut_by_hand(images, generator, crop, fill=None):
+    """Crops and flips of a view as numpy makes them, from the draws of a generator: first all places, then all sides."""
+    dims = images.ndim - 2
+    places = torch.randint(2 * crop + 1, (dims, len(images)), generator=generator).T.tolist()
+    sides = (torch.rand(len(images), generator=generator) < 0.5).tolist()
+    around, results = [(0, 0)] + [(crop, crop)] * dims, []
+    for image, place, mirrored in zip(images.numpy(), places, sides, strict=True):
+        padded = np.pad(image, around, **({"mode": "reflect"} if fill is None else {"constant_values": fill}))
+        cut = padded[:, *(slice(begin, begin + side) for begin, side in zip(place, image.shape[1:], strict=True))]
+        results.append(cut[..., ::-1] if mirrored else cut)
+    return torch.from_numpy(np.stack(results))
+
+
+def draws_of_batch(number):
+    return generator_for(3, 0, number, BatchOrder.AUGMENT)
+
+
+def test_images_are_cut_and_mirrored_as_ever():
+    module, parts = Seer(), pictures(24)[0].split(8)
+    trainer(callbacks=[BatchAugmentation(2, seed=3)], max_epochs=1).fit(module, Batches(*((part,) for part in parts)))
+    for number, (seen,) in enumerate(module.seen):
+        assert torch.equal(seen, cut_by_hand(parts[number], draws_of_batch(number), 2))
+
+
+@pytest.mark.parametrize(("padding", "fill"), [("reflect", None), ("zeros", 0)])
+def test_views_get_crops_and_flips_of_their_own_one_after_the_other(padding, fill):
+    module, (one, other) = Seer(), pictures(16)[0].split(8)
+    batch = {"views": [one, other], "label": torch.arange(8)}
+    trick = BatchAugmentation(2, padding, inputs=[("views", 0), ("views", 1)], seed=3)
+    trainer(callbacks=[trick], max_epochs=1).fit(module, Batches(batch, batch))
+    for number, seen in enumerate(module.seen):
+        generator = draws_of_batch(number)
+        for view, originals in zip(seen["views"], (one, other), strict=True):
+            assert torch.equal(view, cut_by_hand(originals, generator, 2, fill))
+    assert batch["views"][0] is one
+
+
+def test_views_of_other_sizes_and_kinds_move_each_in_its_own_frame():
+    module, flat, volumes = Seer(), pictures(8)[0], torch.randn(8, 1, 5, 9, 7, generator=generator_for(2))
+    trick = BatchAugmentation(3, inputs=[0, 1], seed=3)
+    trainer(callbacks=[trick], max_epochs=1).fit(module, Batches((flat, volumes)))
+    generator = draws_of_batch(0)
+    for view, originals in zip(module.seen[0], (flat, volumes), strict=True):
+        assert torch.equal(view, cut_by_hand(originals, generator, 3))
+
+
+def test_an_alternating_flip_throws_a_coin_for_each_view_and_shows_both_sides_of_it():
+    module, originals = Seer(), pictures(60)[0]
+    data = DataLoader(TensorDataset(originals, originals, torch.arange(60)), 16, shuffle=True)
+    trick = BatchAugmentation(crop=0, flip="alternating", inputs=[0, 1], seed=4)
+    trainer(callbacks=[trick], max_epochs=4).fit(module, data)
+    sides = torch.zeros(2, 4, 60, dtype=torch.bool)
+    for step, (*views, numbers) in enumerate(module.seen):
+        for view, seen in enumerate(views):
+            for image, number in zip(seen, numbers.tolist(), strict=True):
+                sides[view, step // 4, number] = not torch.equal(image, originals[number])
+    assert torch.equal(sides[0, 0], coins(4, torch.arange(60)) == 1)
+    assert torch.equal(sides[:, 1:], ~sides[:, :-1])
+    assert 15 < int((sides[0, 0] != sides[1, 0]).sum()) < 45
+
+
+@pytest.mark.parametrize(("padding", "fill"), [("reflect", None), ("zeros", 0)])
+@pytest.mark.parametrize("channels", [False, True])
+def test_volumes_move_along_their_depth_too_and_so_do_their_maps(padding, fill, channels):
+    module, volumes = Seer(), torch.randint(1, 200, (8, 2, 6, 5, 7), generator=generator_for(2)).float()
+    mask = volumes[:, :1] if channels else volumes[:, 0]
+    trick = BatchAugmentation(2, padding, maps=1, ignore_index=0, seed=3)
+    trainer(callbacks=[trick], max_epochs=1).fit(module, Batches((volumes, mask)))
+    seen, moved = module.seen[0]
+    assert torch.equal(seen, cut_by_hand(volumes, draws_of_batch(0), 2, fill))
+    assert torch.equal(moved if channels else moved[:, None], seen[:, :1])
+
+
+def test_a_flip_alone_takes_volumes_of_few_slices():
+    module, volumes = Seer(), torch.randn(8, 2, 3, 6, 7, generator=generator_for(2))
+    trainer(callbacks=[BatchAugmentation(0, seed=3)], max_epochs=1).fit(module, Batches((volumes,)))
+    assert torch.equal(module.seen[0][0], cut_by_hand(volumes, draws_of_batch(0), 0))
+
+
 def test_one_map_needs_no_list_and_is_not_padded_with_a_crop_of_zero():
     module, image = Seer(), pictures(8)[0]
     trick = BatchAugmentation(0, "zeros", maps=1, seed=3)
@@ -387,6 +466,14 @@ def test_an_alternating_flip_refuses_samples_without_numbers():
             r"crop=6\) expected images .* above 6 pixels, but found the shape \(8, 2, 6, 6\)",
         ),
         ({"crop": 3}, (torch.zeros(8, 6, 6, 3),), "put the channels second"),
+        ({"crop": 1}, (torch.zeros(8, 16, 3, 6, 6),), r"volumes \(N, C, D, H, W\), of 5 slices or more"),
+        ({"crop": 1}, (torch.zeros(8, 2, 2, 6, 6, 6),), r"found the shape \(8, 2, 2, 6, 6, 6\)"),
+        ({"inputs": [0, 1]}, pictures(8), r"inputs=1, crop=4\) expected images .*, but found the shape \(8,\)"),
+        (
+            {"crop": 1, "maps": 1},
+            (torch.zeros(8, 1, 5, 6, 6), torch.zeros(8, 6, 6)),
+            r"expected a map \(N, D, H, W\) or \(N, C, D, H, W\) as large as the images \(8, 1, 5, 6, 6\)",
+        ),
         ({"maps": 1}, pictures(8), r"maps=1\) expected a map .* as large as the images \(8, 2, 6, 6\)"),
         ({"maps": 2}, pictures(8), r"maps=2\) found no part 2"),
         ({"maps": 1}, (pictures(8)[0], torch.zeros(4, SIDE, SIDE)), r"found the shape \(4, 6, 6\)"),
@@ -425,6 +512,9 @@ def test_batches_it_cannot_change_are_refused_by_name_before_the_first_step(opti
         ({"inputs": ("image",), "maps": "image"}, "different places"),
         ({"maps": [1, 0]}, r"`inputs` and `maps` to be different places in the batch, but got 0 and \[1, 0\]"),
         ({"maps": ["mask", "mask"]}, "different places"),
+        ({"inputs": [0, 0]}, "different places"),
+        ({"inputs": []}, "`inputs` to name at least one place"),
+        ({"inputs": [0, 1], "maps": 2}, r"`inputs` to be one place beside `maps`, .* but got \[0, 1\]"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, told):

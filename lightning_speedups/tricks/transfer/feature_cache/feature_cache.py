@@ -152,7 +152,7 @@ class FeatureCache(BatchTrick):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        changing = (BatchOrder.AUGMENT, BatchOrder.RESIZE, BatchOrder.MIX)
+        changing = (BatchOrder.CUT, BatchOrder.AUGMENT, BatchOrder.RESIZE, BatchOrder.MIX)
         for other in callbacks_of(trainer):
             if isinstance(other, BatchTrick) and other.batch_order in changing:
                 raise self._cannot(f"{other.name} changes the samples from step to step", f"Leave out {other.name}")

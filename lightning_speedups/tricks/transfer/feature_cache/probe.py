@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightning_speedups.attach.batches import transferred
 from lightning_speedups.attach.loaders import take_batch
-from lightning_speedups.attach.randomness import random_states, same_randomness
+from lightning_speedups.attach.randomness import load_twice
 from lightning_speedups.tensors.feature_store import evenly_spaced, fingerprint
 from lightning_speedups.tricks.transfer.feature_cache.cuts import Refuse
 
@@ -25,13 +25,9 @@ def probe(trainer: Any, loader: DataLoader[Any], refuse: Refuse) -> str:
         refuse: Makes an exception of what was found and the way out.
     """
     dataset: Any = loader.dataset
-    with same_randomness(trainer):
-        before = random_states(trainer)
-        indices = evenly_spaced(PROBES, len(dataset))
-        one, other = (fingerprint(transferred(trainer, take_batch(loader, indices))) for _ in range(2))
-        drew = random_states(trainer) != before
-    if drew or one != other:
-        found = "are different when they are loaded twice" if one != other else "draw random numbers when loaded"
+    indices = evenly_spaced(PROBES, len(dataset))
+    one, found = load_twice(trainer, lambda: transferred(trainer, take_batch(loader, indices)))
+    if found:
         transform = getattr(dataset, "transform", None) or "its transforms"
         raise refuse(
             f"samples of the {type(dataset).__name__} {found}",

@@ -19,11 +19,12 @@ class InMemoryLoader(DataLoader[Any]):
     """A DataLoader over tensors in memory that takes each batch out of them in one go, without Python for each sample.
 
     It hands out what ``DataLoader(TensorDataset(...))`` does: lists of tensors, or dictionaries. The tensors may lie on
-    the GPU; batches then need no transfer. Its order depends on the seed and the epoch alone, and a Trainer's
-    checkpoint holds its place, so that a run interrupted within an epoch goes on with the very next batch; with a
-    random ``sampler``, of whose order a checkpoint knows nothing, it warns that the order is another one. Under DDP
-    Lightning gives it a ``DistributedSampler`` as any DataLoader. Worker processes, which Lightning advises, do not
-    help it. Outside a Trainer call ``loader.sampler.set_epoch(epoch)`` before each epoch.
+    the GPU; batches then need no transfer. Images in ``torch.channels_last`` come in it. Its order depends on the seed
+    and the epoch alone, and a Trainer's checkpoint holds its place, so that a run interrupted within an epoch goes on
+    with the very next batch; with a random ``sampler``, of whose order a checkpoint knows nothing, it warns that the
+    order is another one. Under DDP Lightning gives it a ``DistributedSampler`` as any DataLoader. Worker processes,
+    which Lightning advises, do not help it. Outside a Trainer call ``loader.sampler.set_epoch(epoch)`` before each
+    epoch.
 
     When not to use it: data that does not fit in memory as tensors of one size; transforms of single samples.
 
@@ -89,8 +90,11 @@ class InMemoryLoader(DataLoader[Any]):
                 "come. Use `shuffle=True`, or a checkpoint between two epochs."
             )
         self._epoch, self._goes_on = epoch, False
-        last = len(self) - 1
-        for position, batch in enumerate(super().__iter__()):
+        last, states = len(self) - 1, torch.get_rng_state()
+        batches = super().__iter__()
+        if begin:  # what torch draws for the workers of an epoch was drawn before it was interrupted
+            torch.set_rng_state(states)
+        for position, batch in enumerate(batches):
             if position >= begin:
                 # Before the last one is handed out: nobody asks the generator again after it.
                 self._position = 0 if position == last else position + 1
@@ -107,17 +111,31 @@ class InMemoryLoader(DataLoader[Any]):
             self.sampler.seed = state_dict["seed"]
 
 
+def gives_tensors(dataset: Any) -> bool:
+    """Tell whether the samples of a dataset are the rows of its tensors: whether it is a ``TensorDataset``, or a
+    subclass that makes them in no other way.
+
+    Args:
+        dataset: Any.
+
+    Example:
+        >>> gives_tensors(TensorDataset(torch.ones(3))), gives_tensors([torch.ones(3)])
+        (True, False)
+    """
+    return isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
+
+
 class _Rows(Dataset[Any]):
     """Tensors of one length, and their rows."""
 
     def __init__(self, tensors: Any) -> None:
-        parts = tensors.tensors if type(tensors) is TensorDataset else tensors
+        parts = tensors.tensors if gives_tensors(tensors) else tensors
         self.keys = list(parts) if isinstance(parts, Mapping) else None
         values = parts.values() if isinstance(parts, Mapping) else parts if isinstance(parts, Sequence) else [parts]
         self.tensors = list(values)
         if not self.tensors or not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in self.tensors):
             raise ValueError(
-                "Expected `dataset` to be a sequence or dictionary of tensors, or a TensorDataset (no subclass, whose "
+                "Expected `dataset` to be a sequence or dictionary of tensors, or a TensorDataset (no subclass, if its "
                 f"own way to make samples would be lost), but got {type(tensors).__name__} of "
                 f"{[type(value).__name__ for value in self.tensors]}. Stack the samples first, or use a DataLoader."
             )
@@ -136,7 +154,14 @@ class _Rows(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> Any:
         rows = torch.tensor(indices)
-        return self._pack([tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors])
+        return self._pack([_select(tensor, rows.to(tensor.device)) for tensor in self.tensors])
+
+
+def _select(tensor: Tensor, rows: Tensor) -> Tensor:
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        # Torch selects rows of other layouts number by number, ten times slower for bytes, and would lose this one.
+        return tensor.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return tensor.index_select(0, rows)
 
 
 def _whole(batch: Any) -> Any:

@@ -25,7 +25,7 @@ from two_processes import Notes, forked
 
 from lightning_speedups import BatchAugmentation, InMemoryLoader, SubsetTraining
 from lightning_speedups.core.augmentation import coins
-from lightning_speedups.tricks.batches import in_memory_loader
+from lightning_speedups.tricks.batches.in_memory import in_memory_loader
 from zoo import Batches, fit_interrupted, images, resume, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -110,6 +110,14 @@ def test_a_sample_on_its_own_is_there_for_whoever_asks():
     loader = InMemoryLoader(numbers(), 5)
     assert [part.item() for part in loader.dataset[3]] == [3, 6.0]
     assert Subset(loader.dataset, [2, 4])[1][0] == 4
+
+
+def test_images_with_channels_last_stay_so():
+    images = torch.arange(7 * 3 * 4 * 5, dtype=torch.uint8).view(7, 3, 4, 5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for batch, rows in InMemoryLoader([images.contiguous(memory_format=layout), torch.arange(7)], 3, shuffle=True):
+            assert torch.equal(batch, images[rows])
+            assert batch.is_contiguous(memory_format=layout)
 
 
 def test_batches_are_copies():
@@ -359,6 +367,15 @@ def test_a_place_is_taken_up_once_and_by_its_own_epoch_only():
     loader.load_state_dict({"position": 3, "epoch": 0, "seed": None})
     assert [len(read(loader, epoch=1)) for _ in range(2)] == [5, 5]
     assert loader.state_dict() == {"position": 0, "epoch": 1, "seed": None}
+
+
+def test_an_epoch_that_goes_on_draws_nothing_of_what_its_beginning_drew():
+    for position in (0, 1):
+        loader = InMemoryLoader(numbers(), 5, shuffle=True, seed=1)
+        loader.load_state_dict({"position": position, "epoch": 0, "seed": 1})
+        before = torch.get_rng_state()
+        next(iter(loader))
+        assert torch.equal(torch.get_rng_state(), before) == (position == 1)
 
 
 def test_an_epoch_left_in_the_middle_is_begun_anew():
