@@ -23,12 +23,12 @@ class AutoMicroBatch(MicroBatchTrick):
     An out-of-memory error in the forward or the backward pass is caught, gradients, random states, buffers and metrics
     are put back, and the batch runs again in micro-batches of half the size, one after the other, which add up their
     gradients for one step. The size is kept for the batches to come and in checkpoints; with ``start="full"`` a run
-    that fits is left as it is. In float32 weights end within 1e-6 (relative) of those of whole batches, where the loss
-    is a mean over samples. Accumulation, clipping, mixed precision and schedules see the same batches and steps as
-    before. What is logged several times in a batch is logged once, as the mean over its samples, or as sum, smallest or
-    largest, if ``reduce_fx`` says so; of a metric object that of the last micro-batch, and at the end of the epoch its
-    exact value. Hooks of the backward pass run for each micro-batch. Tricks that change batches change the whole one
-    before it is split.
+    that fits is left as it is. In float32 a step is that of the whole batch to about 1e-6 (relative), where the loss is
+    a mean over samples; such roundings grow from step to step, as those of any other order of sums do. Accumulation,
+    clipping, mixed precision and schedules see the same batches and steps as before. What is logged several times in a
+    batch is logged once, as the mean over its samples, or as sum, smallest or largest, if ``reduce_fx`` says so; of a
+    metric object that of the last micro-batch, and at the end of the epoch its exact value. Hooks of the backward pass
+    run for each micro-batch. Tricks that change batches change the whole one before it is split.
 
     The optimizer makes its state in its first step: when memory runs out there, weights and gradients are put back
     (from copies on the CPU, made for this step alone), memory is cleared up, and the step is tried once more. Smaller
