@@ -1,5 +1,7 @@
 """What all tests share: one thread, since torch's spinning threads collapse where other processes want the cores too."""
 
+import gc
+import multiprocessing
 import os
 import signal
 
@@ -29,3 +31,13 @@ def _same_start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     seed_everything(7, verbose=False)
+
+
+@pytest.fixture
+def no_process_is_left():
+    """Let a test fail that leaves worker processes behind."""
+    yield
+    gc.collect()
+    for worker in multiprocessing.active_children():  # torch 2.11 ends one that raised, and does not wait for its end
+        worker.join(2)
+    assert not multiprocessing.active_children()

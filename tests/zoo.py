@@ -158,6 +158,29 @@ class Classifier(LightningModule):
         self.values.append([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
 
 
+class Seer(LightningModule):
+    """Keeps what its steps receive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.seen: list[Any] = []
+        self.validated: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(batch)
+        return self.layer(torch.ones(1)).sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return batch[0]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
 def photos(count: int = 128, side: int = 16) -> tuple[Tensor, Tensor]:
     """Noise that is brighter from class to class, uint8."""
     generator = torch.Generator().manual_seed(0)

@@ -1,8 +1,6 @@
 """A copy of a loader with workers hands out what the loader does, in the same order, and the process draws the same."""
 
-import gc
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -35,16 +33,9 @@ from lightning_speedups.attach.workers import (
     with_workers,
 )
 
+pytestmark = pytest.mark.usefixtures("no_process_is_left")
+
 COUNT = 20
-
-
-@pytest.fixture(autouse=True)
-def _no_process_is_left():
-    yield
-    gc.collect()
-    for worker in multiprocessing.active_children():  # torch 2.11 ends one that raised, and does not wait for its end
-        worker.join(2)
-    assert not multiprocessing.active_children()
 
 
 class Numbers:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
@@ -18,32 +17,13 @@ from lightning_speedups import BatchAugmentation, InMemoryLoader
 from lightning_speedups.attach.batches import BatchOrder
 from lightning_speedups.core.augmentation import coins, shifted_crops
 from lightning_speedups.core.randomness import generator_for
-from zoo import Batches, OrderOfEpoch, ReplayLoader, fit_interrupted, images, loader, resume, trainer
+from zoo import Batches, OrderOfEpoch, ReplayLoader, Seer, fit_interrupted, images, loader, resume, trainer
 
 SIDE = 6
 
 
 def EXAMPLE():
     return {"callbacks": [BatchAugmentation(crop=2, flip="alternating", seed=3)]}
-
-
-class Seer(LightningModule):
-    """Keeps what its steps receive."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.seen, self.validated = [], []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch)
-        return self.layer(torch.ones(1)).sum()
-
-    def validation_step(self, batch, batch_idx):
-        self.validated.append(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 def pictures(count, dtype=torch.float32):

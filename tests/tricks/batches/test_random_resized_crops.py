@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2 import functional as V
 
@@ -14,30 +12,11 @@ from lightning_speedups import BatchAugmentation, FeatureCache, RandomResizedCro
 from lightning_speedups.attach.batches import BatchOrder
 from lightning_speedups.core.randomness import generator_for
 from lightning_speedups.core.resized_crops import random_boxes
-from zoo import Batches, Classifier, ReplayLoader, fit_interrupted, photos, resume, trainer
+from zoo import Batches, Classifier, ReplayLoader, Seer, fit_interrupted, photos, resume, trainer
 
 
 def EXAMPLE():
     return {"callbacks": [RandomResizedCrops(8, scale=(0.25, 1.0), seed=3)]}
-
-
-class Seer(LightningModule):
-    """Keeps what its steps receive."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.seen, self.validated = [], []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch)
-        return self.layer(torch.ones(1)).sum()
-
-    def validation_step(self, batch, batch_idx):
-        self.validated.append(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 def fit(data, *tricks, **arguments):

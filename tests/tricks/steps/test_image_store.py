@@ -14,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as V
@@ -26,7 +24,7 @@ from torchvision.transforms.v2 import functional as V
 from lightning_speedups import ImageStore, InMemory, InMemoryLoader, RandomResizedCrops
 from lightning_speedups.tensors.feature_store import evenly_spaced
 from lightning_speedups.tricks.steps.image_store import PhotoFile, Photos, files_of, header
-from zoo import trainer
+from zoo import Seer, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 FORK = multiprocessing.get_context("fork")
@@ -310,22 +308,6 @@ class Flipped(Drawn):
 
 
 # ---- how it is used
-
-
-class Seer(LightningModule):
-    """Keeps what its steps receive."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch)
-        return self.layer(torch.ones(1)).sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 def test_loaders_hand_out_whole_batches_of_it():

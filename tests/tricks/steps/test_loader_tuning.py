@@ -1,9 +1,7 @@
 """A fit with workers behind its loader is the fit without, to the bit; how many there are, and what is said of them."""
 
-import gc
 import itertools
 import logging
-import multiprocessing
 import os
 import signal
 from collections import UserDict
@@ -22,6 +20,8 @@ from lightning_speedups.core.range_test import Sweep
 from lightning_speedups.tricks.steps import loader_tuning
 from lightning_speedups.tricks.steps.loader_tuning import best_count, passed_by, verdict
 from zoo import Classifier, Manual, OrderOfEpoch, assert_same_weights, fit_interrupted, images, resume, trainer, weights
+
+pytestmark = pytest.mark.usefixtures("no_process_is_left")
 
 COUNT = 32
 
@@ -92,15 +92,6 @@ def said(caplog):
     """Returns the lines that were said."""
     caplog.set_level(logging.INFO)
     return lambda: [record.getMessage() for record in caplog.records if "LoaderTuning" in record.getMessage()]
-
-
-@pytest.fixture(autouse=True)
-def _no_process_is_left():
-    yield
-    gc.collect()
-    for worker in multiprocessing.active_children():  # torch 2.11 ends one that raised, and does not wait for its end
-        worker.join(2)
-    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(("threads", "workers"), [(1, 3), (3, 1), (4, 0), (6, 0)])

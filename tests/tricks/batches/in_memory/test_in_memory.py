@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import patched
 from torch import nn
@@ -46,6 +46,7 @@ from zoo import (
     Batches,
     Classifier,
     OrderOfEpoch,
+    Seer,
     assert_same_weights,
     fit_interrupted,
     images,
@@ -57,25 +58,6 @@ from zoo import (
 
 def EXAMPLE():
     return {"callbacks": [InMemory(deterministic=["ReplayLoader"])]}
-
-
-class Seer(LightningModule):
-    """Keeps what its steps receive."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.seen, self.validated = [], []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch)
-        return self.layer(torch.ones(1)).sum()
-
-    def validation_step(self, batch, batch_idx):
-        self.validated.append(batch)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 class Loads(Seer):

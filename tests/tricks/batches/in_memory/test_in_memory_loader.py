@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch import LightningModule
-from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -26,35 +24,13 @@ from two_processes import Notes, forked
 from lightning_speedups import BatchAugmentation, InMemoryLoader, SubsetTraining
 from lightning_speedups.core.augmentation import coins
 from lightning_speedups.tricks.batches.in_memory import in_memory_loader
-from zoo import Batches, fit_interrupted, images, resume, trainer
+from zoo import Batches, Seer, fit_interrupted, images, resume, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
 
 def EXAMPLE():
     return {"trainer": {}}  # it is the loader of the tests in here
-
-
-class Seer(LightningModule):
-    """Keeps the numbers that its steps receive."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.seen, self.validated = [], []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch)
-        return self.layer(torch.ones(1)).sum()
-
-    def validation_step(self, batch, batch_idx):
-        self.validated.append(batch)
-
-    def predict_step(self, batch, batch_idx):
-        return batch[0]
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 class Hooked(Seer):
