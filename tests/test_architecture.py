@@ -165,7 +165,16 @@ def test_every_file_stands_in_a_room_of_the_house():
     rooms = {path.relative_to(ROOT).with_suffix("").parts[0] for path in FILES} - {"__init__", "__main__"}
     assert all(storey(room) is not None for room in rooms)
     wings = {path.relative_to(ROOT).parts[1] for path in FILES if path.relative_to(ROOT).parts[0] == "tricks"}
-    assert wings - {"__init__.py"} == {"rates", "batches", "labels", "transfer", "hardware", "optimizers", "steps"}
+    assert wings - {"__init__.py"} == {
+        "rates",
+        "batches",
+        "labels",
+        "transfer",
+        "hardware",
+        "optimizers",
+        "steps",
+        "sequences",
+    }
 
 
 IMPURE = {

@@ -1,0 +1,1 @@
+"""Sequences of different lengths: like with like, packed, short ones first."""
