@@ -1,5 +1,6 @@
 """Tricks that make a PyTorch Lightning training run faster, each one a line in the user's own Trainer."""
 
+from lightning_speedups.attach import packages as _packages  # noqa: F401  # first: it sees which was imported before us
 from lightning_speedups.core.plateau import Plateau
 from lightning_speedups.measure.batch_picture import plot_batch
 from lightning_speedups.measure.lr_range_test import LRRangeTest

@@ -22,18 +22,18 @@ from collections import Counter
 import pytest
 import torch
 from found import PACKAGE, ROOM, TESTS, TRICKS, own_tests, source
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import patched
 from torch import nn
 
 from lightning_speedups import MuonCallback
 from lightning_speedups.attach.lasting import LastingTrick
+from lightning_speedups.attach.packages import MisconfigurationException
 from lightning_speedups.attach.steps import OptimizerTrick
 from zoo import (
+    Callback,
     Classifier,
     Interrupted,
+    LightningModule,
     ReplayLoader,
     Wrapper,
     assert_same_weights,

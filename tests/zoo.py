@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import os
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -11,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
+PACKAGE = importlib.import_module(os.environ.get("LIGHTNING_PACKAGE", "lightning.pytorch"))
+"""Under which of its two names Lightning is tested."""
+Callback, LightningModule, Trainer = PACKAGE.Callback, PACKAGE.LightningModule, PACKAGE.Trainer
 CLASSES = 4
 STOPS = (1, 6, 8, 11)
 """Where a run of three epochs of four steps is interrupted: at the first step, in the middle, at an epoch's last, before the last."""
@@ -383,7 +384,7 @@ class FreezesBackbone(Callback):
             vars(self).pop(name, None)
 
 
-class Memory(Logger):
+class Memory(PACKAGE.loggers.logger.Logger):
     """A logger that keeps what it is given."""
 
     name = version = "memory"
@@ -457,9 +458,9 @@ class Clock:
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: self.now))
 
 
-def scaled(scale: float = 8.0) -> MixedPrecision:
+def scaled(scale: float = 8.0) -> Any:
     """Half precision on a CPU; its scaler skips the steps whose gradients are infinite."""
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+    return PACKAGE.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -493,7 +494,7 @@ def give_gradients(step: int, *sides: list[nn.Parameter]) -> None:
             p.grad = gradient.clone()
 
 
-def trainer(**arguments: Any) -> Trainer:
+def trainer(package: Any = PACKAGE, **arguments: Any) -> Trainer:
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -503,4 +504,4 @@ def trainer(**arguments: Any) -> Trainer:
         "max_epochs": 3,
         "num_sanity_val_steps": 0,
     }
-    return Trainer(**(quiet | arguments))
+    return package.Trainer(**(quiet | arguments))

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_speedups.attach.packages import MisconfigurationException
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Trick, callbacks_of
 from lightning_speedups.core.arguments import check_number

@@ -81,6 +81,11 @@ def copy_module(trainer: Trainer, pl_module: LightningModule, shared: Iterable[A
     return twin
 
 
+def dummy_loggers(trainer: Trainer) -> list[Any]:
+    """Return a logger that logs nothing for each of the Trainer's: a copied ``training_step`` may speak to them."""
+    return [class_of(trainer, "loggers.logger.DummyLogger")() for _ in trainer.loggers]
+
+
 def flat(values: Iterable[Any]) -> Iterator[Any]:
     """Return what stands in lists, tuples and dicts, however deep, instead of these.
 

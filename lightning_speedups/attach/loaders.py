@@ -16,14 +16,11 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
-from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from lightning_speedups.attach.packages import is_a
+from lightning_speedups.attach.packages import MisconfigurationException, class_of, is_a
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Grip, Trick
@@ -394,7 +391,10 @@ class Selection(Sampler[Any]):
         """Return the batches of an epoch; of None those that all would have without the tricks."""
         samples, size = (len(self.source), self.batch_size) if epoch is None else self._sizes(epoch)
         batches = samples // size if self.batcher.drop_last else math.ceil(samples / size)
-        return int(_parse_num_batches(RunningStage.TRAINING, batches, self.loaders.trainer.limit_train_batches))
+        trainer = self.loaders.trainer
+        limited = class_of(trainer, "trainer.connectors.data_connector._parse_num_batches")
+        stage = class_of(trainer, "trainer.states.RunningStage").TRAINING
+        return int(limited(stage, batches, trainer.limit_train_batches))
 
     def __len__(self) -> int:
         return self._sizes(self.loaders.epoch)[0]

@@ -17,8 +17,6 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
-from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
@@ -28,11 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lightning_speedups.attach.packages import class_of
 from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Trick
 from lightning_speedups.core.batch import tensors_in
 from lightning_speedups.core.micro_batches import micro_sizes, split_batch
+
+AUTOMATIC = "loops.optimization.automatic"
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -152,11 +153,13 @@ class MicroBatchTrick(Trick):
         self.run.stations.append(Station.of(owner, method))
         self.run.stations[-1].join(self, act)
 
-    def _make(self, trainer: Trainer, make: Callable[..., Closure], kwargs: Any, *args: Any) -> Closure:
+    def _make(self, trainer: Trainer, make: Callable[..., Any], kwargs: Any, *args: Any) -> Any:
         whole = make(kwargs, *args)
-        return Closure(partial(self._run_batch, trainer, whole, kwargs)) if self.is_active(trainer) else whole
+        if not self.is_active(trainer):
+            return whole
+        return class_of(trainer, f"{AUTOMATIC}.Closure")(partial(self._run_batch, trainer, whole, kwargs))
 
-    def _run_batch(self, trainer: Trainer, whole: Closure, kwargs: Any) -> ClosureResult:
+    def _run_batch(self, trainer: Trainer, whole: Any, kwargs: Any) -> Any:
         """Compute loss and gradients of a batch, again and again until it fits in memory in all processes."""
         epoch, batch = trainer.fit_loop.epoch_loop, kwargs.get("batch")
         samples = next((one.shape[0] for one in tensors_in(batch) if one.ndim), 0)
@@ -165,10 +168,10 @@ class MicroBatchTrick(Trick):
         put_back = remembered(changed_by_passes(trainer, keeps=whole._zero_grad_fn is None))
         while True:
             sizes = micro_sizes(samples or 1, self.size)
-            result: ClosureResult | None = None
+            result: Any = None
             reason = "in another process"
             try:
-                with _block_parallel_sync_behavior(trainer.strategy):
+                with class_of(trainer, "loops.utilities._block_parallel_sync_behavior")(trainer.strategy):
                     result = self._passes(trainer, whole, kwargs, sizes)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -189,7 +192,7 @@ class MicroBatchTrick(Trick):
             epoch._results.log(fx, name, mean.compute() if mean.is_tensor else mean.value, **options)
         return result
 
-    def _passes(self, trainer: Trainer, whole: Closure, kwargs: Any, sizes: Sequence[int]) -> ClosureResult:
+    def _passes(self, trainer: Trainer, whole: Any, kwargs: Any, sizes: Sequence[int]) -> Any:
         """Do what a closure does, for one micro-batch after the other."""
         loop, losses = trainer.fit_loop.epoch_loop.automatic_optimization, list[Tensor]()
         micros = split_batch(kwargs["batch"], sizes) if len(sizes) > 1 else [kwargs["batch"]]
@@ -205,7 +208,9 @@ class MicroBatchTrick(Trick):
                 if whole._backward_fn is not None:
                     whole._backward_fn(result.closure_loss * share)
         self.run.share = None
-        return result if len(sizes) == 1 else ClosureResult(torch.stack(losses).sum() if losses else None)
+        if len(sizes) == 1:
+            return result
+        return class_of(trainer, f"{AUTOMATIC}.ClosureResult")(torch.stack(losses).sum() if losses else None)
 
     def _shrink(self, failed: int, reason: str) -> None:
         """Take half the size for the next attempt; refuse one that is too small."""

@@ -15,22 +15,15 @@ from types import CellType, FunctionType
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.plugins import TorchSyncBatchNorm
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_speedups.attach.copies import NoCopyError, copy_module, flat, require_copyable
-from lightning_speedups.attach.packages import is_a, is_overridden
+from lightning_speedups.attach.copies import NoCopyError, copy_module, dummy_loggers, flat, require_copyable
+from lightning_speedups.attach.packages import MisconfigurationException, class_of, is_a, is_overridden
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.run_length import accumulation, raw_optimizers
 from lightning_speedups.attach.schedulers import SchedulersAtRest
@@ -108,7 +101,7 @@ def run_range_test(
 def _fit_a_copy(
     trainer: Trainer, pl_module: LightningModule, loaders: Any, datamodule: LightningDataModule | None, run: RangeTest
 ) -> None:
-    running = trainer.state.status == TrainerStatus.RUNNING and trainer.lightning_module is pl_module
+    running = trainer.state.status == "running" and trainer.lightning_module is pl_module
     if running:
         datamodule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it without declaring it
         combined = trainer.fit_loop._combined_loader
@@ -117,7 +110,7 @@ def _fit_a_copy(
 
     with ExitStack() as undo:
         undo.enter_context(same_randomness(trainer))
-        undo.enter_context(_quiet())
+        undo.enter_context(_quiet(trainer))
         twin = _copy(trainer, pl_module, [datamodule, loaders])
         twin_data = copy.copy(datamodule)
         _silence(twin, "configure_callbacks")
@@ -127,7 +120,9 @@ def _fit_a_copy(
                 _silence(twin_data, "prepare_data", "setup", "teardown", "on_exception")
         owner: Any = twin if twin_data is None else twin_data
         hook = owner.train_dataloader
-        owner.__dict__["train_dataloader"] = lambda: _copy_loaders(hook() if loaders is None else loaders, undo)
+        owner.__dict__["train_dataloader"] = lambda: _copy_loaders(
+            trainer, hook() if loaders is None else loaders, undo
+        )
         hidden = not shows_progress(trainer)
         run.bar = undo.enter_context(Tqdm(total=len(run.rates), desc="LR range test", leave=False, disable=hidden))
         inner = _imitate(trainer)
@@ -208,9 +203,9 @@ class RangeTest(OptimizerTrick):
 
 def _imitate(trainer: Trainer) -> Trainer:
     """Make a Trainer for one device that treats a module as the user's does."""
-    return Trainer(
+    inner: Trainer = class_of(trainer, "Trainer")(
         accelerator=trainer.accelerator,
-        strategy=SingleDeviceStrategy(trainer.strategy.root_device),
+        strategy=class_of(trainer, "strategies.SingleDeviceStrategy")(trainer.strategy.root_device),
         devices=1,
         plugins=[copy.deepcopy(trainer.precision_plugin)],
         max_epochs=trainer.max_epochs,
@@ -220,13 +215,14 @@ def _imitate(trainer: Trainer) -> Trainer:
         accumulate_grad_batches=accumulation(trainer, trainer.current_epoch) * trainer.world_size,
         gradient_clip_val=trainer.gradient_clip_val,
         gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-        logger=[DummyLogger() for _ in trainer.loggers] or False,  # training_step may speak to them
+        logger=dummy_loggers(trainer) or False,  # training_step may speak to them
         default_root_dir=trainer.default_root_dir,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_autolog_hparams=False,
     )
+    return inner
 
 
 def _copy(trainer: Trainer, pl_module: LightningModule, shared: Iterable[Any]) -> LightningModule:
@@ -263,14 +259,14 @@ def _forget_other_processes(twin: LightningModule) -> None:
         if isinstance(module, Metric):
             module.distributed_available_fn = lambda: False
     if any(isinstance(module, nn.SyncBatchNorm) for module in twin.modules()):
-        TorchSyncBatchNorm().revert(twin)
+        class_of(twin, "plugins.TorchSyncBatchNorm")().revert(twin)
 
 
-def _copy_loaders(loaders: Any, undo: ExitStack) -> CombinedLoader:
-    mode: Any = "max_size_cycle"  # Lightning's own choice for training
+def _copy_loaders(trainer: Trainer, loaders: Any, undo: ExitStack) -> Any:
+    mode = "max_size_cycle"  # Lightning's own choice for training
     if is_a(loaders, "CombinedLoader"):
         loaders, mode = loaders.iterables, loaders._mode
-    combined = CombinedLoader(loaders, mode)
+    combined = class_of(trainer, "utilities.combined_loader.CombinedLoader")(loaders, mode)
     combined.flattened = [_copy_loader(loader, undo) for loader in combined.flattened]
     return combined
 
@@ -306,14 +302,14 @@ def _copy_loader(loader: Any, undo: ExitStack) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(trainer: Trainer) -> Iterator[None]:
     """Keep back what Lightning says about the second Trainer: it has said it, or will say it, about the user's."""
     log: logging.Logger = rank_zero_module.log
     level = log.level
     log.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
+            warnings.simplefilter("ignore", class_of(trainer, "utilities.warnings.PossibleUserWarning"))
             yield
     finally:
         log.setLevel(level)

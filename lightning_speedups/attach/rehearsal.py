@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_speedups.attach.batches import transferred
-from lightning_speedups.attach.copies import NoCopyError, copy_module
+from lightning_speedups.attach.copies import NoCopyError, copy_module, dummy_loggers
 from lightning_speedups.attach.randomness import same_randomness
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -184,7 +183,7 @@ def _double(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
         module.training = modes.get(part, module.training)
     # The step may speak to the loggers, and tell the Trainer to stop.
     surrogate = copy.copy(trainer)
-    surrogate.loggers = [DummyLogger() for _ in trainer.loggers]
+    surrogate.loggers = dummy_loggers(trainer)
     twin.trainer = surrogate
     for hook in ("log", "log_dict"):
         twin.__dict__[hook] = lambda *_, **__: None

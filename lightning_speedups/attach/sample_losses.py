@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_speedups.attach.packages import MisconfigurationException
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Grip
 from lightning_speedups.core.counts import counted

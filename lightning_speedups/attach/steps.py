@@ -19,12 +19,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_speedups.attach.packages import is_a
+from lightning_speedups.attach.packages import MisconfigurationException, is_a
 from lightning_speedups.attach.run_length import facts, raw_optimizers
 from lightning_speedups.attach.stations import Station
 from lightning_speedups.attach.trick import Trick, callbacks_of

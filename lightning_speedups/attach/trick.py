@@ -9,10 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_speedups.attach.packages import require_served
+from lightning_speedups.attach.packages import Callback, MisconfigurationException, require_served
 from lightning_speedups.core.arguments import with_plain_numbers
 
 
@@ -94,7 +92,7 @@ class Trick(Callback, metaclass=ListsOwn):
         return self in trainer.callbacks  # type: ignore[attr-defined]  # set undeclared; asked at every step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin a run; refuse a Trainer of the other package."""
+        """Begin a run; refuse what is no Trainer of Lightning's."""
         super().setup(trainer, pl_module, stage)
         require_served(trainer, self.name)
         if stage == "fit":

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_speedups.attach.copies import may_split_model
-from lightning_speedups.attach.packages import is_a
+from lightning_speedups.attach.packages import MisconfigurationException, is_a
 
 
 def require_rewrapping(trainer: Trainer, name: str) -> None:

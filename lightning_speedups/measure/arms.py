@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_speedups.attach.packages import Callback
 from lightning_speedups.measure.errors import CompareError
 from lightning_speedups.measure.images import ImageData
 from lightning_speedups.recipes import recipe

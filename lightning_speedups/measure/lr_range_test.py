@@ -145,14 +145,14 @@ class LRRangeTest:
         Raises:
             ValueError: If the loss never falls, or no further than its noise, or diverges before there are enough
                 points.
-            MisconfigurationException: If the Trainer is not one of ``lightning.pytorch``, if the optimization is
-                manual, if there is not exactly one optimizer, if the strategy splits parameters between devices, or if
-                the model cannot be copied.
+            MisconfigurationException: If the Trainer is none of Lightning's, or the model or datamodule of the other of
+                its two packages, if the optimization is manual, if there is not exactly one optimizer, if the strategy
+                splits parameters between devices, or if the model cannot be copied.
         """
-        require_served(trainer, "LRRangeTest")
         if is_a(train_dataloaders, "LightningDataModule"):
             train_dataloaders, datamodule = None, train_dataloaders
         unwrapped = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        require_served(trainer, "LRRangeTest", unwrapped, datamodule)
         rates, losses, own = run_range_test(trainer, unwrapped, self.sweep, train_dataloaders, datamodule)
         smoothed, suggestion = self.sweep.read(rates, losses, own)
         return RangeTestResult(tuple(rates), tuple(losses), tuple(smoothed), suggestion, self.sweep.method)

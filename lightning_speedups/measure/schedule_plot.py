@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Optimizer
 
+from lightning_speedups.attach.packages import Callback, MisconfigurationException
 from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder, get_value
 from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.durations import RunFacts

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+
+from lightning_speedups.attach.packages import Callback
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-import pytorch_lightning
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, WeightAveraging
@@ -416,35 +415,6 @@ def test_the_finder_callback_runs_without_the_tricks_and_the_fit_with_them():
     changed = [bool((inputs == 99).all()) for inputs, _ in module.seen]
     assert changed == [False] * 6 + [True] * 8
     assert patched(one) == set()
-
-
-class ForeignModule(pytorch_lightning.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(2, 1)
-
-    def training_step(self, batch, batch_idx):
-        return self.layer(batch[0]).sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
-@pytest.mark.parametrize("trick", [Linear(2.0, 1.0), MixupCallback(), WarmupLRScaler(warmup_steps=1)])
-def test_a_trainer_of_the_other_package_is_refused_by_name(trick):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        one = pytorch_lightning.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[trick],
-        )
-        with pytest.raises(MisconfigurationException, match=r"lightning\.pytorch.*pytorch_lightning"):
-            one.fit(ForeignModule(), batches("tuple")[0])
 
 
 class KeepsItsBatches(Classifier):

@@ -166,11 +166,11 @@ def test_a_range_in_which_the_loss_only_rises_is_told():
         LRRangeTest(0.51, 0.52, stop_factor=1e9).run(trainer(), Bowl())
 
 
-def test_a_trainer_of_the_other_package_is_refused():
+def test_what_is_no_trainer_of_lightnings_is_refused():
     class Trainer:
-        __module__ = "pytorch_lightning.trainer"
+        __module__ = "elsewhere.trainer"
 
-    with pytest.raises(MisconfigurationException, match=r"one of `pytorch_lightning\.trainer`"):
+    with pytest.raises(MisconfigurationException, match=r"Trainer of `elsewhere\.trainer`"):
         LRRangeTest().run(Trainer(), Classifier(), loader())
 
 

@@ -67,7 +67,7 @@ class AllocatorTuning(Trick):
     batches gain nothing.
 
     Raises:
-        MisconfigurationException: In ``setup``, if the Trainer is not one of ``lightning.pytorch``.
+        MisconfigurationException: In ``setup``, if the Trainer is none of Lightning's.
 
     Source:
         Sekiyama et al., arXiv:1804.10001; mallopt(3).

@@ -114,7 +114,7 @@ class FusedOptimizer(Trick):
     complex or sparse parts, or under ``differentiable=True``, stays as it is.
 
     Raises:
-        MisconfigurationException: In ``setup``, if the Trainer is not one of ``lightning.pytorch``.
+        MisconfigurationException: In ``setup``, if the Trainer is none of Lightning's.
 
     Source:
         Jiang et al., arXiv:2104.00237; torch's ``fused`` argument.

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_speedups.attach.copies import NoCopyError, require_copyable
+from lightning_speedups.attach.packages import MisconfigurationException
 from lightning_speedups.attach.rehearsal import first_inputs
 from lightning_speedups.attach.trick import Trick, callbacks_of
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped

@@ -131,7 +131,7 @@ class LoaderTuning(Trick):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: In ``setup``, if the Trainer is not one of ``lightning.pytorch``.
+        MisconfigurationException: In ``setup``, if the Trainer is none of Lightning's.
 
     Source:
         Mohan et al., arXiv:2007.06775 (data stalls).

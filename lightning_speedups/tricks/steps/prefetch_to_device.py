@@ -105,7 +105,7 @@ class PrefetchToDevice(Trick):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: In ``setup``, if the Trainer is not one of ``lightning.pytorch``; in the first batch,
+        MisconfigurationException: In ``setup``, if the Trainer is none of Lightning's; in the first batch,
             if there are no images in that place, or as many channels as ``mean`` or ``std`` has not.
 
     Source:

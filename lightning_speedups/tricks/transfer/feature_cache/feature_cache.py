@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick
 from lightning_speedups.attach.copies import may_split_model
 from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.attach.packages import MisconfigurationException
 from lightning_speedups.attach.randomness import random_states
 from lightning_speedups.attach.rehearsal import rehearsal
 from lightning_speedups.attach.run_length import raw_optimizers
