@@ -22,6 +22,7 @@ LIBRARIES = {
     "tensors": {"torch"},
     "cli": {"rich", "lightning_speedups_command"},
 }
+PUBLIC_PLACES = {"__init__", "__main__", "pytorch_lightning"}
 BASES = [  # of attach/, each may be built on those before it
     "stations", "packages", "trick", "lasting", "randomness", "copies", "loaders", "run_length", "steps", "schedulers", "batches", "wrapping",
 ]  # fmt: skip
@@ -58,7 +59,7 @@ def forbidden(path):
         top, *rest = name.split(".")
         if top != "lightning_speedups":
             allowed = top in sys.stdlib_module_names or top in LIBRARIES.get(mine[0], {top})
-        elif mine in (("__init__",), ("__main__",)):
+        elif len(mine) == 1 and mine[0] in PUBLIC_PLACES:
             allowed = True
         elif not rest:  # the package as a user sees it
             allowed = storey(mine[0]) >= storey("models")
@@ -124,31 +125,75 @@ def test_lightnings_private_parts_are_touched_in_attach_only(path):
     assert not touched
 
 
-def asked_of_a_class(path):
-    """Questions whether something is of a class that was imported from one of Lightning's two packages."""
+OF_BOTH = {  # what may be imported from one of Lightning's two packages and be used with the other's objects, and why
+    "they are of lightning_utilities, the same in both": {
+        "rank_zero_info", "rank_zero_warn", "rank_zero_only", "rank_zero_module", "WarningCache",
+    },
+    "functions that ask for no class of Lightning's": {
+        "is_param_in_hook_signature", "move_data_to_device", "sized_len", "garbage_collection_cuda",
+        "prepare_for_backward", "_collect_rng_states", "_set_rng_states",
+    },
+    "no Trainer sees them": {"Tqdm", "_ResultCollection"},
+}  # fmt: skip
+OF_ONE = {  # where only one's objects are
+    "attach/packages.py": {"lightning", "pytorch_lightning", "exceptions", "lightnings_exceptions"},
+    "measure/training.py": {"LightningModule", "Trainer"},  # of its own
+    "measure/runner.py": {"MisconfigurationException"},
+    "models/transfer_classifier.py": {"LightningModule"},  # and pytorch_lightning.py has the other
+    "pytorch_lightning.py": {"LightningModule"},
+    "tricks/transfer/base.py": {"LightningModule"},  # in the name of a type
+    "tricks/hardware/trainer_defaults.py": {"Trainer"},  # its arguments' names
+}
+
+
+def used_of_one_package(path):
+    """What a file imports from one of Lightning's packages and uses otherwise than in annotations."""
     tree = ast.parse(path.read_text())
-    classes = {
-        alias.asname or alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("lightning", "pytorch_lightning")
-        for alias in node.names
-    }
+    names = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
-            names = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
-            if (classes - {"Callback"}) & names:
-                yield ast.unparse(node)
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", None)
+            for alias in node.names:
+                if (module or alias.name).split(".")[0] in ("lightning", "pytorch_lightning", "lightning_fabric"):
+                    names.add(alias.asname or (alias.name if module else alias.name.split(".")[0]))
+    marks = {
+        mark for node in ast.walk(tree) for field in ("annotation", "returns") if (mark := getattr(node, field, 0))
+    }
+    told = {name for mark in marks for name in ast.walk(mark)}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node not in told}
+    return (names & used) - set().union(*OF_BOTH.values())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_one_place_tells_of_what_class_of_lightnings_something_is(path):
-    assert not list(asked_of_a_class(path))
+def test_what_a_trainer_sees_is_asked_of_its_own_package(path):
+    place = str(path.relative_to(ROOT))
+    assert used_of_one_package(path) == OF_ONE.get(place, set())
 
 
-def test_the_check_itself_finds_a_question_to_a_class(tmp_path):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from lightning.pytorch.strategies import DDPStrategy\nisinstance(strategy, (int, DDPStrategy))",
+        "from lightning.pytorch import Callback\nclass Trick(Callback): ...",
+        "from lightning.fabric.utilities.exceptions import MisconfigurationException\nraise MisconfigurationException",
+        "import lightning.pytorch as pl\npl.Trainer()",
+        "def f():\n    import pytorch_lightning.loggers\n    x: int = pytorch_lightning.loggers.Logger()",
+    ],
+)
+def test_the_check_itself_finds_what_is_of_one_package(line, tmp_path):
     path = tmp_path / "x.py"
-    path.write_text("from lightning.pytorch.strategies import DDPStrategy\nisinstance(strategy, (int, DDPStrategy))")
-    assert list(asked_of_a_class(path))
+    path.write_text(line)
+    assert used_of_one_package(path)
+
+
+def test_the_check_itself_lets_annotations_and_what_both_share_be(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(
+        "from lightning.pytorch import Trainer\nfrom lightning.pytorch.utilities.rank_zero import rank_zero_info\n"
+        "def f(trainer: Trainer | None = None, *more: list[Trainer]) -> Trainer:\n"
+        "    inner: Trainer = g(trainer)\n    rank_zero_info(inner)"
+    )
+    assert not used_of_one_package(path)
 
 
 def test_the_command_line_needs_nothing_but_python_until_there_is_something_to_do():
@@ -162,7 +207,7 @@ def test_the_command_line_needs_nothing_but_python_until_there_is_something_to_d
 
 
 def test_every_file_stands_in_a_room_of_the_house():
-    rooms = {path.relative_to(ROOT).with_suffix("").parts[0] for path in FILES} - {"__init__", "__main__"}
+    rooms = {path.relative_to(ROOT).with_suffix("").parts[0] for path in FILES} - PUBLIC_PLACES
     assert all(storey(room) is not None for room in rooms)
     wings = {path.relative_to(ROOT).parts[1] for path in FILES if path.relative_to(ROOT).parts[0] == "tricks"}
     assert wings - {"__init__.py"} == {

@@ -27,9 +27,10 @@ from torch import nn
 
 from lightning_speedups import MuonCallback
 from lightning_speedups.attach.lasting import LastingTrick
-from lightning_speedups.attach.packages import MisconfigurationException
+from lightning_speedups.attach.packages import MisconfigurationException, package_of
 from lightning_speedups.attach.steps import OptimizerTrick
 from zoo import (
+    LIGHTNING,
     Callback,
     Classifier,
     Interrupted,
@@ -130,7 +131,9 @@ def test_its_docstring_says_what_when_not_which_arguments_and_shows_an_example(n
 def test_two_steps_train(name):
     setup = Setup(name)
     start = weights(setup.module)
-    setup.trainer(max_steps=2).fit(setup.module, ReplayLoader())
+    run = setup.trainer(max_steps=2)
+    run.fit(setup.module, ReplayLoader())
+    assert package_of(run) == package_of(setup.module) == LIGHTNING.__name__
     assert torch.isfinite(torch.tensor(setup.module.losses)).all()
     assert len(setup.module.losses) == 2
     assert not torch.equal(start["head.weight"], setup.module.head.weight)

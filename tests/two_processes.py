@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
-from zoo import trainer
+from zoo import LIGHTNING, Callback, LightningModule, Trainer, trainer
 
 SAMPLES, FEATURES = 32, 5
 
 
-def forked(**options: Any) -> DDPStrategy:
-    return DDPStrategy(start_method="fork", timeout=timedelta(seconds=60), **options)
+def forked(**options: Any) -> Any:
+    return LIGHTNING.strategies.DDPStrategy(start_method="fork", timeout=timedelta(seconds=60), **options)
 
 
 def two(callbacks: list[Callback], options: dict[str, Any] | None = None, **arguments: Any) -> Trainer:

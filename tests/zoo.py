@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
-PACKAGE = importlib.import_module(os.environ.get("LIGHTNING_PACKAGE", "lightning.pytorch"))
+LIGHTNING = importlib.import_module(os.environ.get("LIGHTNING_PACKAGE", "lightning.pytorch"))
 """Under which of its two names Lightning is tested."""
-Callback, LightningModule, Trainer = PACKAGE.Callback, PACKAGE.LightningModule, PACKAGE.Trainer
+Callback, LightningModule, Trainer = LIGHTNING.Callback, LIGHTNING.LightningModule, LIGHTNING.Trainer
 CLASSES = 4
 STOPS = (1, 6, 8, 11)
 """Where a run of three epochs of four steps is interrupted: at the first step, in the middle, at an epoch's last, before the last."""
@@ -384,7 +384,7 @@ class FreezesBackbone(Callback):
             vars(self).pop(name, None)
 
 
-class Memory(PACKAGE.loggers.logger.Logger):
+class Memory(LIGHTNING.loggers.logger.Logger):
     """A logger that keeps what it is given."""
 
     name = version = "memory"
@@ -460,7 +460,7 @@ class Clock:
 
 def scaled(scale: float = 8.0) -> Any:
     """Half precision on a CPU; its scaler skips the steps whose gradients are infinite."""
-    return PACKAGE.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+    return LIGHTNING.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -494,7 +494,7 @@ def give_gradients(step: int, *sides: list[nn.Parameter]) -> None:
             p.grad = gradient.clone()
 
 
-def trainer(package: Any = PACKAGE, **arguments: Any) -> Trainer:
+def trainer(package: Any = LIGHTNING, **arguments: Any) -> Trainer:
     quiet = {
         "logger": False,
         "enable_checkpointing": False,

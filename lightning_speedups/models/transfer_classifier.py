@@ -9,7 +9,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +116,7 @@ def _parts(batch: Any, count: int = 2) -> list[Any]:
     )
 
 
-class TransferClassifier(LightningModule):
+class Transfer(LightningModule if TYPE_CHECKING else object):  # type: ignore[misc]  # each package has one of its own
     """A classifier of images on any of timm's networks, with pretrained weights and a new head, ready to train.
 
     The network is ``self.model``, so that ``FreezeBackboneFinetune(None)`` finds its backbone. Logs ``train_loss``,
@@ -154,7 +154,6 @@ class TransferClassifier(LightningModule):
         timm (Wightman, 2019); Zhuang et al., arXiv:1911.02685.
 
     Example:
-        >>> from lightning.pytorch import Trainer
         >>> module = TransferClassifier("test_resnet", num_classes=5, weights=None)
         >>> module(torch.zeros(2, 3, 64, 64)).shape
         torch.Size([2, 5])
@@ -284,3 +283,7 @@ class TransferClassifier(LightningModule):
         accuracy(logits, labels)
         self.log(f"{stage}_loss", F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(images))
         self.log(f"{stage}_accuracy", accuracy, prog_bar=True, batch_size=len(images))
+
+
+class TransferClassifier(Transfer, LightningModule):  # noqa: D101
+    __doc__ = Transfer.__doc__

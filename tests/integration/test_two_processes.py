@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from two_processes import Notes, Regressor, farthest, two
 
 from lightning_speedups import FreezeBackboneFinetune, MixupCallback, OneCycleMomentum, WarmupLRScaler
-from zoo import Classifier, images, trainer
+from zoo import Callback, Classifier, images, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 

@@ -1,19 +1,18 @@
 """Recipes by their names: what they give, and their files for LightningCLI."""
 
+import importlib
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 import lightning_speedups
 from lightning_speedups import InMemoryLoader, LRCurve, MuonCallback
 from lightning_speedups.recipes import RECIPES, Stack, config_file, recipe
-from zoo import Convolutions, made_of, photos, weights
+from zoo import LIGHTNING, Convolutions, Trainer, made_of, photos, weights
 
 ROOT = Path(lightning_speedups.__file__).parents[1]
 
@@ -71,7 +70,8 @@ def command_line(name, monkeypatch):
             "enable_checkpointing": False,
             "enable_model_summary": False,
         }
-        return LightningCLI(Convolutions, run=False, seed_everything_default=False, trainer_defaults=quiet)
+        cli = importlib.import_module(f"{LIGHTNING.__name__}.cli")
+        return cli.LightningCLI(Convolutions, run=False, seed_everything_default=False, trainer_defaults=quiet)
 
     return call
 
