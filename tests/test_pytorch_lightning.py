@@ -142,6 +142,7 @@ SAMPLE = " or ".join(
         "resumed_run_ends_with_the_same_bits and 6",
         "put_back_also_after_an_exception and True",
         "all_tricks_together_keep_the_ranks_equal",
+        "gradients_are_sent_once_a_step",
         "test_stack",
     )
 )
@@ -150,7 +151,8 @@ SAMPLE = " or ".join(
 @pytest.mark.slow
 def test_every_trick_serves_pytorch_lightning():
     here = Path(__file__).parent
-    files = ("test_every_trick.py", "recipes/test_stack.py", "integration/test_two_processes.py")
+    two = [f"integration/test_{name}two_processes.py" for name in ("", "micro_batches_")]
+    files = ["test_every_trick.py", "recipes/test_stack.py", *two]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", SAMPLE]
         + [str(here / file) for file in files],

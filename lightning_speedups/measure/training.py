@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_speedups.attach.packages import Callback
+from lightning_speedups.attach.packages import ROOTS, Callback
 from lightning_speedups.measure.images import ImageData
 from lightning_speedups.measure.stopwatch import Point, Stopwatch
 
@@ -134,7 +134,7 @@ def seeded(seed: int) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Silence Lightning's chatter for a while; the tricks' own warnings still come through."""
     with warnings.catch_warnings(), contextlib.ExitStack() as put_back:
-        for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric", "lightning_speedups")):
+        for logger in map(logging.getLogger, (*ROOTS, "lightning.fabric", "lightning_fabric", "lightning_speedups")):
             put_back.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.WARNING)
         # few workers for the loaders, fewer batches than the logging interval, an unused GPU
