@@ -34,6 +34,7 @@ from lightning_speedups.tricks.rates.lr_curve import LRCurve
 from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
 from lightning_speedups.tricks.rates.stop_at_target import StopAtTarget
 from lightning_speedups.tricks.rates.warmup_lr_scaler import WarmupLRScaler
+from lightning_speedups.tricks.sequences.sequence_length_warmup import SequenceLengthWarmup
 from lightning_speedups.tricks.steps.auto_micro_batch import AutoMicroBatch
 from lightning_speedups.tricks.steps.effective_batch_size import EffectiveBatchSize
 from lightning_speedups.tricks.steps.exact_resume import ExactResume
@@ -80,6 +81,7 @@ __all__ = [
     "PrefetchToDevice",
     "ProgressiveResizing",
     "RandomResizedCrops",
+    "SequenceLengthWarmup",
     "SmoothingSchedule",
     "StopAtTarget",
     "SubsetTraining",
