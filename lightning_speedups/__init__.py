@@ -1,6 +1,7 @@
 """Tricks that make a PyTorch Lightning training run faster, each one a line in the user's own Trainer."""
 
 from lightning_speedups.attach import packages as _packages  # noqa: F401  # first: it sees which was imported before us
+from lightning_speedups.core.packing import block_mask, pack
 from lightning_speedups.core.plateau import Plateau
 from lightning_speedups.measure.batch_picture import plot_batch
 from lightning_speedups.measure.lr_range_test import LRRangeTest
@@ -34,6 +35,7 @@ from lightning_speedups.tricks.rates.lr_curve import LRCurve
 from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
 from lightning_speedups.tricks.rates.stop_at_target import StopAtTarget
 from lightning_speedups.tricks.rates.warmup_lr_scaler import WarmupLRScaler
+from lightning_speedups.tricks.sequences.packing_check import PackingCheck
 from lightning_speedups.tricks.sequences.sequence_length_warmup import SequenceLengthWarmup
 from lightning_speedups.tricks.steps.auto_micro_batch import AutoMicroBatch
 from lightning_speedups.tricks.steps.effective_batch_size import EffectiveBatchSize
@@ -77,6 +79,7 @@ __all__ = [
     "MuonCallback",
     "MuonMixin",
     "OneCycleMomentum",
+    "PackingCheck",
     "Plateau",
     "PrefetchToDevice",
     "ProgressiveResizing",
@@ -87,8 +90,10 @@ __all__ = [
     "SubsetTraining",
     "TransferClassifier",
     "WarmupLRScaler",
+    "block_mask",
     "load_weights",
     "mean_over_samples",
+    "pack",
     "plot_batch",
     "plot_schedule",
     "recipe",

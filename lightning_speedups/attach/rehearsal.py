@@ -28,8 +28,9 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def rehearsal(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[LightningModule, Callable[[Any], None]]]:
-    """Yield a copy of the module, in the modes of training, and a function that runs its ``training_step`` on a batch.
+def rehearsal(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[LightningModule, Callable[[Any], Any]]]:
+    """Yield a copy of the module, in the modes of training, and a function that runs its ``training_step`` on a batch
+    and returns what that returns.
 
     Args:
         trainer: A fitting Trainer, in training or in validation.
@@ -42,10 +43,10 @@ def rehearsal(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Li
     twin = _double(trainer, pl_module)
     buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
 
-    def step(batch: Any) -> None:
+    def step(batch: Any) -> Any:
         takes_index = is_param_in_hook_signature(twin.training_step, "batch_idx", min_args=2)
         with torch.no_grad(), trainer.precision_plugin.train_step_context():
-            twin.training_step(*((batch, 0) if takes_index else (batch,)))
+            return twin.training_step(*((batch, 0) if takes_index else (batch,)))
 
     try:
         with same_randomness(trainer):

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_speedups.attach.batches import BatchOrder, BatchTrick, batch_number
 from lightning_speedups.attach.run_length import run_length
 from lightning_speedups.core.arguments import check_choice, check_number
-from lightning_speedups.core.batch import Place, check_places, places_of_tensors
+from lightning_speedups.core.batch import Place, check_places, path_of, places_of_tensors
 from lightning_speedups.core.sequence_lengths import LengthGrowth, first_positions, shorter_rows
 
 
@@ -119,8 +119,7 @@ class SequenceLengthWarmup(BatchTrick):
                 f"{self.name} finds nothing to do in the first batch: sequences of length {full} are full from the "
                 "start. Lower `start` or `multiple`."
             )
-        if self.growth.reshape:
-            self.require_no_labels(batch, parts)
+        self.require_whole_meaning(batch, parts)
         cut = shorter_rows if self.growth.reshape else first_positions
         for place, part in parts.items() if length < full else ():
             batch = self.with_part(batch, place, cut(part, length, self.dim), "inputs")
@@ -141,10 +140,13 @@ class SequenceLengthWarmup(BatchTrick):
             raise self.misplaced(what, batch, "", inputs=None if self.inputs is None else [*self.inputs], dim=self.dim)
         return parts
 
-    def require_no_labels(self, batch: Any, parts: dict[Place, Tensor]) -> None:
-        """Refuse what belongs to whole sequences, beside sequences that are parted."""
+    def require_whole_meaning(self, batch: Any, parts: dict[Place, Tensor]) -> None:
+        """Refuse what would no longer be true of the sequences."""
         counts = {len(one) for one in parts.values()}
         for place, one in places_of_tensors(batch):
-            if place not in parts and one.ndim and len(one) in counts:
+            if path_of(place)[-1:] == ("cu_seqlens",):
+                what = f"cuts sequences, but what is at {place!r} counts whole ones"
+                raise self.refusal(what, "Take `cu_seqlens` out of the batch, and use `block_mask`.")
+            if self.growth.reshape and place not in parts and one.ndim and len(one) in counts:
                 what = f"parts sequences into several, but what is at {place!r} belongs to whole ones"
                 raise self.refusal(what, "Use `mode='truncate'`, or name it too with `inputs=`.", mode="reshape")

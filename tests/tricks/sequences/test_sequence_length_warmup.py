@@ -157,6 +157,9 @@ def test_what_cannot_work_is_refused_and_what_does_nothing_is_warned_of():
     labelled = Batches((INPUTS[:4], torch.arange(4)))
     with pytest.raises(MisconfigurationException, match=r"what is at 1 belongs to whole ones\. Use `mode='truncate'`"):
         fit(labelled, SequenceLengthWarmup(mode="reshape"))
+    packed = Batches({"input_ids": INPUTS[:4], "cu_seqlens": torch.tensor([0, 40, 128])})
+    with pytest.raises(MisconfigurationException, match=r"what is at 'cu_seqlens' counts whole ones\. Take"):
+        fit(packed, SequenceLengthWarmup())
     with pytest.raises(MisconfigurationException, match=r"sequences of one length in dimension 1 .* found none"):
         fit(Batches(torch.rand(4)), SequenceLengthWarmup())
     with pytest.raises(MisconfigurationException, match=r"one length in dimension 1 .* \(4, 32\) and \(4, 31\)\. Name"):
