@@ -112,11 +112,11 @@ def _packed(
             one["segment_ids"] = torch.full_like(one["position_ids"], segment)
         used = [len(parts[i]["input_ids"]) for i in row]
         lengths += [*used, max_length - sum(used)] if sum(used) < max_length else used
-    batch = {name: [torch.cat([parts[i][name] for i in row]) for row in rows] for name in parts[0]}
-    padded = {
-        name: torch.stack([F.pad(one, (0, max_length - len(one)), value=fill.get(name, 0)) for one in several])
-        for name, several in batch.items()
-    }
+    padded: dict[str, Any] = {}
+    for name in parts[0]:
+        several = (torch.cat([parts[i][name] for i in row]) for row in rows)
+        filled = [F.pad(one, (0, max_length - len(one)), value=fill.get(name, 0)) for one in several]
+        padded[name] = torch.cat(filled).view(len(rows), max_length)
     if not varlen:
         return padded
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
