@@ -26,12 +26,12 @@ def texts(batches=4):
 
 
 class Model(LightningModule):
-    """One layer of attention with dropout, which may forget to mask; masks tokens at random, as BERT does."""
+    """A layer of attention, which may forget to mask; hides tokens at random, as BERT does, and has a norm over batches."""
 
     def __init__(self, masks=True, zero=False, causal=True):
         super().__init__()
         self.tokens, self.positions, self.head = nn.Embedding(21, 8), nn.Embedding(12, 8), nn.Linear(8, 21)
-        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.qkv, self.out, self.norm = nn.Linear(8, 24), nn.Linear(8, 8), nn.BatchNorm1d(8)
         self.masks, self.causal, self.modes = masks, causal, []
         if zero:
             nn.init.zeros_(self.out.weight)
@@ -42,7 +42,7 @@ class Model(LightningModule):
         q, k, v = self.qkv(self.tokens(tokens) + self.positions(batch["position_ids"])).chunk(3, -1)
         segments = batch["segment_ids"] if self.masks else torch.ones_like(batch["segment_ids"])
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=block_mask(segments, self.causal)[:, 0])
-        logits = self.head(F.dropout(self.tokens(tokens) + self.out(mixed), 0.2, self.training))
+        logits = self.head(F.dropout(self.norm((self.tokens(tokens) + self.out(mixed)).mT).mT, 0.2, self.training))
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         return {"loss": loss}
