@@ -35,6 +35,7 @@ from lightning_speedups.tricks.rates.lr_curve import LRCurve
 from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
 from lightning_speedups.tricks.rates.stop_at_target import StopAtTarget
 from lightning_speedups.tricks.rates.warmup_lr_scaler import WarmupLRScaler
+from lightning_speedups.tricks.sequences.length_batches import LengthBatches
 from lightning_speedups.tricks.sequences.packing_check import PackingCheck
 from lightning_speedups.tricks.sequences.sequence_length_warmup import SequenceLengthWarmup
 from lightning_speedups.tricks.steps.auto_micro_batch import AutoMicroBatch
@@ -73,6 +74,7 @@ __all__ = [
     "LRCurve",
     "LRRangeTest",
     "LabelSmoothingLoss",
+    "LengthBatches",
     "LoaderTuning",
     "MixupCallback",
     "Muon",

@@ -24,7 +24,7 @@ LIBRARIES = {
 }
 PUBLIC_PLACES = {"__init__", "__main__", "pytorch_lightning"}
 BASES = [  # of attach/, each may be built on those before it
-    "stations", "packages", "trick", "lasting", "randomness", "copies", "loaders", "run_length", "steps", "schedulers", "batches", "wrapping",
+    "stations", "packages", "trick", "lasting", "randomness", "copies", "workers", "loaders", "run_length", "steps", "schedulers", "batches", "wrapping",
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lightning_speedups.attach.packages import MisconfigurationException, class_of, is_a
@@ -33,7 +33,7 @@ class LoaderGrip(Grip):
 
     A subclass says how many samples an epoch has and in which batches (`samples_in_epoch`, `batch_size_in_epoch`: known
     for every epoch before the run, so that schedules know its length), which ones (`select`), and may change the
-    dataset (`change_loader`).
+    dataset (`change_loader`). Or it makes the batches itself (`makes_batches`, `batches_of`), past the sampler.
 
     Args:
         trick: Whose.
@@ -44,10 +44,16 @@ class LoaderGrip(Grip):
     Attributes:
         loaders: Who stands at the loader, as long as the fit lasts.
         keeps_order: Whether the trick must know an epoch's order to its end, which is then drawn at the beginning.
+        makes_batches: Whether the trick makes the batches itself.
+        batches_planned: How many it makes in every epoch; None as long as it does not know the loader.
+        planned_size: How many samples they have, on average.
     """
 
     loaders: Loaders
     keeps_order = False
+    makes_batches = False
+    batches_planned: int | None = None
+    planned_size = 1
 
     def __init__(
         self, trick: Trick, any_loader: bool = False, name: str | None = None, reads_rows: bool = False
@@ -62,6 +68,10 @@ class LoaderGrip(Grip):
     def batch_size_in_epoch(self, epoch: int, batch_size: int) -> int:
         """Return the batch size of an epoch, in samples."""
         return batch_size
+
+    def batches_of(self, epoch: int) -> list[list[int]]:
+        """Return the batches of an epoch, of a trick that makes them itself; the same whenever it is asked."""
+        raise NotImplementedError
 
     def epoch_left(self) -> tuple[list[int], int] | None:
         """Return what the sampler had drawn for the epoch that a resumed run goes on with, and how many of its batches
@@ -114,16 +124,33 @@ class LoaderGrip(Grip):
         return samples
 
     def join(self, trainer: Trainer) -> None:
-        """Wait: tuners have their trial runs first."""
+        """Wait: tuners have their trial runs first; but be there when `configure_optimizers` asks how many steps batches
+        of the trick's own make.
+        """
+        if self.makes_batches:
+            self._stand_by(trainer)
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Join those who see the loader; what tuners have left behind is asked for anew."""
         trainer.fit_loop._combined_loader = None
+        if not self.makes_batches:
+            self._stand_by(trainer)
+        self.loaders.give_back()
+        self.loaders.has_all = True
+
+    def _stand_by(self, trainer: Trainer) -> None:
         station = Station.of(trainer.strategy, "process_dataloader")
         self.loaders = station.find(Loaders) or Loaders(trainer)
         if not self.loaders.grips:
             station.join(self.loaders, self.loaders.take)
         self.loaders.grips.append(self)
+
+    def batches_done(self) -> int:
+        """Return how many batches of the epoch are done; 0 between two epochs."""
+        loop: Any = self.loaders.trainer.fit_loop
+        done, epoch = loop.epoch_loop.batch_progress.current, loop.epoch_progress.current
+        is_last = loop.epoch_loop._num_ready_batches_reached() and done.processed == done.ready
+        return 0 if is_last or epoch.processed == epoch.started else done.processed
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Catch up with a resumed run, and refuse epochs that are too short."""
@@ -313,8 +340,7 @@ class Loaders:
         if _persists(iterator):
             # There is one for all: whoever iterates over the loader begins Lightning's iterator anew.
             order, place = selection.order, iterator._num_yielded - 1
-        size = selection.batcher.batch_size
-        return order[place * size : (place + 1) * size]
+        return order.batch(place, selection.batcher.batch_size)
 
     def settle_order(self, number: int) -> Order:
         """Return the order of the epoch under way, which its first batch settles: others may iterate over the loader
@@ -349,9 +375,17 @@ class Order(list[Any]):
 
     Attributes:
         drawn: All that the sampler has drawn for the epoch, if a trick keeps them.
+        cuts: Where batches of a trick's own begin, and the last one ends.
     """
 
     drawn: list[Any]
+    cuts: Sequence[int] = ()
+
+    def batch(self, place: int, size: int) -> list[Any]:
+        """Return the samples of a batch; of batches of one size, if they are not a trick's own."""
+        if self.cuts:
+            return self[self.cuts[place] : self.cuts[place + 1]]
+        return self[place * size : (place + 1) * size]
 
 
 class Selection(Sampler[Any]):
@@ -365,14 +399,28 @@ class Selection(Sampler[Any]):
     def __init__(self, loaders: Loaders, batcher: BatchSampler) -> None:
         self.loaders, self.batcher = loaders, batcher
         self.source: Any = batcher.sampler  # the loader's own
-        self.batch_size = batcher.batch_size  # the loader's own
+        self.own_size = batcher.batch_size
+        self.own_class = type(batcher)
         self.order = Order()
         self.first: Order | None = None  # since Lightning was given the loader
         batcher.sampler = self
+        if any(grip.makes_batches for grip in loaders.active_grips()):
+            batcher.__class__ = Planned  # copies of the loader, and workers that it keeps, hold this very object
 
     def give_back(self) -> None:
         """Put the loader's own sampler and batch size back."""
-        self.batcher.sampler, self.batcher.batch_size = self.source, self.batch_size
+        self.batcher.sampler, self.batcher.batch_size = self.source, self.own_size
+        self.batcher.__class__ = self.own_class
+
+    @property
+    def planner(self) -> LoaderGrip | None:
+        """Who makes the batches in the sampler's place, if anybody does."""
+        return next((grip for grip in self.loaders.active_grips() if grip.batches_planned is not None), None)
+
+    @property
+    def batch_size(self) -> int:
+        """The loader's own batch size, or that of a trick that makes the batches."""
+        return self.own_size if (planner := self.planner) is None else planner.planned_size
 
     def begin(self, epoch: int) -> None:
         """Prepare an epoch."""
@@ -382,15 +430,17 @@ class Selection(Sampler[Any]):
 
     def _sizes(self, epoch: int) -> tuple[int, int]:
         """Return the samples of an epoch and its batch size."""
-        samples, size = len(self.source), self.batch_size
+        samples, size = len(self.source), self.own_size
         for grip in self.loaders.active_grips():
             samples, size = grip.samples_in_epoch(epoch, samples), grip.batch_size_in_epoch(epoch, size)
         return samples, size
 
     def batches_in_epoch(self, epoch: int | None) -> int:
         """Return the batches of an epoch; of None those that all would have without the tricks."""
-        samples, size = (len(self.source), self.batch_size) if epoch is None else self._sizes(epoch)
+        samples, size = (len(self.source), self.own_size) if epoch is None else self._sizes(epoch)
         batches = samples // size if self.batcher.drop_last else math.ceil(samples / size)
+        if (planner := self.planner) is not None:
+            batches = planner.batches_planned or 0
         trainer = self.loaders.trainer
         limited = class_of(trainer, "trainer.connectors.data_connector._parse_num_batches")
         stage = class_of(trainer, "trainer.states.RunningStage").TRAINING
@@ -417,6 +467,14 @@ class Selection(Sampler[Any]):
         order.drawn = drawn
         yield from order
 
+    def planned(self, planner: LoaderGrip) -> Iterator[list[Any]]:
+        """Yield the epoch's batches that a trick has made, of a resumed run those that are left."""
+        batches, (_, done) = planner.batches_of(self.loaders.epoch), self.loaders.epoch_left() or (None, 0)
+        order = self._note(Order(itertools.chain.from_iterable(batches[done:])))
+        order.drawn = [*itertools.chain.from_iterable(batches)]
+        order.cuts = [0, *itertools.accumulate(map(len, batches[done:]))]
+        yield from batches[done:]
+
     def _note(self, order: Order) -> Order:
         self.order = order
         self.first = order if self.first is None else self.first
@@ -425,6 +483,20 @@ class Selection(Sampler[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch: Lightning calls this before any callback's ``on_train_epoch_start``, a progress bar's too."""
         self.loaders.begin(epoch)
+
+
+class Planned(BatchSampler):
+    """What a loader's own batch sampler is while a trick makes the batches: it asks the trick."""
+
+    sampler: Selection
+
+    def __len__(self) -> int:
+        planner = self.sampler.planner
+        return super().__len__() if planner is None else planner.batches_planned or 0
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        planner = self.sampler.planner  # None in a tuner's trial run
+        return super().__iter__() if planner is None else self.sampler.planned(planner)
 
 
 def find_selection(trainer: Trainer) -> Selection | None:
@@ -494,12 +566,31 @@ def draws_alike(sampler: Any) -> bool:
         (True, False)
     """
     if isinstance(sampler, BatchSampler):
-        return _only_cuts(sampler) and draws_alike(sampler.sampler)
+        return isinstance(sampler, Planned) or (_only_cuts(sampler) and draws_alike(sampler.sampler))
     if isinstance(sampler, Selection):
         return sampler.loaders.epoch_left() is not None or draws_alike(sampler.source)
     if (wrapped := getattr(getattr(sampler, "dataset", None), "_sampler", None)) is not None:  # by Lightning, for DDP
         return draws_alike(wrapped)
     return hasattr(sampler, "set_epoch") or isinstance(sampler, (Sequence, SequentialSampler))
+
+
+def each_once(sampler: Any, samples: int) -> bool:
+    """Tell whether a sampler hands out each sample once, in any order, or a process's share of them.
+
+    Args:
+        sampler: Torch's or Lightning's, of which that is known, or another one, which is asked for an epoch.
+        samples: How many there are.
+
+    Example:
+        >>> each_once(RandomSampler(range(3)), 3), each_once([2, 0, 1], 3), each_once([2, 2, 0], 3)
+        (True, True, False)
+    """
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # what Lightning has wrapped, for DDP
+    if isinstance(sampler, DistributedSampler):
+        return len(sampler.dataset) == samples  # type: ignore[arg-type]
+    if len(sampler) != samples or type(sampler) in (RandomSampler, SequentialSampler):
+        return len(sampler) == samples and not getattr(sampler, "replacement", False)
+    return sorted(map(_plain, itertools.islice(sampler, samples))) == [*range(samples)]
 
 
 def take_batch(loader: DataLoader[Any], indices: Sequence[Any]) -> Any:

@@ -90,13 +90,6 @@ class PlaceGrip(LoaderGrip):
         self.require_numbers(self.loaders.settle_order(ready - 1)[:1])
         self.trick.saved = self.trick.saved_as()
 
-    def batches_done(self) -> int:
-        """Return how many batches of the epoch are done; 0 between two epochs."""
-        loop: Any = self.loaders.trainer.fit_loop
-        done, epoch = loop.epoch_loop.batch_progress.current, loop.epoch_progress.current
-        is_last = loop.epoch_loop._num_ready_batches_reached() and done.processed == done.ready
-        return 0 if is_last or epoch.processed == epoch.started else done.processed
-
     def places(self) -> list[dict[str, Any]]:
         """Return where each process stands, by their ranks; all of them must ask."""
         loaders: Any = self.loaders  # with an only loader, of whose epoch a batch has come
