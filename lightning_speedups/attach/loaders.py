@@ -142,7 +142,7 @@ class LoaderGrip(Grip):
         station = Station.of(trainer.strategy, "process_dataloader")
         self.loaders = station.find(Loaders) or Loaders(trainer)
         if not self.loaders.grips:
-            station.join(self.loaders, self.loaders.take)
+            station.join(self.loaders, self.loaders.take, order=1)  # behind those who settle the accumulation
         self.loaders.grips.append(self)
 
     def batches_done(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST = 4
+LEAST = 2
 """Batches in a bucket, at least: with fewer the same samples would meet in every epoch."""
 
 
@@ -63,7 +63,7 @@ def as_lengths(values: Any, samples: int) -> Tensor:
     lengths = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if lengths.shape != (samples,):
         raise ValueError(
-            f"Expected `lengths` to have a number for each of {samples} samples, but got {lengths.numel()}."
+            f"Expected `lengths` to have {samples} numbers, one a sample, but got {lengths.numel()}."
         )
     if len(wrong := (~(lengths.isfinite() & (lengths >= 0))).nonzero()):
         first = int(wrong[0])
@@ -155,8 +155,8 @@ def into_buckets(
         raise ValueError(f"Expected no sample above {max_tokens:g}, but got {ranked[0]:g} for sample {int(order[0])}.")
 
     def size_at(place: int) -> int:
-        fits = max_tokens // ranked[place] if max_tokens is not None and ranked[place] > 0 else samples
-        return int(min(fits, batch_size or samples, samples))
+        fits = max_tokens // ranked[place] if max_tokens is not None and ranked[place] > 0 else math.inf
+        return int(min(fits, batch_size or samples))
 
     about = max(samples / (batch_size or samples or 1), sum(ranked) / (max_tokens or math.inf))
     wanted = max(least, math.ceil(about / most))
@@ -169,7 +169,7 @@ def into_buckets(
         members.append(order[begin : begin + taken])
         sizes.append(_evenly(taken, size, ranks, drop_last))
         begin += taken
-    if not all(sizes):
+    if not members or not all(sizes):
         raise ValueError(
             f"Expected enough samples for a batch in each of {ranks} processes, but got {samples} in batches of "
             f"{size_at(samples - 1) if samples else 0}."

@@ -93,7 +93,7 @@ class LengthBatches(Trick):
             in a sample. Where each sample has to be looked at, that is done once for a dataset, by the loader's workers
             if it has some; all processes do it.
         buckets: About how many buckets, 1 or more. With more of them less is padded, and the same samples meet more
-            often; each has four batches at least.
+            often; each has two batches at least.
         seed: Seed of the order. None: the seed of torch's generator (what ``seed_everything`` sets), kept in
             checkpoints.
 
