@@ -124,11 +124,16 @@ class LoaderGrip(Grip):
         return samples
 
     def join(self, trainer: Trainer) -> None:
-        """Wait: tuners have their trial runs first; but be there when `configure_optimizers` asks how many steps batches
-        of the trick's own make.
+        """Wait: tuners have their trial runs first. With batches of the trick's own, be there when
+        `configure_optimizers` asks for their number.
         """
         if self.makes_batches:
             self._stand_by(trainer)
+            Station.of(trainer.strategy, "setup_optimizers").join(self, self._set_up_optimizers)
+
+    def _set_up_optimizers(self, set_up: Callable[..., None], *args: Any) -> None:
+        set_up(*args)
+        self.loaders.has_all = True  # that `configure_optimizers` has asked for
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Join those who see the loader; what tuners have left behind is asked for anew."""
@@ -179,6 +184,7 @@ class LoaderGrip(Grip):
 
     def leave(self, trainer: Trainer) -> None:
         """Leave; the last one gives the loader back as it was."""
+        Station.of(trainer.strategy, "setup_optimizers").leave(self)
         loaders = self.__dict__.pop("loaders", None)
         if loaders is None:
             return

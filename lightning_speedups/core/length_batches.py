@@ -62,9 +62,7 @@ def as_lengths(values: Any, samples: int) -> Tensor:
     """
     lengths = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if lengths.shape != (samples,):
-        raise ValueError(
-            f"Expected `lengths` to have {samples} numbers, one a sample, but got {lengths.numel()}."
-        )
+        raise ValueError(f"Expected `lengths` to have {samples} numbers, one a sample, but got {lengths.numel()}.")
     if len(wrong := (~(lengths.isfinite() & (lengths >= 0))).nonzero()):
         first = int(wrong[0])
         raise ValueError(f"Expected `lengths` to be of 0 or more, but got {lengths[first]:g} for sample {first}.")

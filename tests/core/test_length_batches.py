@@ -1,5 +1,6 @@
 """Every plan has each sample once, keeps the budget, and gives all processes as many batches of nearly one length."""
 
+import itertools
 import math
 import random
 
@@ -119,7 +120,7 @@ def test_processes_get_neighbours_in_length_at_the_same_time():
         for members in buckets.members:  # in a bucket no other batch stands between two of one step
             own = {float(lengths[sample]) for sample in members.tolist()}
             inside = sorted(step for step in map(sorted, longest) if set(step) <= own)
-            assert all(one[-1] <= other[0] for one, other in zip(inside, inside[1:], strict=False))
+            assert all(one[-1] <= other[0] for one, other in itertools.pairwise(inside))
 
 
 def test_most_padding_goes_and_steps_get_fewer():
@@ -210,7 +211,11 @@ def test_lengths_are_checked():
 def test_padding_is_what_a_loop_counts():
     lengths = text_like(50)
     batches = [[*range(begin, begin + 10)] for begin in range(0, 50, 10)]
-    padded = [[*([1] * lengths[s]), *([0] * (max(lengths[i] for i in batch) - lengths[s]))] for batch in batches for s in batch]
+    padded = [
+        [*([1] * lengths[s]), *([0] * (max(lengths[i] for i in batch) - lengths[s]))]
+        for batch in batches
+        for s in batch
+    ]
     cells = [cell for row in padded for cell in row]
     assert padding_share(torch.tensor(lengths).double(), batches) == pytest.approx(cells.count(0) / len(cells))
     assert padding_share(torch.zeros(4), [[0, 1], [2, 3]]) == 0.0

@@ -76,8 +76,7 @@ class LengthBatches(Trick):
     with ``drop_last=True`` of the loader all have one size, and some of the shortest are left out, others each time.
 
     A loss that is a mean over the batch stays one: with ``max_tokens`` a sample in a batch of few counts more in it
-    than one in a batch of many, while tokens count about the same. Where batches are accumulated,
-    ``EffectiveBatchSize(count=...)`` weighs them by what they hold. Other tricks are told the mean size.
+    than one in a batch of many, while tokens count about the same. Other tricks are told the mean number of samples.
 
     When not to use it: where all samples have about one length, or the ``collate_fn`` pads to a fixed one; with
     contrastive losses, which learn to tell lengths apart; where the length tells the label, so that batches become
@@ -196,7 +195,9 @@ class LengthBatches(Trick):
             return as_lengths(told, len(loader.dataset))  # type: ignore[arg-type]
         except Exception as error:  # of somebody's dataset or function, too
             way_out = "Give `lengths=`: a function of a sample, or a number for each."
-            raise self.refusal(f"needs the length of each sample, but failed: {error}", way_out) from error
+            raise self.refusal(
+                f"needs the length of each sample, but failed: {str(error).removesuffix('.')}", way_out
+            ) from error
 
 
 class _Plans(LoaderGrip):
