@@ -69,7 +69,7 @@ class LossGrip(Grip):
         trick = self.trick
         if not trainer.training or not trick.is_active(trainer):
             return step(*args, **kwargs)
-        seen = SampleLosses(trick.samples_in_step(trainer), trick.weights_in_step(trainer))
+        seen = SampleLosses(trick.samples_in_step(trainer), trick.weights_in_step(trainer), args)
         with seen:
             output = step(*args, **kwargs)
         if seen.losses is not None:

@@ -92,32 +92,36 @@ def test_what_it_says_to_write_helps():
 
 
 class Tagger(LightningModule):
-    """Tags each of 3 tokens of a sample; `order` is that of the dimensions (samples, tokens) when they are flattened."""
+    """Tags each of 3 tokens of a sample; `order` is that of the dimensions (samples, tokens) when they are flattened,
+    and `anew` says whether the labels are then in the batch's memory no more."""
 
-    def __init__(self, order=(0, 1)):
+    def __init__(self, order=(0, 1), anew=False):
         super().__init__()
-        self.net, self.order = nn.Linear(2, 4), order
+        self.net, self.order, self.anew = nn.Linear(2, 4), order, anew
 
     def training_step(self, batch, batch_idx):
         x, y = batch[0].flatten(1)[:, :6].view(-1, 3, 2), batch[1].unsqueeze(1).expand(-1, 3)
         scores, y = self.net(x).permute(*self.order, 2), y.permute(self.order)
-        return F.cross_entropy(scores.reshape(-1, 4), y.reshape(-1))
+        return F.cross_entropy(scores.reshape(-1, 4), (y + 0 if self.anew else y).reshape(-1))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-@pytest.mark.parametrize("weights", [None, torch.full((8,), 2.0)])
-def test_a_flattened_loss_is_read_but_of_a_batch_of_as_many_samples_as_tokens(weights):
-    reader, module = Reader(weights), Tagger()
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("weighs", [False, True])
+def test_a_flattened_loss_is_read_but_of_a_batch_of_as_many_samples_as_tokens_that_shows_no_memory(anew, weighs):
+    reader, module = Reader(), Tagger(anew=anew)
     reader.samples_in_step = lambda trainer: 8 if trainer.global_step < 2 else 3
-    says = nullcontext() if weights is None else pytest.warns(UserWarning, match="counts as it would in a full epoch")
+    if weighs:
+        reader.weights_in_step = lambda trainer: torch.full((reader.samples_in_step(trainer),), 2.0)
+    says = pytest.warns(UserWarning, match="counts as it would in a full epoch") if weighs and anew else nullcontext()
     with says:
         trainer(callbacks=[reader], max_epochs=1).fit(module, data := loader(19))
     x, y = data.dataset.tensors
     scores = module.net(x.flatten(1)[:, :6].view(-1, 3, 2)).detach()
     own = F.cross_entropy(scores.mT, y.unsqueeze(1).expand(-1, 3), reduction="none").mean(1)
-    torch.testing.assert_close(torch.cat(reader.losses), own[:16])
+    torch.testing.assert_close(torch.cat(reader.losses), own[: 16 if anew else 19])
 
 
 def test_a_loss_flattened_with_another_dimension_first_is_refused():

@@ -187,6 +187,33 @@ def test_the_mean_over_samples():
     torch.testing.assert_close(seen.losses, x.detach().mean(1))
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_mean_over_samples_counts_each_loss_by_its_weight(flat):
+    x = values(N, 5).requires_grad_()
+    mask = (PADDED != 9).double()
+    for shares in (mask, mask * 0.5, torch.rand(N, 1), torch.rand(N, 5), PADDED != 9):
+        shown, share = (one.reshape(-1) if flat else one for one in (x, shares.expand(N, 5)))
+        want = (shares * x).sum() / shares.expand(N, 5).sum()
+        torch.testing.assert_close(mean_over_samples(shown, share), want)
+        own = (shares * x).detach().sum(1) / (shares.expand(N, 5) != 0).sum(1).clamp(min=1)
+        for weights in (None, WEIGHTS):
+            with SampleLosses(N, weights) as seen:
+                shown = x.view(-1) if flat else x
+                got = mean_over_samples(shown, weight=share)
+            torch.testing.assert_close(seen.losses, own.float())
+            each = 1 if weights is None else weights.double().unsqueeze(1)
+            torch.testing.assert_close(got, (each * shares * x).sum() / shares.expand(N, 5).sum())
+
+
+def test_the_mean_over_samples_of_which_none_counts_is_nothing_whatever_they_are():
+    x = torch.tensor([[1.0, math.inf], [math.nan, 2.0]]).requires_grad_()
+    for weights in (None, torch.tensor([2.0, 0.5])):
+        with SampleLosses(2, weights) as seen:
+            assert mean_over_samples(x, torch.zeros(2, 2)) == 0.0
+            assert mean_over_samples(x, torch.eye(2)).item() == 1.5
+        assert seen.losses.tolist() == [1.0, 2.0]
+
+
 def test_all_ignored_is_what_torch_makes_of_it():
     x, y = scores(), torch.full((N,), -100)
     assert F.cross_entropy(x, y).isnan()
@@ -309,6 +336,27 @@ def test_flattened_losses_that_are_not_known_to_be_one_samples_after_the_others_
                 assert torch.equal(got := loss(), loss())
             assert seen.losses is None
             assert torch.equal(got, loss())
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_of_as_many_samples_as_targets_each_the_batchs_own_memory_tells_which_is_which(weights):
+    x, rows = values(N, N, C).requires_grad_(), labels(N, N + 1)
+    taken = {
+        "the batch": (rows[:, 1:].contiguous(), lambda y: y.view(-1)),
+        "a part of it": (rows, lambda y: y[:, 1:].flatten()),
+        "a view that the loader made": (rows[:, 1:], lambda y: y.reshape(-1)),
+    }
+    for batch, flat in taken.values():
+        with SampleLosses(N, weights, [{"labels": batch}, 0]) as seen:
+            got = F.cross_entropy(x.view(-1, C), flat(batch))
+        own = F.cross_entropy(x.mT, rows[:, 1:], reduction="none")
+        torch.testing.assert_close(seen.losses, own.detach().mean(1).float())
+        torch.testing.assert_close(got, ((1 if weights is None else weights.double().unsqueeze(1)) * own).mean())
+    square = rows[:, 1:].contiguous()
+    for batch, shown in (([], square), (square, square.t()), (square, square + 0), (square.t(), square.t())):
+        with SampleLosses(N, weights, batch) as seen:
+            F.cross_entropy(x.view(-1, C), shown.reshape(-1))
+        assert seen.losses is None
 
 
 def test_nothing_is_kept_alive_that_was_flattened():

@@ -101,8 +101,10 @@ class SubsetTraining(SeededBatchTrick):
     known before it starts and the package's schedules end where they should; where a per-step scheduler of the module's
     own counts on full epochs, as ``trainer.estimated_stepping_batches`` does, a warning names the true number of steps.
     ``training_step`` stays as it is: each sample's loss is read from torch's own loss functions, the modules built on
-    them and this package's losses. A loss of your own ends with ``lightning_speedups.mean_over_samples(losses)``
-    instead of ``losses.mean()``; if the first batch shows no losses, the run stops with an error.
+    them and this package's losses; that of tokens, ``cross_entropy(scores.view(-1, V), labels.view(-1))`` with an
+    ``ignore_index``, is their mean over the sample's tokens that count. A loss of your own (Dice, quantiles) ends with
+    ``lightning_speedups.mean_over_samples(losses)`` instead of ``losses.mean()``, see there; if the first batch shows
+    no losses, the run stops with an error.
 
     - ``"infobatch"`` drops samples at random from those below the mean loss, and weighs the others of these so that the
       expected sum of an epoch's gradients is that of all samples: fewer steps, each larger by 1/``keep`` on average,

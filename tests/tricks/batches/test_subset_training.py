@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import patched
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_speedups import LabelSmoothingLoss, MixupCallback, OneCycleMomentum, SubsetTraining
+from lightning_speedups import LabelSmoothingLoss, MixupCallback, OneCycleMomentum, SubsetTraining, mean_over_samples
 from lightning_speedups.attach.batches import BatchOrder
 from lightning_speedups.core.randomness import generator_for
 from lightning_speedups.core.schedules import OneCycle
@@ -446,6 +447,66 @@ def test_a_random_choice_needs_no_losses_and_no_numbers_of_samples():
         assert "subset_samples_saved" in run.callback_metrics
     with pytest.raises(MisconfigurationException, match="mean_over_samples"):
         fit(Contrasts())
+
+
+class Sequences(LightningModule):
+    """Has losses of several values a sample, which are noted in ``own`` by number, one sample at a time."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind, self.own, self.weights = nn.Linear(3, 6), kind, {}, []
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch, batch_idx):
+        x, y, numbers = batch
+        scores = self.net(x)
+        with torch.no_grad():
+            self.own |= {int(n): float(self.by_hand(*one)) for n, *one in zip(numbers, scores, y, strict=True)}
+        return getattr(self, self.kind)(scores, y)
+
+    def tokens(self, scores, y):
+        return F.cross_entropy(scores.view(-1, scores.size(-1)), y.view(-1), ignore_index=5)
+
+    def dice(self, scores, y):
+        chances, masks = scores[..., 0].sigmoid(), y.clamp(max=1)
+        return mean_over_samples(1 - 2 * (chances * masks).sum(1) / (chances + masks).sum(1))
+
+    def quantiles(self, scores, y):
+        errors, levels = y.unsqueeze(2) - scores, torch.arange(6) / 6
+        pinball = torch.maximum(levels * errors, (levels - 1) * errors)
+        return mean_over_samples(pinball, (y != 5).unsqueeze(2))
+
+    def by_hand(self, scores, y):
+        if self.kind == "dice":
+            return self.dice(scores.unsqueeze(0), y.unsqueeze(0))
+        if self.kind == "tokens":
+            return sum(F.cross_entropy(row, label) for row, label in zip(scores, y, strict=True) if label != 5) / sum(
+                y != 5
+            )
+        errors = [[(label - q, i / 6) for i, q in enumerate(row)] for row, label in zip(scores, y, strict=True)]
+        own = [max(e * at, e * (at - 1)) for row, label in zip(errors, y, strict=True) if label != 5 for e, at in row]
+        return sum(own) / len(own)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "dice", "quantiles"])
+@pytest.mark.parametrize("length", [8, 5])
+def test_losses_of_tokens_masks_and_quantiles_are_read_as_the_means_of_what_counts(kind, length):
+    x, y = torch.randn(32, length, 3), torch.randint(0, 5, (32, length))
+    y[torch.rand(32, length) > 0.6] = 5
+    y[:, 0] = 1  # something counts in each
+    data = DataLoader(TensorDataset(x, y, torch.arange(32)), batch_size=8, shuffle=True)
+    plain, module, subset = Sequences(kind), Sequences(kind), SubsetTraining(0.5, seed=3)
+    module.load_state_dict(plain.state_dict())
+    for one, tricks in ((plain, []), (module, [subset])):
+        torch.manual_seed(1)
+        trainer(callbacks=tricks, max_epochs=1).fit(one, data)
+    assert_same_weights(weights(plain), weights(module))
+    torch.testing.assert_close(subset.saved.losses, torch.tensor([module.own[n] for n in range(32)]))
+    run = trainer(callbacks=[SubsetTraining(0.5, seed=3)], max_epochs=3)
+    run.fit(module, data)
+    assert run.global_step == 4 + 2 + 4
 
 
 class Keyed(Dataset):
