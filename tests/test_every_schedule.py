@@ -236,6 +236,20 @@ def test_manual_optimization_moves_each_optimizer_by_its_own_steps(curve):
         curve.check(notes, Steps([6, 6], done=[len(notes)]), {**OWN, "lr": lr, "weight_decay": 0.0})
 
 
+@pytest.mark.parametrize("every", [1, 3])
+@every_schedule
+def test_manual_optimization_of_unknown_steps_goes_by_batches(curve, every):
+    module, trick = TwoOptimizers(every), curve.make()
+    trainer(callbacks=[trick], max_epochs=2).fit(module, loader(48))
+    assert trick.steps_done == [12, 12 // every]
+    steps = Steps([6, 6])
+    for (notes, lr), apart in zip(zip(module.notes, module.own_rates, strict=True), (1, every), strict=True):
+        own = {**OWN, "lr": lr, "weight_decay": 0.0}
+        first = apart - 1 if trick.needs_length else 0  # a cycle of so many steps has no end that it must meet
+        by_batch = list(curve.values(steps, own))[first :: apart if trick.needs_length else 1][: len(notes)]
+        Curve(curve.make, lambda *_, rows=by_batch: rows).check(notes, Steps([len(notes)]), own)
+
+
 @every_schedule
 def test_one_of_two_optimizers_may_be_driven_alone(curve):
     module = TwoOptimizers()
@@ -263,7 +277,7 @@ def test_an_optimizer_that_is_not_there_is_refused(curve):
 
 @pytest.mark.parametrize(
     ("make", "data", "arguments"),
-    [(Classifier, endless, {}), (Classifier, loader, {"max_epochs": -1}), (Manual, loader, {})],
+    [(Classifier, endless, {}), (Classifier, loader, {"max_epochs": -1}), (Manual, endless, {})],
 )
 @every_schedule
 def test_an_unknown_length_is_refused_with_the_way_out_where_it_matters(curve, make, data, arguments):

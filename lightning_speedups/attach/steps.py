@@ -125,15 +125,20 @@ class OptimizerTrick(Trick):
         Args:
             optimizer: The optimizer's index.
             group: The parameter group's index in it.
-            step: Steps that this optimizer has really done.
+            step: Steps that this optimizer has really done, or what takes their place (`step_now`).
             values: The group as schedulers and earlier tricks left it.
         """
         raise NotImplementedError
 
     def values_now(self, optimizer: int, group: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return what to set for the next step; nothing before training has begun."""
-        done = self.saved.steps_done
-        return self.group_values(optimizer, group, done[optimizer], values) if optimizer < len(done) else {}
+        if optimizer >= len(self.saved.steps_done):
+            return {}
+        return self.group_values(optimizer, group, self.step_now(optimizer), values)
+
+    def step_now(self, optimizer: int) -> int:
+        """Return at which step an optimizer's values are taken: after those that it has really done."""
+        return self.saved.steps_done[optimizer]
 
     def rests(self, optimizer: Optimizer) -> bool:
         """Tell whether an optimizer has nothing to step."""
@@ -165,11 +170,10 @@ class OptimizerTrick(Trick):
         """
         if steps := given or run.steps:
             return steps
-        raise self.refusal(
-            "needs the length of the run, and this one's is unknown (an endless loader, no `max_epochs`, or manual "
-            "optimization, where the steps are the module's own)",
-            way_out,
-        )
+        why = "an endless loader, or no `max_epochs`"
+        if run.batches is not None:
+            why = "manual optimization, where the steps are the module's own"
+        raise self.refusal(f"needs the length of the run, and this one's is unknown ({why})", way_out)
 
     def _steps_of_parts(self, run: RunFacts, whole: float | None = None, **parts: Duration) -> list[float]:
         """Return the lengths of parts of the run in optimizer steps; refuse a run that does not tell one of them.

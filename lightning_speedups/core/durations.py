@@ -25,6 +25,8 @@ class RunFacts:
         optimizers: Class names of the optimizers.
         told: Optimizer steps of the whole run if all epochs are as the loader says now, also those that are over; None
             when it is open-ended.
+        batches: Batches of the whole run where it optimizes manually, so that nobody knows the steps: these take their
+            place, in ``steps_in_epochs`` and ``told`` as well. None elsewhere, and when it is open-ended.
     """
 
     steps: int | None
@@ -32,6 +34,7 @@ class RunFacts:
     batch_size: int | None = None
     optimizers: tuple[str, ...] = ("SGD",)
     told: int | None = None
+    batches: int | None = None
 
 
 @dataclass(frozen=True)

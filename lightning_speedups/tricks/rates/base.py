@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_speedups.attach.packages import is_a
-from lightning_speedups.attach.run_length import raw_optimizers, run_length
+from lightning_speedups.attach.run_length import BatchClock, raw_optimizers, run_length
 from lightning_speedups.attach.schedulers import SchedulersAtRest, drives_the_same
 from lightning_speedups.attach.steps import GIVE_STEPS, OptimizerTrick, Steps, ValueOrder, get_value
 from lightning_speedups.attach.trick import callbacks_of
@@ -132,12 +132,24 @@ class ScheduleTrick(OptimizerTrick):
                 check_number(name, rate, 0, above=True)
         self.total_steps, self.optimizer, self.on_resume, self.rates = total_steps, optimizer, on_resume, rates
         self.at_rest = SchedulersAtRest(self) if replace else None
-        self.grips = (self.at_rest,) if self.at_rest else ()
+        self.clock = BatchClock(self)
+        self.grips = (self.clock, *([self.at_rest] if self.at_rest else []))
 
     @property
     def needs_length(self) -> bool:
         """Whether the length of the run matters."""
         return True
+
+    @property
+    def goes_by_batches(self) -> bool:
+        """Whether it goes by batches in manual optimization, where nobody knows the number of steps."""
+        return self.needs_length and not self.total_steps
+
+    def step_now(self, optimizer: int) -> int:
+        """Return at which step an optimizer's values are taken: its own, or in manual optimization the batch."""
+        if not self.clock.runs:
+            return super().step_now(optimizer)
+        return self.clock.of_run if self.needs_length else self.clock.batches
 
     @property
     def length(self) -> float:
@@ -244,23 +256,27 @@ class ScheduleTrick(OptimizerTrick):
         super().plan(run)
         if not self.needs_length:
             return
-        total = self._steps_of_run(run, self.total_steps, self.ways_out)
+        total = self._steps_of_run(run, self.total_steps or run.batches, self.ways_out)
         told, end, courses = self.total_steps or run.told or total, total - self.ends_before, self.saved.courses
         if len(courses) != len(run.optimizers):
             courses = [Course(end, end)] * len(run.optimizers)
         elif (before := self.saved.told or self.planned) != told:
             self.saved.outlook = []  # of epochs of another length
             if self.on_resume == "extend":
-                courses = [course.extended(step, end) for course, step in zip(courses, self.steps_done, strict=True)]
+                courses = [course.extended(self.step_now(i), end) for i, course in enumerate(courses)]
                 how = "the curve goes on from where it stood and ends at the new total"
             else:
                 courses = [Course(end, end)] * len(courses)
                 how = "the curve is stretched over the new total"
             rank_zero_warn(
-                f"{self.name}: the checkpoint's run had {counted(before, 'optimizer step')}, this one has {total}; "
-                f"{how}."
+                f"{self.name}: the checkpoint's run had {counted(before, self._step)}, this one has {total}; {how}."
             )
         self.saved.courses, self.saved.told = courses, told
+
+    @property
+    def _step(self) -> str:
+        """What its steps are, in messages."""
+        return "batch" if self.clock.runs else "optimizer step"
 
     @property
     def planned(self) -> int:
@@ -271,13 +287,15 @@ class ScheduleTrick(OptimizerTrick):
         """Return the steps so far that the planned length is to be compared with: real ones, but where a GradScaler
         skips some, the Trainer's.
         """
+        if self.clock.runs:
+            return self.clock.of_run
         skips = str(trainer.precision_plugin.precision).startswith("16")
         return trainer.global_step if skips else self.steps_done[0]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on to the end of a run that turns out to be longer or shorter than it was planned."""
         super().on_train_epoch_start(trainer, pl_module)
-        if self.total_steps or not self.needs_length:
+        if not self._follows_run:
             return
         length, done = run_length(trainer), self._counted(trainer)
         following, began, *expected = self.saved.outlook or (0, done, done)
@@ -295,22 +313,32 @@ class ScheduleTrick(OptimizerTrick):
         total, planned = done + max(1, left), self.planned
         if total != planned:
             self.saved.told = length.told or self.saved.told
-            courses = zip(self.saved.courses, self.steps_done, strict=True)
-            self.saved.courses = [course.extended(step, course.total + total - planned) for course, step in courses]
+            courses = enumerate(self.saved.courses)
+            self.saved.courses = [
+                course.extended(self.step_now(i), course.total + total - planned) for i, course in courses
+            ]
             self._warn(
-                f"the run was planned with {planned} optimizer steps, but {done} are done before epoch {length.epoch} "
-                f"and some {total - done} are to come; from here on the curve goes to its end at step {total}"
+                f"the run was planned with {counted(planned, self._step)}, but {done} are done before epoch "
+                f"{length.epoch} and some {total - done} are to come; from here on the curve goes to its end at step "
+                f"{total}"
             )
+
+    @property
+    def _follows_run(self) -> bool:
+        """Whether its end is the run's. In manual optimization `max_steps` ends that as soon as all optimizers'
+        steps make them, and the clock goes by it.
+        """
+        return self.needs_length and not self.total_steps and not (self.clock.runs and self.clock.has_max_steps)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the curve did not end with the run, and nobody stopped it."""
         super().on_train_end(trainer, pl_module)
-        if self.total_steps or not self.needs_length or trainer.should_stop:
+        if not self._follows_run or trainer.should_stop:
             return
         if (steps := self._counted(trainer)) != self.planned:
             self._warn(
-                f"the run was planned with {self.planned} optimizer steps and ended after {steps}, so that the curve "
-                "did not end with it"
+                f"the run was planned with {counted(self.planned, self._step)} and ended after {steps}, so that the "
+                "curve did not end with it"
             )
 
     def _warn(self, what: str) -> None:

@@ -48,6 +48,9 @@ class CyclicMomentum(ScheduleTrick):
     that GradScaler skips moves nothing), and a step size can be a part of the run, so that it ends with a whole cycle.
     Parameter groups that appear later keep the ratio of their rate to that of the first group.
 
+    In manual optimization (as of a GAN) step sizes in epochs or fractions of the run count batches, whatever is done in
+    these; with both in steps, or with ``total_steps``, each optimizer goes by its own steps.
+
     When not to use it: together with another scheduler (it refuses, unless ``replace=True``); for one run of known
     length, where ``OneCycleMomentum`` or ``LRCurve`` end at a far lower rate.
 
@@ -122,6 +125,11 @@ class CyclicMomentum(ScheduleTrick):
     def needs_length(self) -> bool:
         """Whether a step size is a fraction of the run."""
         return "fraction" in (self.up.unit, self.down.unit)
+
+    @property
+    def goes_by_batches(self) -> bool:
+        """Whether it goes by batches in manual optimization: unless step sizes are in steps."""
+        return not self.total_steps and {self.up.unit, self.down.unit} != {"steps"}
 
     def plan(self, run: RunFacts) -> None:
         """Settle the step sizes."""

@@ -53,6 +53,9 @@ class LRCurve(ScheduleTrick):
     the same arguments its values are those of torch's schedulers. It counts real optimizer steps (one that GradScaler
     skips moves nothing). Several curves, for several values or optimizers, run side by side.
 
+    In manual optimization (as of a GAN), where nobody knows how many steps there will be, a step of the curve is a
+    batch, whatever is done in it; with ``total_steps`` each optimizer goes by its own steps.
+
     When not to use it: together with a scheduler of the learning rate (it refuses, unless ``replace=True``). For the
     shortest runs ``OneCycleMomentum`` moves momentum as well.
 
@@ -173,8 +176,8 @@ class LRCurve(ScheduleTrick):
         check_number("steps", steps, 1, whole=True)
         if not self.run.pieces:
             raise self.refusal("has no run: LRCurve.cool_down is for a run that is going on", "Call it from a hook.")
-        here = [self._factor(i, done) for i, done in enumerate(self.steps_done)]
-        self.saved.cooling = [(done, steps, factor) for done, factor in zip(self.steps_done, here, strict=True)]
+        here = [self.step_now(i) for i in range(len(self.steps_done))]
+        self.saved.cooling = [(step, steps, self._factor(i, step)) for i, step in enumerate(here)]
         self.saved.stop = stop
 
     def plan(self, run: RunFacts) -> None:
@@ -213,7 +216,9 @@ class LRCurve(ScheduleTrick):
         if self.saved.stop:
             cooling = enumerate(zip(self.steps_done, self.saved.cooling, strict=True))
             # An optimizer that has not stepped at all is not waited for.
-            ends = [done >= since + steps for i, (done, (since, steps, _)) in cooling if self.drives(i) and done]
+            ends = [
+                self.step_now(i) >= since + steps for i, (done, (since, steps, _)) in cooling if self.drives(i) and done
+            ]
             if ends and all(ends):
                 trainer.should_stop = True
 

@@ -33,6 +33,9 @@ class OneCycleMomentum(ScheduleTrick):
     another length: the curve is stretched over the new total or extended, with a warning. Parameter groups that appear
     later keep the ratio of their rate to that of the first group.
 
+    In manual optimization (as of a GAN), where nobody knows how many steps there will be, a step of the cycle is a
+    batch, whatever is done in it; with ``total_steps`` each optimizer goes by its own steps.
+
     When not to use it: together with another scheduler (it refuses, unless ``replace=True``), or for open-ended
     runs. The peak must fit: too high a ``max_lr`` diverges.
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_speedups.attach.run_length import facts
+from lightning_speedups.attach.run_length import BatchClock, facts
 from lightning_speedups.attach.steps import OptimizerTrick, ValueOrder
 from lightning_speedups.core.arguments import check_choice, check_number
 from lightning_speedups.core.batch_scaling import Rule, scaling_factor
@@ -39,7 +39,7 @@ class WarmupLRScaler(OptimizerTrick):
     The factor multiplies whatever the user's schedulers (or ``OneCycleMomentum``) give at each step: theirs go on as
     they are, see only their own values, and so do checkpoints. It ramps per real optimizer step, keeps the ratios
     between parameter groups, and takes each optimizer by itself. The effective batch is batch size × processes ×
-    accumulation.
+    accumulation. In manual optimization (as of a GAN) a ramp in epochs goes by batches, whatever is done in these.
 
     When not to use it: with a learning rate tuned for this very batch size, or beyond a batch of about 8,000, where the
     linear rule ends.
@@ -90,6 +90,17 @@ class WarmupLRScaler(OptimizerTrick):
         self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
         own = 0.01 if scale is None and base_batch_size is None else 1.0
         self.start_factor, self.scale = own if start_factor is None else start_factor, scale
+        self.clock = BatchClock(self)
+        self.grips = (self.clock,)
+
+    @property
+    def goes_by_batches(self) -> bool:
+        """Whether it goes by batches in manual optimization: where the ramp is in epochs."""
+        return self.warmup_steps is None
+
+    def step_now(self, optimizer: int) -> int:
+        """Return at which step an optimizer's values are taken: its own, or in manual optimization the batch."""
+        return self.clock.batches if self.clock.runs else super().step_now(optimizer)
 
     def plan(self, run: RunFacts) -> None:
         """Settle the factors and the length of the ramp."""
@@ -114,10 +125,11 @@ class WarmupLRScaler(OptimizerTrick):
         run, steps, scaled = facts(trainer, pl_module), self.run.steps, self.base_batch_size and not self.scale
         size = f" (effective batch {run.batch_size}, base {self.base_batch_size})" if scaled else ""
         factors = ", ".join(f"× {self.start_factor:g} → × {full:g}" for full in self.run.full)
-        rank_zero_info(f"{self.name}: learning rate {factors}{size} over the first {counted(steps, 'optimizer step')}.")
-        if run.steps is not None and steps > run.steps and any(full != self.start_factor for full in self.run.full):
+        unit, total = ("batch", run.batches) if self.clock.runs else ("optimizer step", run.steps)
+        rank_zero_info(f"{self.name}: learning rate {factors}{size} over the first {counted(steps, unit)}.")
+        if total is not None and steps > total and any(full != self.start_factor for full in self.run.full):
             rank_zero_warn(
-                f"{self.name}: the ramp takes {counted(steps, 'optimizer step')}, but the run has {run.steps} and "
+                f"{self.name}: the ramp takes {counted(steps, unit)}, but the run has {total} and "
                 "never reaches the full rate. Give a shorter `warmup_epochs` or `warmup_steps`."
             )
 

@@ -538,8 +538,8 @@ def test_momentum_is_the_first_beta_of_the_adam_family():
         (Classifier, endless, {}),
         (Classifier, loader, {"max_epochs": -1}),
         (Classifier, loader, {"max_epochs": None, "max_time": {"hours": 1}}),
-        (Adversaries, loader, {}),
-        (Adversaries, loader, {"max_steps": 9}),
+        (Adversaries, endless, {}),
+        (Adversaries, loader, {"max_epochs": -1}),
     ],
 )
 def test_an_unknown_length_is_refused_at_fit_start_with_the_way_out(module, data, arguments):

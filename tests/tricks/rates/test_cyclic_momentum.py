@@ -190,7 +190,7 @@ def test_step_sizes_in_steps_need_no_length_of_the_run(arguments):
 @pytest.mark.parametrize(
     ("module", "data", "tricks", "arguments", "told"),
     [
-        (Manual, loader, [CyclicMomentum(0.02, 0.2, 2, 0.5)], {}, "Give `total_steps=`"),
+        (Manual, endless, [CyclicMomentum(0.02, 0.2, 2, 0.5)], {}, "Give `total_steps=`"),
         (Classifier, endless, [CyclicMomentum(0.02, 0.2, "1 epochs")], {}, r"\(step_size_up='1 epochs'\) needs the length of an epoch, .* Give `step_size_up` in optimizer steps"),
         (Classifier, endless, [CyclicMomentum(0.02, 0.2, 3, "1 epochs")], {}, r"\(step_size_down='1 epochs'\) needs the length of an epoch"),
         (Classifier, loader, [CyclicMomentum(0.02, 0.2, "0.1 epochs")], {}, "step sizes of 0.1 epochs up and 0.1 epochs down are less than one optimizer step"),

@@ -36,7 +36,8 @@ class SizesOverRun(LoaderGrip):
         """Settle the length of the run, now that any loader has told its own."""
         self.plan(trainer)
         super().on_train_start(trainer)
-        if self.unit != "batch" and trainer.max_steps == run_length(trainer).steps:
+        run = run_length(trainer)
+        if self.unit != "batch" and run.max_steps is not None and run.max_steps == run.steps:
             self.trick.run.said.warn(
                 f"{self.name} counts in epochs with `fill_batch=True` or `by='epoch'`: `max_steps` may end the run "
                 "before the images are full. Give `max_epochs` only."
