@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,20 @@ class Mixing(Watch):
     has_warned: bool = False
 
 
+def are_of_places(shape: Sequence[int], labels: Tensor) -> bool:
+    """Tell whether labels are those of a sequence's places, as the tokens ``(N, T)`` of spectrograms ``(N, T, F)`` are.
+
+    Args:
+        shape: Shape of the inputs.
+        labels: The labels; those in floating point are several at once for the whole sample.
+
+    Example:
+        >>> are_of_places((8, 50, 3), torch.zeros(8, 50, dtype=torch.long)), are_of_places((8, 50, 3), torch.zeros(8))
+        (True, False)
+    """
+    return len(shape) == 3 and labels.ndim == 2 and not labels.is_floating_point() and labels.shape[1] in shape[1:]
+
+
 class MixupCallback(SeededBatchTrick):
     """Mixes the samples of each training batch, and their labels, without a change to ``training_step``.
 
@@ -48,6 +63,10 @@ class MixupCallback(SeededBatchTrick):
 
     Targets of three dimensions or more are maps ``(N, ..., H, W)``, as in segmentation: mixup blends each pixel,
     CutMix pastes the same box, scaled to the map's own size, so that integer maps stay plain labels.
+
+    Sequences of tokens ``(N, T)``, for features ``(N, T, F)`` such as spectrograms, are mixed place by place, and a
+    place that is ignored in one of two counts for the other alone: a mixture reaches to the end of the longer one, so
+    take a mask of padding from the mixed features, or leave it out. Inputs that are token ids cannot be mixed.
 
     What was done to the last training batch stands in ``last``, a
     [Mixture][lightning_speedups.core.mixing.Mixture], None before the first.
@@ -232,11 +251,18 @@ class MixupCallback(SeededBatchTrick):
         part = self.tensor_of(batch, place, "inputs")
         if not (part.is_floating_point() or part.dtype == torch.uint8):
             what = f"blends floating-point or uint8 inputs, but found {part.dtype}"
-            way_out = "Name the place of the inputs; codes such as token ids cannot be blended."
+            way_out = (
+                "Name the place of the inputs. Codes such as token ids cannot be blended: `LabelSmoothingLoss` is for "
+                "these, too."
+            )
             raise self.refusal(what, way_out, inputs=place)
         if self.cutmix_alpha > 0 and part.ndim < 3:
             what = f"cuts a box out of images (N, ..., H, W), but found the shape {tuple(part.shape)}"
             raise self.refusal(what, "Use `cutmix_alpha=0`.", inputs=place, cutmix_alpha=self.cutmix_alpha)
+        if self.cutmix_alpha > 0 and are_of_places(part.shape, labels):
+            shapes = f"{tuple(labels.shape)} for inputs {tuple(part.shape)}"
+            what = f"found labels of each place in a sequence, {shapes}, of which a box covers no even share"
+            raise self.refusal(what, "Use `cutmix_alpha=0`.", labels=self.labels, cutmix_alpha=self.cutmix_alpha)
         if self.cutmix_alpha > 0 and labels.ndim > 2 and not is_map_of(part.shape, labels.shape):
             what = f"takes labels of three dimensions for maps of images {tuple(part.shape)}, not {tuple(labels.shape)}"
             raise self.refusal(what, "Use `cutmix_alpha=0`.", labels=self.labels, cutmix_alpha=self.cutmix_alpha)

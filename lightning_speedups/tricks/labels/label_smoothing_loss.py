@@ -103,9 +103,10 @@ class LabelSmoothingLoss(Smoothing):
         target = target.to(input.dtype) if soft else target.long()
         expected = input.shape if soft else (input.shape[0], *input.shape[2:])
         if target.shape != expected:
+            last = " Scores with the classes last need `scores.movedim(-1, 1)`." * (target.shape == input.shape[:-1])
             raise ValueError(
                 f"Expected `target` of shape {tuple(expected)} ({'probabilities' if soft else 'class indices'}) for "
-                f"scores of shape {tuple(input.shape)}, but got {tuple(target.shape)}."
+                f"scores of shape {tuple(input.shape)}, but got {tuple(target.shape)}.{last}"
             )
         losses, counted = self._losses(input, target)
         if self.reduction == "none":

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -459,6 +460,76 @@ def test_manual_optimization_with_two_optimizers_stops_mixing_at_the_same_batch(
     module = TwoOptimizers(every=1)
     trainer(callbacks=[MixupCallback(stop_after=0.5)]).fit(module, loader())
     assert [type(labels) is not torch.Tensor for _, labels in module.seen] == [True] * 6 + [False] * 6
+
+
+TOKENS, LENGTH = 5, 7
+
+
+class Speech(LightningModule):
+    """Tells the token of each frame of padded spectrograms (N, T, F)."""
+
+    def __init__(self, loss):
+        super().__init__()
+        torch.manual_seed(2)
+        self.net, self.loss, self.seen, self.losses = nn.Linear(6, TOKENS), loss, [], []
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(self.net(batch[0]), batch[1])
+        self.losses.append(loss.item())
+        self.seen.append(batch)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def speech(ignored, count=8):
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(count, LENGTH, 6, generator=generator), torch.randint(1, TOKENS, (count, LENGTH)))
+    padding = torch.arange(LENGTH) >= torch.randint(1, LENGTH + 1, (count, 1), generator=generator)
+    return TensorDataset(x.masked_fill(padding.unsqueeze(2), 0.0), y.masked_fill(padding, ignored))
+
+
+def of_tokens(ignored, smoothing):
+    smoothed, torchs = (
+        LabelSmoothingLoss(smoothing, ignore_index=ignored),
+        nn.CrossEntropyLoss(ignore_index=ignored, label_smoothing=smoothing),
+    )
+    yield from (lambda s, y, loss=loss: loss(s.transpose(1, 2), y) for loss in (smoothed, torchs))
+    yield from (lambda s, y, loss=loss: loss(s.view(-1, TOKENS), y.view(-1)) for loss in (smoothed, torchs))
+    if not smoothing:
+        yield lambda s, y: F.nll_loss(s.log_softmax(2).flatten(0, 1), y.flatten(), ignore_index=ignored)
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ignored", [-100, 0])
+def test_of_padded_sequences_of_tokens_each_partner_counts_where_it_is_not_ignored(ignored, smoothing, per_element):
+    data = speech(ignored)
+    mixture = redrawn(data.tensors[0], 0, alpha=1.0, per_element=per_element)
+    kept, partner = mixture.lam.expand(8).tolist(), mixture.partner.tolist()
+    for loss in of_tokens(ignored, smoothing):
+        module = Speech(loss)
+        mixup = MixupCallback(alpha=1.0, per_element=per_element, seed=3)
+        trainer(callbacks=[mixup], max_epochs=1).fit(module, DataLoader(data, 8))
+        x, y = data.tensors
+        total = mass = 0.0
+        for i, (lam, j) in enumerate(zip(kept, partner, strict=True)):
+            torch.testing.assert_close(module.seen[0][0][i], lam * x[i] + (1 - lam) * x[j])
+            logs = module.net(lam * x[i] + (1 - lam) * x[j]).log_softmax(1).tolist()
+            for t in range(LENGTH):
+                for share, label in ((lam, int(y[i, t])), (1 - lam, int(y[j, t]))):
+                    if label != ignored:
+                        total -= share * ((1 - smoothing) * logs[t][label] + smoothing / TOKENS * sum(logs[t]))
+                        mass += share
+        assert module.losses[0] == pytest.approx(total / mass, rel=1e-5)
+        assert module.seen[0][1].dtype == torch.int64
+
+
+def test_boxes_of_sequences_have_no_share_of_their_tokens_and_are_refused():
+    for data in (speech(-100), TensorDataset(speech(-100).tensors[0].mT, speech(-100).tensors[1])):
+        with pytest.raises(MisconfigurationException, match=r"labels of each place .*\(8, 7\).*`cutmix_alpha=0`"):
+            trainer(callbacks=[MixupCallback(cutmix_alpha=1.0)]).fit(Speech(None), DataLoader(data, 8))
 
 
 @pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(label_smoothing=0.1), LabelSmoothingLoss(0.1)])

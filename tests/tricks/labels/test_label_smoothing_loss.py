@@ -130,6 +130,13 @@ def test_targets_that_do_not_fit_are_refused(target):
         LabelSmoothingLoss()(torch.randn(3, C), target)
 
 
+def test_scores_of_sequences_with_the_classes_last_are_refused_with_the_way_out():
+    scores, labels = torch.randn(3, 6, C), torch.zeros(3, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"but got \(3, 6\)\. Scores with the classes last need `scores\.movedim"):
+        LabelSmoothingLoss()(scores, labels)
+    LabelSmoothingLoss()(scores.movedim(-1, 1), labels)
+
+
 def test_the_class_weights_move_with_the_module_and_its_settings_show():
     loss = LabelSmoothingLoss(0.1, WEIGHT)
     assert loss.double().weight.dtype == torch.float64
