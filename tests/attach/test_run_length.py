@@ -22,12 +22,13 @@ from lightning_speedups import ProgressiveResizing, SubsetTraining
 from lightning_speedups.attach.run_length import (
     accumulation,
     batches_in_epoch,
+    facts,
     loader_batch_size,
     raw_optimizers,
     run_length,
 )
 from lightning_speedups.attach.trick import callbacks_of
-from zoo import Classifier, ReplayLoader, fit_interrupted, images, loader, resume, trainer
+from zoo import Classifier, ReplayLoader, TwoOptimizers, fit_interrupted, images, loader, resume, trainer
 
 
 def steps_of(one):
@@ -51,6 +52,31 @@ def looked(look, data=None, **arguments):
     one = trainer(callbacks=[*arguments.pop("callbacks", []), eye], **arguments)
     one.fit(Classifier(), data if data is not None else loader(32, 8))
     return eye.seen[0], one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({"max_epochs": 3}, 12),
+        ({"max_epochs": -1, "max_steps": 7}, 4),
+        ({"max_epochs": 3, "max_steps": 10}, 5),
+        ({"max_epochs": 1, "max_steps": 100}, 4),
+    ],
+)
+def test_in_manual_optimization_batches_stand_for_steps_and_max_steps_is_shared_by_the_optimizers(arguments, steps):
+    module, eye = TwoOptimizers(), Looks(lambda one: (run_length(one), facts(one, one.lightning_module)))
+    trainer(callbacks=[eye], **arguments).fit(module, loader(32, 8))
+    ((length, told),) = eye.seen
+    assert (length.steps, length.batches) == (steps, steps)
+    assert (told.steps, told.batches, told.told, told.steps_in_epochs(2)) == (None, steps, steps, 8)
+
+
+def test_in_manual_optimization_the_batches_of_a_resumed_run_are_known():
+    eyes = [Looks(run_length), Looks(run_length)]
+    for eye, (stop, epoch_end) in zip(eyes, ((6, False), (8, True)), strict=True):  # 4 of 5 batches in an epoch of 4
+        fit_interrupted(TwoOptimizers(1), ReplayLoader(), stop, [], epoch_end)
+        resume(TwoOptimizers(1), ReplayLoader(), [eye])
+    assert [(eye.seen[0].epoch, eye.seen[0].before, eye.seen[0].steps) for eye in eyes] == [(0, 0, 12), (1, 4, 12)]
 
 
 class Endless(IterableDataset):

@@ -148,6 +148,33 @@ def test_each_optimizer_may_have_its_own_peak_and_a_linear_curve_starts_from_its
             torch.testing.assert_close(torch.tensor(notes), torch.tensor(expected), rtol=1e-6, atol=1e-9)
 
 
+class WithItsOwn(GAN):
+    """Steps schedulers of its own by hand."""
+
+    def configure_optimizers(self):
+        made = super().configure_optimizers()
+        return made, [LinearLR(optimizer, 0.5, 1.0, total_iters=12) for optimizer in made]
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+
+
+def test_its_own_schedulers_may_rest_or_be_scaled():
+    module, hand = WithItsOwn(), GAN()
+    trainer(callbacks=[OneCycleMomentum(**cycle, replace=True)], max_epochs=2).fit(module, Points())
+    trainer(callbacks=[OneCycleMomentum(**cycle)], max_epochs=2).fit(hand, Points())
+    assert module.notes == hand.notes
+    module = WithItsOwn(PLANS["five to one"])
+    trainer(callbacks=[WarmupLRScaler(scale=3.0, warmup_epochs=1.0)], max_epochs=2).fit(module, Points())
+    for notes, lr in zip(module.notes, RATES, strict=True):
+        factors = [(0.5 + 0.5 * batch / 12) * (1 + 2 * min(1.0, batch / 6)) for batch, *_ in notes]
+        assert [rate / lr for _, rate, _ in notes] == pytest.approx(factors)
+    with pytest.raises(MisconfigurationException, match=r"so does the scheduler LinearLR .*`replace=True`"):
+        trainer(callbacks=[LRCurve()], max_epochs=2).fit(WithItsOwn(), Points())
+
+
 def test_cycles_in_epochs_or_parts_of_the_run_go_by_batches_and_those_in_steps_by_steps():
     def torchs(up, **options):
         return [lambda one: CyclicLR(one, 0.01, 0.1, up, cycle_momentum=False, **options)] * 2
