@@ -308,6 +308,20 @@ def is_map_of(images: Sequence[int], shape: Sequence[int]) -> bool:
     return abs(rows * width - columns * height) < max(height, width)  # within a pixel
 
 
+def is_sequence_of(inputs: Sequence[int], shape: Sequence[int]) -> bool:
+    """Tell whether a shape is that of a value for each place of sequences, as of the tokens of spectrograms.
+
+    Args:
+        inputs: Shape of the sequences, ``(N, T, F)`` or ``(N, F, T)``.
+        shape: Of what may be ``(N, T)``.
+
+    Example:
+        >>> is_sequence_of((8, 50, 3), (8, 50)), is_sequence_of((8, 50, 3), (8,)), is_sequence_of((8, 3, 9, 9), (8, 9))
+        (True, False, False)
+    """
+    return len(inputs) == 3 and len(shape) == 2 and shape[1] in inputs[1:]
+
+
 def replace_part(batch: Any, place: Place, value: Any) -> Any:
     """Return a shallow copy of a batch with one part replaced; the batch itself is left alone.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from lightning_speedups.attach.batches import BatchOrder, SeededBatchTrick, batch_number
 from lightning_speedups.attach.run_length import run_length
 from lightning_speedups.core.arguments import check_choice, check_number
-from lightning_speedups.core.batch import Place, check_places, get_part, is_map_of
+from lightning_speedups.core.batch import Place, check_places, get_part, is_map_of, is_sequence_of
 from lightning_speedups.core.mixing import NO_BOX, Mixture, draw_mixture, mix_values
 from lightning_speedups.tensors.labels import MixedLabels, mix_targets, soft_targets
 from lightning_speedups.tensors.watching import Watch
@@ -32,20 +31,6 @@ class Mixing(Watch):
 
     mixed_batches: float = math.inf
     has_warned: bool = False
-
-
-def are_of_places(shape: Sequence[int], labels: Tensor) -> bool:
-    """Tell whether labels are those of a sequence's places, as the tokens ``(N, T)`` of spectrograms ``(N, T, F)`` are.
-
-    Args:
-        shape: Shape of the inputs.
-        labels: The labels; those in floating point are several at once for the whole sample.
-
-    Example:
-        >>> are_of_places((8, 50, 3), torch.zeros(8, 50, dtype=torch.long)), are_of_places((8, 50, 3), torch.zeros(8))
-        (True, False)
-    """
-    return len(shape) == 3 and labels.ndim == 2 and not labels.is_floating_point() and labels.shape[1] in shape[1:]
 
 
 class MixupCallback(SeededBatchTrick):
@@ -259,9 +244,8 @@ class MixupCallback(SeededBatchTrick):
         if self.cutmix_alpha > 0 and part.ndim < 3:
             what = f"cuts a box out of images (N, ..., H, W), but found the shape {tuple(part.shape)}"
             raise self.refusal(what, "Use `cutmix_alpha=0`.", inputs=place, cutmix_alpha=self.cutmix_alpha)
-        if self.cutmix_alpha > 0 and are_of_places(part.shape, labels):
-            shapes = f"{tuple(labels.shape)} for inputs {tuple(part.shape)}"
-            what = f"found labels of each place in a sequence, {shapes}, of which a box covers no even share"
+        if self.cutmix_alpha > 0 and is_sequence_of(part.shape, labels.shape) and not labels.is_floating_point():
+            what = f"found labels of each place in a sequence, {tuple(labels.shape)} for inputs {tuple(part.shape)}"
             raise self.refusal(what, "Use `cutmix_alpha=0`.", labels=self.labels, cutmix_alpha=self.cutmix_alpha)
         if self.cutmix_alpha > 0 and labels.ndim > 2 and not is_map_of(part.shape, labels.shape):
             what = f"takes labels of three dimensions for maps of images {tuple(part.shape)}, not {tuple(labels.shape)}"

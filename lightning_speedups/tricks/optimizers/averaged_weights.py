@@ -88,7 +88,8 @@ class AveragedWeights(OptimizerTrick):
 
     Args:
         horizon: Steps that the average reaches back over: 1 / (1 − decay). A whole number of optimizer steps, a float
-            in (0, 1] as a fraction of the run, or a text like ``"500 steps"``, ``"2 epochs"`` and ``"1%"``.
+            in (0, 1] as a fraction of the run, or a text like ``"500 steps"``, ``"2 epochs"`` and ``"1%"``. In manual
+            optimization a fraction of the run is one of its batches, as if each made a step.
         every: Optimizer steps from one update of the average to the next, 1 or more, with a decay to match. None: a
             quarter of the horizon, but 5 at most.
         refresh_batches: How many of the last training batches give BatchNorm its statistics for the average; they are
@@ -146,7 +147,7 @@ class AveragedWeights(OptimizerTrick):
     def plan(self, run: RunFacts) -> None:
         """Settle the horizon."""
         super().plan(run)
-        self.run.horizon = max(1.0, *self._steps_of_parts(run, horizon=self.horizon))
+        self.run.horizon = max(1.0, *self._steps_of_parts(run, run.steps or run.batches, horizon=self.horizon))
         self.run.every = self.every or max(1, min(5, int(self.run.horizon / 4)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,6 +22,7 @@ from zoo import (
     Classifier,
     FreezesBackbone,
     Interrupted,
+    Manual,
     Memory,
     ReplayLoader,
     SometimesInfinite,
@@ -123,14 +124,15 @@ def test_with_a_long_past_it_is_torchs_own_average(monkeypatch):
 @pytest.mark.parametrize(
     ("horizon", "steps", "expected"), [(0.01, 12, (1, 1)), (0.5, 12, (6, 1)), (40, 12, (40, 5)), (10, 12, (10, 2))]
 )
-def test_horizon_and_updates_follow_from_the_length_of_the_run(horizon, steps, expected, caplog):
-    trick, seen = AveragedWeights(horizon), []
+@pytest.mark.parametrize("make", [Classifier, Manual])
+def test_horizon_and_updates_follow_from_the_length_of_the_run(make, horizon, steps, expected, caplog):
+    trick, seen = AveragedWeights(horizon, refresh_batches=0), []
 
     class Looks(Callback):
         def on_train_end(self, *_):
             seen.append((trick.run.horizon, trick.run.every))
 
-    trainer(callbacks=[trick, Looks()]).fit(Classifier(), ReplayLoader())
+    trainer(callbacks=[trick, Looks()]).fit(make(), ReplayLoader())
     assert seen == [expected]
 
 

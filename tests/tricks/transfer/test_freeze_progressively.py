@@ -308,13 +308,30 @@ def notes_when_it_trains(module):
     return module
 
 
-def test_manual_optimization_works_once_it_tells_the_number_of_steps():
-    with pytest.raises(MisconfigurationException, match=r"manual optimization.*Give `total_steps="):
-        fit(Manual(), FreezeProgressively())
-    module = notes_when_it_trains(Manual(lr=0.1))
-    fit(module, FreezeProgressively(total_steps=12))
+def test_manual_optimization_works_and_goes_by_batches_unless_it_tells_the_number_of_steps():
+    for told in ({}, {"total_steps": 12}):
+        module = notes_when_it_trains(Manual(lr=0.1))
+        fit(module, FreezeProgressively(**told))
+        assert module.grads == [True] * 6 + [False] * 6
+        expected = 0.1 * np.array([cosine(step, 6) for step in range(12)])
+        np.testing.assert_allclose(rates(module)[:, 1], expected, atol=1e-15)
+    module = notes_when_it_trains(TwoOptimizers(every=2))
+    fit(module, FreezeProgressively())
     assert module.grads == [True] * 6 + [False] * 6
-    np.testing.assert_allclose(rates(module)[:, 1], 0.1 * np.array([cosine(step, 6) for step in range(12)]), atol=1e-15)
+    module = notes_when_it_trains(TwoOptimizers(every=1))
+    run = trainer(callbacks=[FreezeProgressively()], max_epochs=-1, max_steps=16)
+    run.fit(module, loader())
+    assert module.grads == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("stop", [4, 9, 12])
+def test_a_resumed_run_in_manual_optimization_freezes_at_the_same_batches(stop):
+    whole, first, rest = (notes_when_it_trains(TwoOptimizers(every=2)) for _ in range(3))
+    fit(whole, FreezeProgressively())
+    fit_interrupted(first, ReplayLoader(), stop, [FreezeProgressively()])
+    resume(rest, ReplayLoader(), [FreezeProgressively()])
+    assert first.grads + rest.grads == whole.grads == [True] * 6 + [False] * 6
+    assert first.rates[1] + rest.rates[1] == whole.rates[1]
 
 
 def test_a_layer_counts_the_steps_of_its_own_optimizer():
