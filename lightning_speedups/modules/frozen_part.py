@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from lightning_speedups.core.batch import tensors_in
@@ -16,7 +18,8 @@ from lightning_speedups.core.batch import tensors_in
 
 def find_cuts(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Return the largest modules of which every parameter trains, and the modules that are in none of these, by name;
-    lists of modules, which nobody calls, count as their parts.
+    lists of modules, which nobody calls, count as their parts. Dropout that is at work beside what trains counts as if
+    it did: what comes to it is not random yet.
 
     Args:
         module: Where to look.
@@ -36,6 +39,8 @@ def find_cuts(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Mod
             continue
         flags = [parameter.requires_grad for parameter in part.parameters()]
         is_cut = flags and all(flags) and not isinstance(part, (nn.ModuleList, nn.ModuleDict))
+        if isinstance(part, _DropoutNd) and part.training and part.p:
+            is_cut = not is_frozen(module.get_submodule(name.rpartition(".")[0]))
         (cuts if is_cut else outside)[name] = part
     return cuts, outside
 
@@ -61,14 +66,22 @@ def is_untrained(values: Any) -> bool:
     """Tell whether there are tensors of which none depends on what trains.
 
     Args:
-        values: Tensors and other things, nested as they may be.
+        values: Tensors and other things, nested as they may be, in dataclasses and mappings too.
 
     Example:
         >>> is_untrained([torch.ones(2)]), is_untrained([torch.ones(2), torch.ones(2, requires_grad=True)])
         (True, False)
     """
-    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    leaves = tree_leaves([_opened(leaf) for leaf in tree_leaves(values)])
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return bool(tensors) and not any(tensor.requires_grad for tensor in tensors)
+
+
+def _opened(leaf: Any) -> Any:
+    """Return what is in a dataclass or mapping of a kind that torch takes for one piece, as models return."""
+    if is_dataclass(leaf) and not isinstance(leaf, type):
+        return vars(leaf)
+    return dict(leaf) if isinstance(leaf, Mapping) else leaf
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -1,13 +1,14 @@
 """The layers of a backbone from its input to its output: groups of modules that are frozen, thawed and paced together.
 
-Which layers a model has is known by timm (its group matcher), or read from its children.
+Which layers a model has is known by timm (its group matcher), or read from its blocks, or from its children.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -23,10 +24,12 @@ class Layer:
     Attributes:
         name: Unique in the backbone: a path in it, or ``"stem"``.
         modules: The modules that hold the layer's parameters and buffers themselves, not in children.
+        root: Path of the encoder that it is of, as far as that is known.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
+    root: str = ""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return the layer's parameters."""
@@ -92,6 +95,75 @@ def tied_parameters(root: nn.Module, group_of: Mapping[nn.Module, str]) -> list[
         if group != its_group and tensor.requires_grad:
             tied.append((name, other))
     return tied
+
+
+def find_layers_in(root: nn.Module, without: Collection[nn.Module] = ()) -> list[Layer]:
+    """Take each block of a network for a layer, all that stands before them for another, and all that follows for one
+    more; or each child, if there is no one list of blocks.
+
+    That list is a ModuleList or Sequential of modules of one class with children of their own, longer than any other,
+    which holds more than half of the parameters outside embeddings, and is no stage beside others, as in a ResNet.
+    Embeddings outside the blocks go before them, wherever they were registered.
+
+    Args:
+        root: A module that calls its children in the order in which they were registered.
+        without: Modules that are left out.
+
+    Example:
+        >>> blocks = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2), 2, enable_nested_tensor=False)
+        >>> net = nn.ModuleDict({"blocks": blocks, "pooler": nn.Linear(4, 4), "words": nn.Embedding(9, 4)})
+        >>> [layer.name for layer in find_layers_in(net)]
+        ['words', 'blocks.layers.0', 'blocks.layers.1', 'pooler']
+    """
+    held = owners(root, without)
+    blocks = _blocks(root, held)
+    if not blocks:
+        return layers_by_child(root, without)
+    numbers, after = {}, 0
+    for name, module in held.items():
+        number = next((i for i, path in enumerate(blocks, 1) if name.startswith(f"{path}.")), after)
+        after = len(blocks) + 1 if number else after
+        if number == after and isinstance(module, nn.Embedding):
+            number = 0
+        has_parameters = any(True for _ in module.parameters(recurse=False))
+        numbers[name] = number if has_parameters else min(number, len(blocks))
+    return layers_by_number(root, numbers, without)
+
+
+def _blocks(root: nn.Module, held: Mapping[str, nn.Module]) -> list[str]:
+    """Return the paths of the blocks that a network mainly consists of; nothing if there are none."""
+    lists = _lists_of_blocks(root, held)
+    several = {path: blocks for path, (_, blocks) in lists.items() if len(blocks) > 1}
+    alike = Counter((_above(path), kind) for path, (kind, _) in lists.items())
+    beside = Counter(map(_above, several))
+    stages = {path for path in several if beside[_above(path)] > 1 or alike[_above(path), lists[path][0]] > 1}
+    longest = sorted((blocks for path, blocks in several.items() if path not in stages), key=len)[-2:]
+    if not longest or (len(longest) > 1 and len(longest[0]) == len(longest[1])):
+        return []
+    within = {name for name in held if name.startswith(tuple(f"{path}." for path in longest[-1]))}
+    others = [name for name in held.keys() - within if not isinstance(held[name], nn.Embedding)]
+    return longest[-1] if _size(held, within) > _size(held, others) else []
+
+
+def _above(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _lists_of_blocks(root: nn.Module, held: Mapping[str, nn.Module]) -> dict[str, tuple[type, list[str]]]:
+    """Return the class and the paths of the blocks in each list of such, but for lists in the blocks of another."""
+    lists: dict[str, tuple[type, list[str]]] = {}
+    outer: tuple[str, ...] = ()
+    holding = {name[:end] for name in held for end, sign in enumerate(name) if sign == "."}
+    for path, module in root.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or path.startswith(outer):
+            continue
+        inner = {f"{path}.{name}".lstrip("."): block for name, block in module.named_children()}
+        blocks = {path: block for path, block in inner.items() if path in holding}
+        kinds = {*map(type, blocks.values())}
+        if len(kinds) == 1 and all(any(True for _ in block.children()) for block in blocks.values()):
+            lists[path] = kinds.pop(), [*blocks]
+            outer += tuple(f"{block}." for block in blocks) if len(blocks) > 1 else ()
+    return lists
 
 
 def layers_by_child(root: nn.Module, without: Collection[nn.Module] = ()) -> list[Layer]:
@@ -220,26 +292,79 @@ def pick_layers(names: str | Iterable[str], layers: Sequence[Layer]) -> set[str]
     """Return the names of the layers that a user means.
 
     Args:
-        names: Layers' names, paths that hold several layers, ``"all"``, or ``"head"``, which is returned as it is.
+        names: Layers' names, paths that hold several layers, both also with the encoder's own path before them and with
+            wildcards, ``"all"``, or ``"head"``, which is returned as it is.
         layers: The backbone's layers.
 
     Raises:
         LookupError: If there is no such layer; its argument is the name.
 
     Example:
-        >>> blocks = [Layer("stem", ()), Layer("blocks.0", ()), Layer("blocks.1", ())]
-        >>> sorted(pick_layers("blocks", blocks)), sorted(pick_layers(["head", "blocks.1"], blocks))
+        >>> blocks = [Layer("stem", ()), Layer("blocks.0", ()), Layer("blocks.1", (), root="model.vit")]
+        >>> sorted(pick_layers("blocks", blocks)), sorted(pick_layers(["head", "vit.blocks.1"], blocks))
         (['blocks.0', 'blocks.1'], ['blocks.1', 'head'])
     """
     picked = set()
     for name in [names] if isinstance(names, str) else names:
-        found = {layer.name for layer in layers if name == "all" or f"{layer.name}.".startswith(f"{name}.")}
+        found = {layer.name for layer in layers if name == "all" or _fit(name, layer.name, layer.root) is not None}
         if name == HEAD:
             found = {HEAD}
         if not found:
             raise LookupError(name)
         picked |= found
     return picked
+
+
+def matches(pattern: str, layers: Sequence[Layer]) -> list[str]:
+    """Return the paths that a pattern fits and that layers stand at or under, in the layers' order.
+
+    Args:
+        pattern: A path whose steps may be wildcards, as of ``fnmatch``; each stands for one step.
+        layers: The backbone's layers.
+
+    Example:
+        >>> matches("net.*", [Layer("stem", ()), Layer("net.0.a", ()), Layer("net.0.b", ()), Layer("net.1", ())])
+        ['net.0', 'net.1']
+    """
+    return list(dict.fromkeys(path for layer in layers if (path := _fit(pattern, layer.name, layer.root))))
+
+
+def split_layers(layers: Sequence[Layer], names: Iterable[str], root: nn.Module) -> list[Layer]:
+    """Return the layers with what a user names inside one of them as a layer of its own.
+
+    Args:
+        layers: The backbone's layers.
+        names: As for `pick_layers`. Those that layers stand at or under split nothing.
+        root: The module from which the layers' names lead.
+
+    Example:
+        >>> net = nn.ModuleDict({"words": nn.Embedding(9, 4), "places": nn.Embedding(9, 4)})
+        >>> [layer.name for layer in split_layers([Layer("stem", tuple(net.children()))], ["places"], net)]
+        ['stem', 'places']
+    """
+    path_of = {module: path for path, module in root.named_modules()}
+    for name in names:
+        if name in (HEAD, "all") or any(_fit(name, layer.name, layer.root) is not None for layer in layers):
+            continue
+        layers = [part for layer in layers for part in _split(layer, name, path_of)]
+    return list(layers)
+
+
+def _split(layer: Layer, name: str, path_of: Mapping[nn.Module, str]) -> list[Layer]:
+    parts = defaultdict[str, list[nn.Module]](list)
+    for module in layer.modules:
+        parts[_fit(name, path_of.get(module, ""), layer.root) or layer.name].append(module)
+    return [replace(layer, name=unreserved(part), modules=tuple(modules)) for part, modules in parts.items()]
+
+
+def _fit(pattern: str, path: str, root: str) -> str | None:
+    """Return the beginning of a path that a pattern fits, which may lead from further up; None if it does not."""
+    above = root.split(".") if root else []
+    for start in [""] + [".".join((*above[i:], "")) for i in range(len(above))]:
+        steps, wanted = f"{start}{path}".split("."), pattern.split(".")
+        if len(wanted) <= len(steps) and all(map(fnmatchcase, steps, wanted)):
+            return ".".join(steps[: len(wanted)])[len(start) :]
+    return None
 
 
 def rates_by_depth(

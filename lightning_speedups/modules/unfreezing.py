@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from lightning_speedups.modules.layers import HEAD, Layer, pick_layers
+from lightning_speedups.modules.layers import HEAD, Layer, matches, pick_layers
 
 Names = str | Sequence[str]
 
@@ -61,13 +62,51 @@ def gradually(layers: Sequence[Layer], first: int, every: int) -> dict[int, str]
     return {first + every * i: layer.name for i, layer in enumerate(reversed(layers))}
 
 
-def stages(layers: Sequence[Layer], thaw: Mapping[int, Names], freeze: Mapping[int, Names]) -> list[Stage]:
+def all_names(*schedules: Mapping[int, Names] | None) -> list[str]:
+    """Return the names that are in schedules.
+
+    Example:
+        >>> all_names({0: "head", 2: ["layer4", "layer3"]}, None, {5: "layer4"})
+        ['head', 'layer4', 'layer3', 'layer4']
+    """
+    names = chain.from_iterable(schedule.values() for schedule in schedules if schedule is not None)
+    return [*chain.from_iterable([one] if isinstance(one, str) else one for one in names)]
+
+
+def one_by_one(
+    schedule: Mapping[int, Names], layers: Sequence[Layer], every: int = 1, last_first: bool = True
+) -> dict[int, list[str]]:
+    """Return a schedule in which each path that a pattern fits has an epoch of its own, from the pattern's on.
+
+    Args:
+        schedule: Names by epochs. Those with a wildcard (``*``, ``?``, ``[...]``) are patterns.
+        layers: The backbone's layers, from the input on.
+        every: Epochs from one to the next.
+        last_first: Whether they come from the last to the first.
+
+    Example:
+        >>> one_by_one({0: "head", 1: "block.*"}, [Layer("stem", ()), Layer("block.0", ()), Layer("block.1", ())])
+        {0: ['head'], 1: ['block.1'], 2: ['block.0']}
+    """
+    found: dict[int, list[str]] = {}
+    for epoch, names in schedule.items():
+        for name in [names] if isinstance(names, str) else names:
+            fitting = matches(name, layers)[:: -1 if last_first else 1] if {*"*?["} & {*name} else []
+            for i, path in enumerate(fitting or [name]):
+                found.setdefault(epoch + every * i, []).append(path)
+    return found
+
+
+def stages(
+    layers: Sequence[Layer], thaw: Mapping[int, Names], freeze: Mapping[int, Names], every: int = 1
+) -> list[Stage]:
     """Return the stages of a run, the first from epoch 0 on.
 
     Args:
         layers: The backbone's layers.
-        thaw: Which layers begin to train in which epoch.
-        freeze: Which of them stop again.
+        thaw: Which layers begin to train in which epoch. What a pattern fits begins one after the other, from the last.
+        freeze: Which of them stop again. What a pattern fits stops one after the other, from the first.
+        every: Epochs from one to the next.
 
     Raises:
         LookupError: If there is no such layer.
@@ -78,6 +117,7 @@ def stages(layers: Sequence[Layer], thaw: Mapping[int, Names], freeze: Mapping[i
         >>> [(epoch, sorted(training)) for epoch, training in stages(layers, {0: "head", 2: "all"}, {3: "stem"})]
         [(0, []), (2, ['layer1', 'stem']), (3, ['layer1'])]
     """
+    thaw, freeze = one_by_one(thaw, layers, every), one_by_one(freeze, layers, every, last_first=False)
     training = frozenset[str]()
     found = {0: training}
     for epoch in sorted({*thaw, *freeze}):

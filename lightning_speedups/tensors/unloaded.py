@@ -240,13 +240,15 @@ def _memory(tensor: Tensor) -> int:
 
 
 class Shortcuts:
-    """Lets modules return at once what they made of tensors without values when they were called like that before.
+    """Lets modules return at once what they made of tensors without values when they were called like that before, with
+    real tensors beside them or without: a module makes shapes of shapes.
 
     No shortcuts are taken over modules in which somebody listens with hooks, or which leave tensors elsewhere than in
     what they return.
 
     Args:
         modules: Modules without anything that trains.
+        last: Shortcuts of before, which go on if they are over the same modules in the same modes.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU()).requires_grad_(False)
@@ -257,10 +259,11 @@ class Shortcuts:
         (Unloaded(shape=(4, 3), dtype=torch.float32, device=cpu), 1)
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], last: Shortcuts | None = None) -> None:
         self.count = 0
         self._modules = [module for module in modules if not _is_watched(module)]
-        self._made: dict[Any, Any] = {}
+        self._modes = [(part, part.training) for module in self._modules for part in module.modules()]
+        self._made: dict[Any, Any] = last._made if last is not None and last._modes == self._modes else {}
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -279,7 +282,8 @@ class Shortcuts:
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         given = _missing(leaves)
-        if not given or len(given) < sum(isinstance(leaf, Tensor) for leaf in leaves):
+        others = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not any(leaf is one for one in given)]
+        if not given or any(isinstance(other, Unloaded) or other.requires_grad for other in others):
             return forward(*args, **kwargs)
         origin, device = given[0].origin, given[0].device
         casts = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
@@ -288,10 +292,10 @@ class Shortcuts:
             self.count += 1
             looks, spec = self._made[key]
             return tree_unflatten([_remade(look, origin) for look in looks], spec)
-        before = set(map(id, origin.alive))
+        before, versions = set(map(id, origin.alive)), [other._version for other in others]
         made = forward(*args, **kwargs)
         leaves, spec = tree_flatten(made)
-        if _is_apart(leaves, given, before, origin):
+        if _is_apart(leaves, given, before, origin) and versions == [other._version for other in others]:
             self._made[key] = [_look(leaf) for leaf in leaves], spec
         return made
 
@@ -320,8 +324,8 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _look(leaf: Any) -> Any:
-    if isinstance(leaf, Unloaded):
-        return (Unloaded, leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+    if isinstance(leaf, Tensor):
+        return (type(leaf), leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
     return (type(leaf), leaf if isinstance(leaf, Hashable) else id(leaf))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers_like import Output, Pieces
 
 from lightning_speedups.modules.frozen_part import (
     after,
@@ -56,6 +57,20 @@ def test_lists_of_modules_are_not_called():
     assert list(find_cuts(module)[0]) == ["a.0", "b.c"]
 
 
+def test_dropout_beside_what_trains_counts_as_if_it_did():
+    module = nn.ModuleDict(
+        {"a": nn.Sequential(nn.Linear(1, 1), nn.Dropout()), "drop": nn.Dropout2d(), "b": nn.Linear(1, 1)}
+    )
+    module["a"].requires_grad_(False)
+    assert [list(parts) for parts in find_cuts(module)] == [["drop", "b"], ["", "a", "a.0", "a.1"]]
+    module["drop"].p = 0.0
+    assert list(find_cuts(module)[0]) == ["b"]
+    module["drop"].p = 0.5
+    assert list(find_cuts(module.eval())[0]) == ["b"]
+    assert list(find_cuts(nn.Sequential(module.train().requires_grad_(True)))[0]) == [""]
+    assert list(find_cuts(module.requires_grad_(False))[0]) == []
+
+
 def test_names_that_begin_alike_are_not_in_each_other():
     module = nn.ModuleDict({"a": nn.Linear(1, 1), "ab": nn.Linear(1, 1), "c": nn.Linear(1, 1).requires_grad_(False)})
     assert [list(parts) for parts in find_cuts(module)] == [["a", "ab"], ["", "c"]]
@@ -96,6 +111,8 @@ def test_untrained_values():
     trains = torch.ones(1, requires_grad=True)
     assert is_untrained({"a": [torch.ones(1), 3]})
     assert not is_untrained({"a": [trains * 2, torch.ones(1)]})
+    assert is_untrained(Pieces(torch.ones(1), torch.ones(1)))
+    assert not is_untrained([Output(a=torch.ones(1), b=trains * 2), Pieces])
     assert not is_untrained([3, None])
     assert not is_untrained([])
 

@@ -12,15 +12,20 @@ from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torchvision import models
+from transformers_like import BertLike, GptLike
 
 from lightning_speedups.modules.layers import (
     Layer,
+    find_layers_in,
     is_norm,
     layers_by_child,
     layers_by_number,
+    matches,
     owners,
     pick_layers,
     rates_by_depth,
+    split_layers,
     unreserved,
 )
 
@@ -230,6 +235,91 @@ def test_a_layer_that_no_path_names_has_a_number():
     assert [layer.modules for layer in layers] == [(net["x"][i], net["x"][i + 3], net["x"][i + 6]) for i in range(3)]
 
 
+# ---- blocks
+
+
+@pytest.mark.parametrize(
+    "name", ["test_vit", "vit_tiny_patch16_224", "deit_tiny_patch16_224", "test_mambaout", "mixer_s32_224"]
+)
+def test_blocks_are_the_layers_that_timm_names_where_it_has_a_list_of_them(name):
+    model = timm_model(name)
+    ours, timms = find_layers_in(model, [model.get_classifier()]), timm_layers(model)
+    assert [set(layer.modules) for layer in ours] == [set(layer.modules) for layer in timms]
+    assert [layer.name for layer in ours] == [layer.name for layer in timms]
+
+
+class Late(nn.Module):
+    """Blocks first, then what is called before them and after them; rotary positions are a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 3, nn.LayerNorm(8), False)
+        self.rotary = nn.Module()
+        self.rotary.register_buffer("frequencies", torch.ones(2))
+        self.words, self.neck, self.proj = nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+
+class Two(nn.Module):
+    def __init__(self, one, other):
+        super().__init__()
+        self.one, self.other = nn.Sequential(stack(one)), nn.Sequential(stack(other))
+
+
+def stack(count, wide=4):
+    return nn.ModuleList(nn.Sequential(nn.Linear(wide, wide), nn.ReLU()) for _ in range(count))
+
+
+def meta(make, *args):
+    with torch.device("meta"):
+        return make(*args)
+
+
+IN_BLOCKS = {
+    "bert": (BertLike(), ["embeddings", "encoder.layer.0", "encoder.layer.1", "encoder.layer.2", "pooler"]),
+    "gpt": (GptLike(), ["stem", "h.0", "h.1", "h.2", "projection"]),
+    "torch's": (Late(), ["words", "blocks.layers.0", "blocks.layers.1", "blocks.layers.2", "neck"]),
+    "torchvision's": (
+        meta(models.vit_b_16),
+        ["stem", *(f"encoder.layers.encoder_layer_{i}" for i in range(12)), "heads"],
+    ),
+    "blocks alone": (stack(3), ["0", "1", "2"]),
+    "stages of a ResNet": (meta(models.resnet101), ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]),
+    "stages of a Swin": (meta(models.swin_b), [*(f"features.{i}" for i in range(8)), "backbone.head"]),
+    "stages of one block and two": (nn.ModuleDict({"a": stack(1), "b": stack(2)}), ["a", "b"]),
+    "ways down and up": (
+        nn.ModuleDict({"down": stack(2), "up": nn.ModuleList(nn.ModuleList([conv()]) for _ in range(3))}),
+        ["down", "up"],
+    ),
+    "as many again": (Two(3, 3), ["one", "other"]),
+    "most of it": (Two(3, 2), ["one.0.0", "one.0.1", "one.0.2", "other"]),
+    "no more than half": (nn.Sequential(stack(2), nn.Linear(10, 10)), ["0", "1"]),
+    "a single block": (nn.Sequential(stack(1)), ["0.0.0"]),
+    "plain layers": (
+        nn.ModuleDict({"a": nn.ModuleList([nn.Linear(9, 9), nn.Linear(9, 9)]), "b": conv()}),
+        ["a.0", "a.1", "b"],
+    ),
+    "other classes": (nn.ModuleDict({"a": nn.ModuleList([BertLike(), stack(2)]), "b": nn.Linear(40, 40)}), ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("case", IN_BLOCKS)
+def test_each_block_is_a_layer_what_stands_before_them_one_and_what_follows_one(case):
+    model, expected = IN_BLOCKS[case]
+    layers = find_layers_in(model)
+    assert [layer.name for layer in layers] == expected
+    assert sorted(in_layers(model, layers)) == sorted(all_tensors(model))
+
+
+def test_embeddings_come_first_and_buffers_alone_make_no_layer():
+    model = Late()
+    found = {layer.name: tensors(model, layer) for layer in find_layers_in(model)}
+    assert found["words"] == ["words.weight"]
+    assert "rotary.frequencies" in found["blocks.layers.2"]
+    assert {name.split(".")[0] for name in found["neck"]} == {"blocks", "neck", "proj"}
+    model.neck = model.proj = nn.Identity()
+    assert "blocks.norm.weight" in tensors(model, find_layers_in(model)[-1])  # a norm alone makes none either
+
+
 class NormAround(nn.Module):
     def __init__(self):
         super().__init__()
@@ -288,6 +378,49 @@ def test_a_name_of_no_layer_is_an_error_that_holds_it(wrong):
     with pytest.raises(LookupError) as caught:
         pick_layers(["stem", wrong], PICKS)
     assert caught.value.args == (wrong,)
+
+
+ROOTED = [Layer(name, (), "net.bert") for name in ("embeddings", "encoder.layer.0", "encoder.layer.1", "pooler")]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("encoder.layer.*", "01"), ("bert.encoder.layer.*", "01"), ("net.bert.encoder.layer.*", "01"),
+        ("encoder.layer.[1-9]", "1"), ("encoder.*", "01"), ("*", "e01p"), ("net.bert", "e01p"), ("net", "e01p"),
+        ("bert.pooler", "p"), ("net.bert.pooler", "p"), ("e*", "e01"), ("*.layer", "01"),
+    ],
+)  # fmt: skip
+def test_patterns_and_paths_from_further_up_pick_layers(name, found):
+    assert {layer.name for layer, sign in zip(ROOTED, "e01p", strict=True) if sign in found} == pick_layers(
+        name, ROOTED
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong", ["net.encoder", "layer.*", "encoder.layer.*.*", "ert.pooler", "*.pooler.x", "encoder*1"]
+)
+def test_a_pattern_that_fits_nothing(wrong):
+    assert matches(wrong, ROOTED) == []
+    with pytest.raises(LookupError):
+        pick_layers(wrong, ROOTED)
+
+
+def test_matches_are_paths_in_the_layers_order():
+    assert matches("net.bert.encoder.layer.*", ROOTED) == ["encoder.layer.0", "encoder.layer.1"]
+    assert matches("*", ROOTED) == ["embeddings", "encoder", "pooler"]
+
+
+def test_what_is_named_inside_a_layer_is_one_of_its_own():
+    model = Torchvisionlike()
+    layers = [Layer(layer.name, layer.modules, "net") for layer in layers_by_child(model)]
+    names = ["layer2", "net.layer1.*", "bn1", "head", "all", "nothing"]
+    parts = split_layers(layers, names, model)
+    assert [layer.name for layer in parts] == ["conv1", "bn1", "layer1.0", "layer1.1", "layer2", "fc"]
+    assert sorted(in_layers(model, parts)) == sorted(all_tensors(model))
+    assert {layer.root for layer in parts} == {"net"}
+    assert pick_layers("layer1", parts) == {"layer1.0", "layer1.1"}
+    assert split_layers(layers, ["layer1", "net", "*"], model) == layers
 
 
 def test_only_the_heads_own_name_is_reserved():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_speedups.modules.layers import Layer
-from lightning_speedups.modules.unfreezing import Stage, check_schedule, gradually, stages
+from lightning_speedups.modules.unfreezing import Stage, all_names, check_schedule, gradually, one_by_one, stages
 
 NAMES = ["stem", "blocks.0", "blocks.1", "neck"]
 LAYERS = [Layer(name, ()) for name in NAMES]
@@ -89,6 +89,31 @@ def test_each_epoch_trains_what_a_walk_through_the_epochs_says(data):
 )
 def test_stages_by_hand(thaw, freeze, expected):
     assert stages(LAYERS, thaw, freeze) == [Stage(epoch, frozenset(names.split())) for epoch, names in expected]
+
+
+@pytest.mark.parametrize(
+    ("thaw", "freeze", "every", "expected"),
+    [
+        ({1: "blocks.*"}, {}, 1, [(0, ""), (1, "blocks.1"), (2, "blocks.1 blocks.0")]),
+        ({0: "blocks.*"}, {}, 2, [(0, "blocks.1"), (2, "blocks.1 blocks.0")]),
+        ({0: ["neck", "blocks.*"], 5: "all"}, {}, 1, [(0, "neck blocks.1"), (1, "neck blocks.1 blocks.0"), (5, "all")]),
+        ({0: "all"}, {2: "blocks.*"}, 3, [(0, "all"), (2, "stem blocks.1 neck"), (5, "stem neck")]),
+        ({1: "*"}, {}, 1, [(0, ""), (1, "neck"), (2, "neck blocks.0 blocks.1"), (3, "all")]),
+        ({1: "b?ocks"}, {}, 1, [(0, ""), (1, "blocks.0 blocks.1")]),
+    ],
+    ids=str,
+)
+def test_what_a_pattern_fits_comes_one_by_one_from_the_last_and_goes_from_the_first(thaw, freeze, every, expected):
+    by_hand = [Stage(epoch, frozenset(NAMES if names == "all" else names.split())) for epoch, names in expected]
+    assert stages(LAYERS, thaw, freeze, every) == by_hand
+
+
+def test_names_without_wildcards_stay_where_they_are():
+    schedule = {4: "neck", 0: ["head", "blocks"]}
+    assert one_by_one(schedule, LAYERS, 3) == {4: ["neck"], 0: ["head", "blocks"]}
+    assert all_names(schedule, None, {1: "stem"}) == ["neck", "head", "blocks", "stem"]
+    with pytest.raises(LookupError, match="tails"):
+        stages(LAYERS, {1: "tails.*"}, {})
 
 
 def test_all_of_a_gradual_schedule():

@@ -264,7 +264,41 @@ def test_shortcuts_differ_by_settings_mode_and_cast():
                 assert module(without_values(WORDS)).dtype == torch.bfloat16
             module(WORDS)
             module(without_values(WORDS), torch.ones(1))
-    assert len(calls) == 5 + 2 * 2
+    assert len(calls) == 6 + 2  # the real ones
+
+
+def test_real_tensors_beside_them_may_differ_in_values():
+    module = Odd(lambda x, mask: x * mask).requires_grad_(False)
+    calls, shortcuts = count_calls(module), Shortcuts([module])
+    with shortcuts.taken():
+        for mask in (torch.ones(7, 1), torch.zeros(7, 1), torch.ones(4, 1, 16), torch.ones(7, 1).double()):
+            assert_alike(module(without_values(WORDS), mask=mask), WORDS * mask)
+    assert len(calls) == 3
+    with shortcuts.taken(), pytest.raises(RuntimeError, match="mixes them with what trains"):
+        module(without_values(WORDS), mask=torch.ones(7, 1, requires_grad=True))
+
+
+def test_a_module_that_writes_into_a_real_tensor_is_called():
+    module = Odd(lambda x, count: [x + 1, count.add_(1) and None]).requires_grad_(False)
+    count = torch.zeros(1)
+    with Shortcuts([module]).taken():
+        for _ in range(3):
+            module(without_values(WORDS), count)
+    assert count == 3
+
+
+def test_shortcuts_go_on_over_the_same_modules_in_the_same_modes():
+    module = frozen(nn.Sequential(nn.Linear(16, 2), nn.Dropout()).eval())
+    calls, last = count_calls(module), None
+    for modes, others in [(False, []), (False, []), (True, []), (True, []), (True, [nn.ReLU()])]:
+        module[1].training = modes
+        last = Shortcuts([module, *others], last)
+        with last.taken():
+            module[0](without_values(WORDS))
+            if not modes:
+                module(without_values(WORDS))
+    assert len(calls) == 1
+    assert last.count == 0
 
 
 def test_modules_in_which_somebody_listens_are_called():

@@ -15,24 +15,12 @@ from lightning_speedups.attach.run_length import raw_optimizers
 from lightning_speedups.attach.steps import OptimizerTrick, Steps, ValueOrder
 from lightning_speedups.attach.trick import callbacks_of
 from lightning_speedups.attach.wrapping import require_rewrapping, rewrapped
+from lightning_speedups.modules.backbones import NoBackboneError, are_paths, find_layers, has_head
 from lightning_speedups.modules.folding import FoldedNorms, Pair, conv_norm_pairs, may_hold_pairs
 from lightning_speedups.modules.freezing import Frozen, InEval, wholly_frozen
-from lightning_speedups.modules.layers import (
-    Layer,
-    find_timm_network,
-    is_norm,
-    layers_by_child,
-    layers_by_number,
-    owners,
-    tied_parameters,
-    unreserved,
-)
+from lightning_speedups.modules.layers import Layer, is_norm, tied_parameters
 
-Backbone = str | Callable[[LightningModule], nn.Module | Iterable[nn.Module]] | None
-
-
-class NoBackboneError(LookupError):
-    """There is no such backbone; what was found instead, and the way out."""
+Backbone = str | list[str] | Callable[[LightningModule], nn.Module | Iterable[nn.Module]] | None
 
 
 @dataclass
@@ -81,8 +69,8 @@ class FreezingTrick(OptimizerTrick):
     A subclass calls `freeze_only` when something changes, at the same time on all ranks.
 
     Args:
-        backbone: Attribute path in the LightningModule, a callable that takes it and returns one or several modules, or
-            None for a timm model: everything but its classifier.
+        backbone: Attribute path in the LightningModule, a list of such paths, a callable that takes it and returns one
+            or several modules, or None: the network in it without its head.
         train_norm: Leave norms as they are.
         fold: Compute a frozen convolution and its frozen BatchNorm as one.
     """
@@ -94,8 +82,9 @@ class FreezingTrick(OptimizerTrick):
 
     def __init__(self, backbone: Backbone, train_norm: bool = False, fold: bool = True) -> None:
         super().__init__()
-        if not (backbone is None or callable(backbone) or (isinstance(backbone, str) and backbone)):
-            raise ValueError(f"Expected `backbone` to be an attribute path, a callable or None, but got {backbone!r}.")
+        if not (backbone is None or callable(backbone) or are_paths(backbone)):
+            kinds = "an attribute path, a list of such paths, a callable or None"
+            raise ValueError(f"Expected `backbone` to be {kinds}, but got {backbone!r}.")
         self.backbone, self.train_norm, self.fold = backbone, train_norm, fold
 
     @property
@@ -120,7 +109,7 @@ class FreezingTrick(OptimizerTrick):
     def find_layers(self, pl_module: LightningModule) -> list[Layer]:
         """Return the backbone's layers, from its input on."""
         try:
-            self.run.roots, layers = find_layers(pl_module, self.backbone)
+            self.run.roots, layers = find_layers(pl_module, self.backbone, self.saved.labels if self.resumed else ())
         except NoBackboneError as error:
             raise self.refusal(*error.args, backbone=self.backbone) from error
         return layers
@@ -217,8 +206,8 @@ class FreezingTrick(OptimizerTrick):
         resting = (module for module in modules if not (self.train_norm and is_norm(module)))
         parameters = {id(parameter) for module in resting for parameter in module.parameters(recurse=False)}
         if parameters.issuperset(id(p) for p in pl_module.parameters() if p.requires_grad):
-            if self.backbone is not None and find_timm_network(pl_module)[0] in self.run.roots:
-                way_out += " `backbone=None` is a timm model without its classifier."
+            if isinstance(self.backbone, str) and has_head(pl_module.get_submodule(self.backbone)):
+                way_out += " `backbone=None` is a network without its head."
             raise self.refusal(f"would freeze every parameter{when}: nothing is left to train", way_out)
 
     def freeze_only(self, trainer: Trainer, pl_module: LightningModule, names: Collection[str]) -> bool:
@@ -306,76 +295,3 @@ def forget_state(optimizers: Iterable[torch.optim.Optimizer], parameters: Sequen
 
 def _sizes(optimizers: Iterable[Iterable[Mapping[str, Any]]]) -> list[list[int]]:
     return [[len(group["params"]) for group in groups] for groups in optimizers]
-
-
-def find_layers(module: nn.Module, backbone: str | Callable[[Any], Any] | None) -> tuple[list[nn.Module], list[Layer]]:
-    """Return the modules that a backbone consists of, and its layers, from its input on.
-
-    timm's models say themselves what their layers are; of others each child is one; several modules are one each.
-
-    Args:
-        module: The module that trains.
-        backbone: Attribute path, a callable that picks one or several modules, or None: the timm model in it without
-            its classifier.
-
-    Raises:
-        NoBackboneError: If there is no such thing.
-
-    Example:
-        >>> net = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), "head": nn.ReLU()})
-        >>> [layer.name for layer in find_layers(net, "backbone")[1]]
-        ['0', '1']
-    """
-    roots, heads = _timm_model(module) if backbone is None else (_picked(module, backbone), [])
-    if len(roots) == 1:
-        return roots, _layers(roots[0], heads)
-    paths = {inner: path for path, inner in module.named_modules()}
-    before = [roots[:i] for i in range(len(roots))]  # a module that is in two of them belongs to the first
-    held = [owners(root, without).values() for root, without in zip(roots, before, strict=True)]
-    return roots, [
-        Layer(unreserved(paths.get(root, f"part {i}")), tuple(dict.fromkeys(found)))
-        for i, (root, found) in enumerate(zip(roots, held, strict=True))
-        if found
-    ]
-
-
-def _picked(module: nn.Module, backbone: str | Callable[[Any], Any]) -> list[nn.Module]:
-    """Return the modules at a path, or those that a callable picks."""
-    if callable(backbone):
-        found = backbone(module)
-        roots = list(found) if isinstance(found, Iterable) and not isinstance(found, nn.Module) else [found]
-        if roots and all(isinstance(root, nn.Module) for root in roots):
-            return roots
-        raise NoBackboneError(f"must pick nn.Modules, but it picked {found!r}", "Return one, or a list of them.")
-    try:
-        return [module.get_submodule(backbone)]
-    except AttributeError as error:
-        has = [name for name, _ in module.named_children()]
-        what = f"names nothing: {type(module).__name__} has no such submodule. It has {has}"
-        raise NoBackboneError(what, "Name one, give a callable, or None for a timm model.") from error
-
-
-def _timm_model(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return the timm model in a module, and its classifier or classifiers."""
-    model, heads = find_timm_network(module)
-    if model is None:
-        what = f"looks for a timm model in {type(module).__name__}, but found none"
-        raise NoBackboneError(what, "Give an attribute path.")
-    if not any(True for head in heads for _ in head.parameters()):
-        what = f"looks for a head, but the classifier of {type(model).__name__} has no parameters"
-        raise NoBackboneError(what, "Create it with `num_classes`, or name the backbone by its attribute path.")
-    return [model], heads
-
-
-def _layers(root: nn.Module, heads: Sequence[nn.Module]) -> list[Layer]:
-    root = getattr(root, "_orig_mod", root)  # of a compiled module, under whose names no pattern fits
-    matcher: Any = getattr(root, "group_matcher", None)
-    if matcher is None:
-        return layers_by_child(root, heads)
-    from timm.models import group_parameters
-
-    try:
-        patterns = matcher(coarse=True)
-    except AssertionError:  # a family that has no coarse groups
-        patterns = matcher(coarse=False)
-    return layers_by_number(root, group_parameters(root, patterns, reverse=True), heads)

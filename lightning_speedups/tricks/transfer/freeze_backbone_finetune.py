@@ -17,8 +17,8 @@ from lightning_speedups.core.arguments import check_number
 from lightning_speedups.core.counts import counted
 from lightning_speedups.core.durations import Duration, RunFacts
 from lightning_speedups.core.plateau import Mode, Plateau
-from lightning_speedups.modules.layers import HEAD, Layer, rates_by_depth
-from lightning_speedups.modules.unfreezing import Names, Stage, check_schedule, gradually, stages
+from lightning_speedups.modules.layers import HEAD, Layer, rates_by_depth, split_layers
+from lightning_speedups.modules.unfreezing import Names, Stage, all_names, check_schedule, gradually, stages
 from lightning_speedups.tricks.transfer.base import Backbone, Freezing, FreezingTrick, GroupLabels
 
 
@@ -95,17 +95,23 @@ class FreezeBackboneFinetune(FreezingTrick):
     Where nothing outside the backbone trains, its last layer takes the head's place: it trains at its own rate, and the
     schedule must name it. Parameters that a frozen layer shares with the head are warned of.
 
-    Layers are timm's own (``"stem"``, ``"layer1"``, … of a ResNet, ``"blocks.0"``, … of a ViT), or the children of a
-    backbone that calls them one after the other; an error about a name lists them. Layers that always do the same share
-    a parameter group; a scheduler of yours that takes one value for each group needs one for each of these, which come
-    last, and a run resumes with the groups it was begun with.
+    Layers are timm's own (``"stem"``, ``"layer1"``, … of a ResNet, ``"blocks.0"``, … of a ViT). Of other backbones each
+    block of their one list of like blocks is one, with all that stands before them for the first and all that follows
+    for the last (``"embeddings"``, ``"encoder.layer.0"``, …, ``"pooler"`` of a BERT); without such a list, each child
+    is one, and they are called one after the other. An error about a name lists them. Layers that always do the same
+    share a parameter group; a scheduler of yours that takes one value for each group needs one for each of these, which
+    come last, and a run resumes with the groups it was begun with.
 
     When not to use it: from random weights, where the frozen phase is lost time; under FSDP or model parallelism (it
     refuses).
 
     Args:
-        backbone: Attribute path in the LightningModule, a callable that takes it and returns one or several modules (a
-            layer each), or None for a timm model: everything but its classifier.
+        backbone: Attribute path in the LightningModule; a list of paths, as of several encoders, each with layers and
+            rates by depth of its own; a callable that takes the module and returns one or several modules (a layer
+            each); or None: the network in one of the module's attributes, or the module itself, but for its head. That
+            is timm's classifier, what lies outside a Hugging Face model's ``base_model``, what
+            ``get_output_embeddings()`` returns, or what is called ``fc``, ``classifier``, ``head``, ``heads``
+            or ``lm_head``.
         unfreeze_at_epoch: First epoch, counted from 0, in which the backbone trains; 0 freezes nothing, None keeps it
             frozen. With ``gradual`` the first epoch of the last layer; with ``schedule`` it says nothing.
         backbone_lr_ratio: Backbone's learning rate over the head's, above 0; it multiplies whatever schedules give. A
@@ -117,21 +123,24 @@ class FreezeBackboneFinetune(FreezingTrick):
         unfreeze_warmup: Ramp of what was thawed, to its rate: optimizer steps, a float as a fraction of the run, or a
             text like ``"1 epoch"``.
         schedule: Which layers begin to train in which epoch, such as ``{0: "head", 2: "layer4", 4: ["layer3",
-            "layer2"]}``; a path means all layers under it, ``"all"`` all. What is never named stays frozen.
-        refreeze: Which of them stop again, in the same form.
+            "layer2"]}``. Names are paths, in the backbone or from the module on, and mean all layers under them; a
+            module inside a layer becomes one of its own. ``"all"`` is all. In a pattern like ``"encoder.layer.*"``,
+            ``*`` stands for one step of a path: the last match begins in that epoch, the one before it
+            ``every_n_epochs`` later, and so on. What is never named stays frozen.
+        refreeze: Which of them stop again, in the same form; matches of a pattern from the first on.
         gradual: Thaw one layer after the other, from the last one down: True: by epochs;
             [Plateau][lightning_speedups.core.plateau.Plateau]``("val_loss")``: when that logged metric has not
             improved, not before ``unfreeze_at_epoch``.
-        every_n_epochs: With ``gradual=True``: epochs from one to the next, 1 or more.
+        every_n_epochs: With ``gradual=True``, and with a pattern: epochs from one layer to the next, 1 or more.
         fold: Compute a frozen convolution and its frozen BatchNorm as one.
         **plateau: ``monitor``, ``mode``, ``patience`` and ``min_delta``, with ``gradual=True`` the same as
             ``gradual=Plateau(...)``.
 
     Raises:
         ValueError: If an argument is out of range, or two of them contradict each other.
-        MisconfigurationException: At fit start, if there is no such backbone or layer, the optimizer lacks its
-            parameters, nothing would be left to train, or the strategy cannot follow; after the first epoch, if there
-            is no such metric.
+        MisconfigurationException: At fit start, if there is no such backbone or layer, no head is found or several, the
+            optimizer lacks the backbone's parameters, nothing would be left to train, or the strategy cannot follow;
+            after the first epoch, if there is no such metric.
 
     Source:
         Howard & Gugger, fastai, arXiv:2002.04688; Howard & Ruder, ULMFiT, arXiv:1801.06146; ``lr_decay``: Bao et al.,
@@ -142,6 +151,7 @@ class FreezeBackboneFinetune(FreezingTrick):
         >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune("backbone", unfreeze_at_epoch=2)])
         >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune(None, gradual=True, lr_decay=0.65)])
         >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune(None, gradual=Plateau("val_loss", patience=2))])
+        >>> trainer = Trainer(callbacks=[FreezeBackboneFinetune("bert", schedule={0: "head", 1: "encoder.layer.*"})])
     """
 
     saved_as, run_as = Progress, Stages
@@ -181,6 +191,12 @@ class FreezeBackboneFinetune(FreezingTrick):
         self.unfreeze_warmup = Duration.parse("unfreeze_warmup", unfreeze_warmup)
         self.schedule, self.refreeze, self.gradual, self.every_n_epochs = schedule, refreeze, gradual, every_n_epochs
 
+    def find_layers(self, pl_module: LightningModule) -> list[Layer]:
+        """Return the backbone's layers; what is named inside one of them is one of its own."""
+        layers = super().find_layers(pl_module)
+        (root,) = self.run.roots if len(self.run.roots) == 1 else (pl_module,)
+        return split_layers(layers, all_names(self.schedule, self.refreeze), root)
+
     def settle_courses(self, pl_module: LightningModule) -> None:
         """Settle the layers' rates, and the stages."""
         super().settle_courses(pl_module)
@@ -190,19 +206,21 @@ class FreezeBackboneFinetune(FreezingTrick):
         trains = {id(parameter) for parameter in pl_module.parameters() if parameter.requires_grad}
         if names and inside >= trains and not self.resumed:  # older checkpoints name none, and go on without
             self.saved.head = names[-1]
-        paced = [name for name in names if name != self.saved.head]
-        rates = rates_by_depth(len(paced), decay=decay, ends=ends)
-        self.run.rate_of = {**dict(zip(paced, rates, strict=True)), self.saved.head: 1.0}
+        self.run.rate_of = {self.saved.head: 1.0}
+        for root in {layer.root for layer in layers}:  # each encoder by itself
+            paced = [layer.name for layer in layers if layer.root == root and layer.name != self.saved.head]
+            rates = rates_by_depth(len(paced), decay=decay, ends=ends)
+            self.run.rate_of |= zip(paced, rates, strict=True)
         thaw: Mapping[int, Names] = {} if self.unfreeze_at_epoch is None else {self.unfreeze_at_epoch: "all"}
         if self.schedule is not None:
             thaw = self.schedule
         elif self.gradual and self.unfreeze_at_epoch is not None:
             thaw = gradually(layers, self.unfreeze_at_epoch, self.every_n_epochs)
         try:
-            self.run.stages = stages(layers, thaw, self.refreeze or {})
+            self.run.stages = stages(layers, thaw, self.refreeze or {}, self.every_n_epochs)
         except LookupError as error:
             what = f"finds that the backbone has no layer {error.args[0]!r}. Its layers are {names}"
-            way_out = "`schedule` and `refreeze` can name these, paths above them, 'head' and 'all'."
+            way_out = "`schedule` and `refreeze` can name these, modules in them, paths above them, 'head' and 'all'."
             raise self.refusal(what, way_out) from error
         except ValueError as error:
             raise self.refusal(f"finds that {error}", "Mend `schedule` and `refreeze`.") from error
@@ -236,6 +254,7 @@ class FreezeBackboneFinetune(FreezingTrick):
         self.run.logged_by = LoggedBy.UNKNOWN if trainer.enable_validation else LoggedBy.TRAINING
         # To thaw as many layers one by one as there is time for is what some want.
         change = self.run.stages[-1 if not self.gradual else min(1, len(self.run.stages) - 1)].epoch
+        change = min(change, max([*(self.schedule or [change]), *(self.refreeze or ())]))
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= change:
             rank_zero_warn(
                 f"{self.name} thaws or freezes layers in epoch {change}, but the run ends before, after "

@@ -86,8 +86,9 @@ class FreezeProgressively(FreezingTrick):
     refuses).
 
     Args:
-        backbone: Attribute path in the LightningModule, a callable that takes it and returns one or several modules (a
-            layer each), or None for a timm model: everything but its classifier. The rest is never frozen.
+        backbone: Attribute path in the LightningModule, a list of paths, whose layers come in turn, a callable that
+            takes it and returns one or several modules (a layer each), or None: the network in it without its head, as
+            for FreezeBackboneFinetune. The rest is never frozen.
         start: When the first layer is frozen, as a fraction of the run, in (0, 1].
         until: When the last one is, from ``start`` to 1. At 1 that one is not frozen, but its rate still comes to 0.
         share: Share of the layers that are frozen at all, in [0, 1], rounded, at least one but for 0; the others train

@@ -311,7 +311,6 @@ class NothingTimm(LightningModule):
     ("module", "backbone", "told"),
     [
         (Classifier, "encoder", r"Classifier has no such submodule. It has \['backbone', 'head'\]"),
-        (Classifier, None, "looks for a timm model in Classifier, but found none"),
         (Classifier, lambda module: 3, "must pick nn.Modules, but it picked 3"),
         (Classifier, lambda module: [], "must pick nn.Modules"),
         (Classifier, lambda module: module, "nothing is left to train"),

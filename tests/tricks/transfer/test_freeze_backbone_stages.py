@@ -571,7 +571,7 @@ def test_wrong_arguments_are_refused_at_construction(options, told):
     ("options", "told"),
     [
         ({"schedule": {1: "layer4"}}, r"no layer 'layer4'. Its layers are \['0', '3', '6'\]"),
-        ({"refreeze": {2: "7"}}, "no layer '7'"),
+        ({"refreeze": {2: "8"}}, "no layer '8'"),  # which has no parameters
         ({"schedule": {2: "head"}}, "the head trains from the start"),
         ({"refreeze": {0: "6"}}, r"must train before it, but \['6'\] does not"),
         ({"refreeze": {2: "head"}}, "the head always trains, but in epoch 2"),
@@ -776,12 +776,12 @@ def test_what_trains_outside_the_backbone_is_its_head_and_what_is_frozen_there_i
 
 @pytest.mark.parametrize("options", [{}, {"schedule": {0: "head", 1: "all"}}, {"gradual": True}], ids=str)
 def test_a_head_that_there_is_not_is_explained_with_the_layers_to_choose_from(options):
-    told = r"'head' is what lies outside `backbone`.* of \['layer1', 'layer2', 'layer3', 'fc'\]\.$"
+    told = r"'head' is what lies outside `backbone`.* of \['layer1', 'layer2', 'layer3', 'fc'\]\. `backbone=None` is"
     with pytest.raises(MisconfigurationException, match=told):
         trainer(callbacks=[FreezeBackboneFinetune("model", **options)]).fit(Whole(), loader(8))
 
 
 @pytest.mark.parametrize("make", [FreezeBackboneFinetune, FreezeProgressively])
 def test_a_whole_model_of_timm_by_its_name_is_told_of_none(make):
-    with pytest.raises(MisconfigurationException, match=r"`backbone=None` is a timm model without its classifier\.$"):
+    with pytest.raises(MisconfigurationException, match=r"`backbone=None` is a network without its head\.$"):
         trainer(callbacks=[make("model")]).fit(Timm("resnet10t"), loader(8))

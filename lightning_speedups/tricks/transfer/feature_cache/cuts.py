@@ -50,6 +50,7 @@ class Cuts:
         self.parameters = list(module.parameters())
         self.flags = self._flags_now()
         self.inside, self.outside = find_cuts(module)
+        self._last: Shortcuts | None = None if last is None else vars(last).get("shortcuts", last._last)
         self.moving: set[str] = set(moved)
         if last is not None and last.flags == self.flags:
             self.moving |= last.moving
@@ -90,8 +91,8 @@ class Cuts:
 
     @cached_property
     def shortcuts(self) -> Shortcuts:
-        """Over the modules in which nothing trains."""
-        return Shortcuts(part for part in self.outside.values() if is_frozen(part))
+        """Over the modules in which nothing trains; those of the last picture go on, as another would cost a trial."""
+        return Shortcuts((part for part in self.outside.values() if is_frozen(part)), self._last)
 
     def _flags_now(self) -> tuple[bool, ...]:
         return tuple(parameter.requires_grad for parameter in self.parameters)

@@ -79,8 +79,10 @@ class FeatureCache(BatchTrick):
     """Computes what the frozen part of a network makes of each sample once, and hands it to the trainable part.
 
     What is frozen is what has ``requires_grad=False``, whoever froze it, and it may change during the run. The features
-    are what comes to the largest modules of which every parameter trains: there the steps of the first epoch note them,
-    and they are kept on the CPU.
+    are what comes to the largest modules of which every parameter trains, and to dropout beside these: there the steps
+    of the first epoch note them, and they are kept on the CPU. They must have one size: texts may be padded to the
+    longest of each batch where what trains gets one vector a text, as a BERT's classifier does, and must be padded to
+    one length where it gets one for each token.
     When all samples of a batch are known, ``training_step`` gets, in place of the inputs, tensors of their shape
     without values; frozen layers make others of them at no cost, and the trainable modules get the features. Nothing in
     the module or in ``training_step`` changes, weights end as without the cache (to the last digits, where a device
@@ -105,7 +107,8 @@ class FeatureCache(BatchTrick):
             a subfolder of its own, which can be deleted at any time. Delete it when you replace single samples of the
             data, and after a power failure. None: in memory, for a run in one process.
         max_gib: Largest size of the features, in GiB, 0 or more. A run that needs more trains without the cache.
-        inputs: Where the inputs stand in the batch: index, key or attribute, or a tuple of these, a path.
+        inputs: Where the inputs stand in the batch: index, key (``"input_ids"``) or attribute, or a tuple of these, a
+            path.
 
     Attributes:
         hits: Batches of the run that needed no frozen part.

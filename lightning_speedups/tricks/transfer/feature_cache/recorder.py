@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_speedups.modules.frozen_part import after, before, different, is_untrained, memories
+from lightning_speedups.core.batch import tensors_in
+from lightning_speedups.modules.frozen_part import after, before, different, is_frozen, is_untrained, memories
 from lightning_speedups.tensors.feature_store import FeatureStore, Kind
 from lightning_speedups.tricks.transfer.feature_cache.cuts import Cuts, Refuse, places
 
@@ -49,8 +50,10 @@ class Recording:
         """Listen in the modules while the context lasts."""
         inside, outside = self.cuts.inside, self.cuts.outside
         self._drawn = self._states()
+        dropouts = {name: part for name, part in inside.items() if is_frozen(part)}
         with ExitStack() as hooks:
             hooks.enter_context(before(inside, self._note))
+            hooks.enter_context(after(dropouts, _as_trained))
             if self._watches:
                 hooks.enter_context(before(outside, self._look))
                 hooks.enter_context(after(inside | outside, self._check_draws))
@@ -82,8 +85,8 @@ class Recording:
             raise self._refuse(
                 f"what comes to the trainable modules in this step has the shapes {shapes(self.kinds)}, and in the "
                 f"first one it had {shapes(store.kinds)}",
-                "Let all inputs have one size, all steps call the same modules, and nothing but features have as many "
-                "rows as the first batch",
+                "Let all inputs have one size (texts be padded to one length, as by `padding='max_length'`), all steps "
+                "call the same modules, and nothing but features have as many rows as the first batch",
             )
         features = {key: self.features[key] for key in found}
         if compares:
@@ -135,6 +138,12 @@ class Recording:
                 "trainable layer, into one module with it, let what has nothing to do with the features draw from "
                 "a generator of its own",
             )
+
+
+def _as_trained(name: str, module: nn.Module, made: Any) -> None:
+    """Let what is made of a random tensor pass for what trains: it is no feature, and may be random."""
+    for tensor in tensors_in(made):
+        tensor.requires_grad_()
 
 
 def shapes(kinds: Mapping[str, Kind]) -> str:

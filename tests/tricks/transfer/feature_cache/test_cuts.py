@@ -91,6 +91,10 @@ def test_shortcuts_are_over_what_is_frozen_and_made_once():
         with cuts.shortcuts.taken():
             module[0](Unloaded.of(torch.zeros(4, 2)))
     assert cuts.shortcuts.count == 1
+    later = Cuts(module, Cuts(module, cuts))
+    with later.shortcuts.taken():
+        module[0](Unloaded.of(torch.zeros(4, 2)))
+    assert later.shortcuts.count == 1  # it goes on with those of before
 
 
 def test_places_go_by_call_and_nesting():

@@ -883,7 +883,6 @@ class BetweenThem(Frozen):
         (lambda: frozen_with(nn.Dropout2d(0.1)), "`backbone.1` (Dropout2d)"),
         (lambda: frozen_with(DropPath()), "`backbone.1` (DropPath)"),
         (lambda: frozen_with(timm.layers.DropPath(0.1)), "`backbone.1` (DropPath)"),
-        (lambda: BetweenThem(False), "`between` (Dropout)"),
         (lambda: BetweenThem(True), "`head` (Linear)"),
     ],
 )
@@ -938,11 +937,31 @@ def test_dropout_rests_in_what_freeze_backbone_finetune_freezes(backbone):
     assert all(part.training for part in by_hand.modules())
 
 
-def test_dropout_before_a_layer_that_thaws_is_refused_when_it_begins():
-    net = nn.Sequential(conv(), nn.Dropout(0.2), conv(6), nn.Dropout(0.2), Pool())
-    callback = FreezeBackboneFinetune(schedule={0: "head", 2: "2"})
-    message = refused(Encodes(net.append(nn.Linear(6, 8))), shuffled(), callback, steps=8)
-    assert "`backbone.1` (Dropout)" in message
+@pytest.mark.parametrize("in_place", [False, True])
+def test_dropout_before_a_layer_that_thaws_gets_the_features(in_place):
+    def make():
+        net = nn.Sequential(conv(), nn.Dropout(0.2, in_place), conv(6), nn.Dropout(0.2), Pool(), nn.Linear(6, 8))
+        return Encodes(net)
+
+    def others():
+        return [FreezeBackboneFinetune(schedule={0: "head", 2: "2"})]
+
+    cache, plain, cached = same_as_without(make, shuffled, others=others, close=True, max_epochs=5)
+    assert (cache.hits, cache.misses) == (10, 10)
+    assert plain == 5 * 2 * 32
+    assert cached == plain - 3 * 2 * 8 - 7 * 8 + 8  # three batches without both convolutions, then without one; a trial
+
+
+@pytest.mark.parametrize("drop", [nn.Dropout(0.5), nn.AlphaDropout(0.5), nn.Dropout(0.0), nn.Dropout(1.0)], ids=str)
+def test_dropout_between_what_is_frozen_and_what_trains_gets_the_features(drop):
+    def make():
+        module = BetweenThem(False)
+        module.between = drop
+        return module
+
+    cache, plain, cached = same_as_without(make, shuffled, close=True, max_epochs=5)
+    assert (cache.hits, cache.misses) == (14, 6)
+    assert (plain, cached) == (5 * 32, 32 + 2 * 8)
 
 
 def test_random_numbers_that_are_drawn_in_a_later_step_only():
