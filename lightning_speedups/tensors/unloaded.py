@@ -295,7 +295,9 @@ class Shortcuts:
         before, versions = set(map(id, origin.alive)), [other._version for other in others]
         made = forward(*args, **kwargs)
         leaves, spec = tree_flatten(made)
-        if _is_apart(leaves, given, before, origin) and versions == [other._version for other in others]:
+        may_read = bool(others) and any(not isinstance(leaf, Unloaded) for leaf in leaves if leaf is not None)
+        is_written = versions != [other._version for other in others]
+        if not may_read and not is_written and _is_apart(leaves, given, before, origin):
             self._made[key] = [_look(leaf) for leaf in leaves], spec
         return made
 
