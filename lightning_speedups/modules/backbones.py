@@ -203,7 +203,6 @@ def _places(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inner = [(name, part)]
         while len(inner) == 1 and _trains(inner[0][1]):
             path, child = inner[0]
-            child = getattr(child, "_orig_mod", child)  # a compiled module has all attributes twice
             yield path, child
             inner = [(f"{path}.{name}", one) for name, one in child.named_children() if _trains(one)]
 

@@ -342,7 +342,7 @@ def split_layers(layers: Sequence[Layer], names: Iterable[str], root: nn.Module)
         >>> [layer.name for layer in split_layers([Layer("stem", tuple(net.children()))], ["places"], net)]
         ['stem', 'places']
     """
-    path_of = {module: path for path, module in root.named_modules()}
+    path_of = {module: path.removeprefix("_orig_mod.") for path, module in root.named_modules()}
     for name in names:
         if name in (HEAD, "all") or any(_fit(name, layer.name, layer.root) is not None for layer in layers):
             continue

@@ -10,7 +10,7 @@ from torchvision import models
 from transformers_like import BertLike, BertLikeForClassification, GptLike, RobertaLikeForClassification
 
 from lightning_speedups.modules.backbones import NoBackboneError, are_paths, find_heads, find_layers, has_head
-from lightning_speedups.modules.layers import layers_by_child
+from lightning_speedups.modules.layers import layers_by_child, split_layers
 
 
 def kept(**parts):
@@ -90,7 +90,10 @@ def test_a_compiled_network_has_one_head(make):
 
 
 def test_names_of_a_compiled_network_need_not_say_so():
-    module = kept(net=Compiled(BertLikeForClassification()))
+    module = kept(net=Compiled(BertLikeForClassification()), bert=Compiled(BertLike()))
+    ((root,), layers), names = find_layers(module, "bert"), ["encoder.layer.0.output", "bert.pooler.dense"]
+    assert [layer.name for layer in split_layers(layers, names, root)][1:3] == ["encoder.layer.0", names[0]]
+    del module.bert
     assert outside(module) == {"net._orig_mod.classifier"}
     assert find_layers(module, None)[1][1].root == "net.bert"
 

@@ -260,9 +260,9 @@ class Late(nn.Module):
 
 
 class Two(nn.Module):
-    def __init__(self, one, other):
+    def __init__(self, one, other, wide=4):
         super().__init__()
-        self.one, self.other = nn.Sequential(stack(one)), nn.Sequential(stack(other))
+        self.one, self.other = nn.Sequential(stack(one)), nn.Sequential(stack(other, wide))
 
 
 def stack(count, wide=4):
@@ -287,10 +287,10 @@ IN_BLOCKS = {
     "stages of a Swin": (meta(models.swin_b), [*(f"features.{i}" for i in range(8)), "backbone.head"]),
     "stages of one block and two": (nn.ModuleDict({"a": stack(1), "b": stack(2)}), ["a", "b"]),
     "ways down and up": (
-        nn.ModuleDict({"down": stack(2), "up": nn.ModuleList(nn.ModuleList([conv()]) for _ in range(3))}),
+        nn.ModuleDict({"down": stack(2), "up": nn.ModuleList(nn.ModuleList([nn.Linear(4, 4)]) for _ in range(3))}),
         ["down", "up"],
     ),
-    "as many again": (Two(3, 3), ["one", "other"]),
+    "as many again": (Two(3, 3, 6), ["one", "other"]),
     "most of it": (Two(3, 2), ["one.0.0", "one.0.1", "one.0.2", "other"]),
     "no more than half": (nn.Sequential(stack(2), nn.Linear(10, 10)), ["0", "1"]),
     "a single block": (nn.Sequential(stack(1)), ["0.0.0"]),

@@ -61,6 +61,13 @@ def test_blocks_of_a_bert_thaw_one_by_one(backbone, path):
     assert found[4] == names(module, "bert.embeddings", "bert.pooler")
 
 
+def test_blocks_of_a_pattern_may_be_epochs_apart():
+    callback = FreezeBackboneFinetune("net.bert", schedule={1: "encoder.*.*"}, every_n_epochs=2)
+    module = fit(lit(), callback, max_epochs=4)
+    first, second = (names(module, f"bert.encoder.layer.{i}") for i in (2, 1))
+    assert new_in_each_epoch(module)[1:] == [first, set(), second]
+
+
 def test_everything_outside_the_base_model_is_the_head():
     module = fit(lit(RobertaLikeForClassification), FreezeBackboneFinetune(None, None), max_epochs=1)
     assert module.trained[0] == names(module, "pre_classifier", "classifier")
