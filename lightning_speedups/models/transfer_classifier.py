@@ -124,7 +124,8 @@ class Transfer(LightningModule if TYPE_CHECKING else object):  # type: ignore[mi
     without smoothing. ``predict`` gives class probabilities. A batch is ``(images, labels)``, or a dict that
     has them under usual names (`KEYS`), images float32 ``(N, C, H, W)`` normalised as `transforms` does, labels int64
     ``(N,)``; labels mixed by ``MixupCallback`` work.
-    Checkpoints load without the hub and without the weight file.
+    Checkpoints load without the hub and without the weight file. For a Trainer of ``pytorch_lightning`` import it from
+    ``lightning_speedups.pytorch_lightning``.
 
     When not to use it: where you have a LightningModule already: the tricks work with any.
 
@@ -154,6 +155,7 @@ class Transfer(LightningModule if TYPE_CHECKING else object):  # type: ignore[mi
         timm (Wightman, 2019); Zhuang et al., arXiv:1911.02685.
 
     Example:
+        >>> import torch
         >>> module = TransferClassifier("test_resnet", num_classes=5, weights=None)
         >>> module(torch.zeros(2, 3, 64, 64)).shape
         torch.Size([2, 5])

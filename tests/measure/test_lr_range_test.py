@@ -235,7 +235,7 @@ def test_arguments_out_of_range_are_refused(arguments, told):
 def test_it_needs_none_of_the_extras():
     code = """
 import sys
-import lightning.pytorch, timm, torchmetrics  # they may use what is there
+import lightning.pytorch, pytorch_lightning, timm, torchmetrics  # they may use what is there
 
 extras = ("rich", "matplotlib", "sklearn", "torchvision", "PIL")
 for name in [name for name in sys.modules if name.split(".")[0] in extras]:
