@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_speedups.attach.batches import Seed
 from lightning_speedups.attach.lengths import measured_lengths, told_lengths
-from lightning_speedups.attach.loaders import LoaderGrip, each_once, goes_on
+from lightning_speedups.attach.loaders import LoaderGrip, Selection, each_once, goes_on
 from lightning_speedups.attach.randomness import same_randomness
 from lightning_speedups.attach.trick import Trick
 from lightning_speedups.core.arguments import check_number
@@ -162,19 +162,16 @@ class LengthBatches(Trick):
             run.planned, run.batches = asked, [step[rank].tolist() for step in steps]
         return run.batches
 
-    def settle(self, trainer: Trainer, loader: DataLoader[Any], sampler: Any, own_size: int) -> Buckets:
+    def settle(self, trainer: Trainer, loader: DataLoader[Any], selection: Selection) -> Buckets:
         """Measure the samples of a loader, and put them into buckets."""
-        ranks, size = getattr(sampler, "num_replicas", 1), self.batch_size
-        lengths = self._lengths_of(trainer, loader)
-        size = own_size if size is None and self.max_tokens is None else size
-        drops = bool(getattr(loader.batch_sampler, "drop_last", False))
+        lengths, own_size = self._lengths_of(trainer, loader), selection.own_size
+        size = own_size if self.batch_size is None and self.max_tokens is None else self.batch_size
+        ranks, drops = getattr(selection.source, "num_replicas", 1), selection.batcher.drop_last
         try:
             buckets = into_buckets(lengths, size, self.max_tokens, self.buckets, ranks, drops)
         except ValueError as error:
-            way_out = (
-                "Give a larger `max_tokens`, or shorten the sample." if self.max_tokens else "Use smaller batches."
-            )
-            raise self.refusal("cannot make the batches", f"{error} {way_out}", max_tokens=self.max_tokens) from error
+            way_out = f"{error} Give a larger `max_tokens`, smaller batches, or shorter samples."
+            raise self.refusal("cannot make the batches", way_out, max_tokens=self.max_tokens) from error
         mixed = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))
         planned = buckets.plan(torch.Generator().manual_seed(0))
         self.padding_before = padding_share(lengths, mixed.tensor_split(list(range(own_size, len(mixed), own_size))))
@@ -194,10 +191,8 @@ class LengthBatches(Trick):
                     told = measured_lengths(loader, told or length_of)
             return as_lengths(told, len(loader.dataset))  # type: ignore[arg-type]
         except Exception as error:  # of somebody's dataset or function, too
-            way_out = "Give `lengths=`: a function of a sample, or a number for each."
-            raise self.refusal(
-                f"needs the length of each sample, but failed: {str(error).removesuffix('.')}", way_out
-            ) from error
+            what = f"needs the length of each sample, but failed: {str(error).removesuffix('.')}"
+            raise self.refusal(what, "Give `lengths=`: a function of a sample, or a number for each.") from error
 
 
 class _Plans(LoaderGrip):
@@ -221,7 +216,7 @@ class _Plans(LoaderGrip):
         elif trick.saved.seed is None:  # one for all ranks, which plan alike
             trick.saved.seed = trainer.strategy.broadcast(torch.initial_seed())
         if trick.run.buckets is None or trick.run.dataset is not loader.dataset:
-            buckets = trick.settle(trainer, loader, selection.source, selection.own_size)
+            buckets = trick.settle(trainer, loader, selection)
             trick.run = Known(loader.dataset, buckets)
             self.batches_planned, self.planned_size = buckets.steps, buckets.mean_size
         if trick.saved.in_epoch != self.batches_planned:
