@@ -113,10 +113,11 @@ def test_the_sizes_are_those_of_a_slow_walk_from_the_longest_to_the_shortest(len
 def test_processes_get_neighbours_in_length_at_the_same_time():
     lengths = torch.tensor(text_like(4000), dtype=torch.float64)
     for ranks in (2, 4):
-        buckets = into_buckets(lengths, max_tokens=4096, ranks=ranks)
+        buckets = into_buckets(lengths, max_tokens=4096, ranks=ranks, most=6)
+        assert len(buckets.sizes[0]) >= 4 * ranks
         longest = [[float(lengths[batch].max()) for batch in step] for step in plan_of(buckets)]
         waits = [1 - min(step) / max(step) for step in longest]
-        assert sum(waits) / len(waits) < 0.03
+        assert sum(waits) / len(waits) < 0.05
         for members in buckets.members:  # in a bucket no other batch stands between two of one step
             own = {float(lengths[sample]) for sample in members.tolist()}
             inside = sorted(step for step in map(sorted, longest) if set(step) <= own)
