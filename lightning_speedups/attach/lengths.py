@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -41,8 +42,8 @@ class Lengths(Dataset[float]):
         return float(self.measure(self.dataset[index]))
 
 
-def measured_lengths(loader: DataLoader[Any], measure: Callable[[Any], float]) -> list[float]:
-    """Return the lengths of all samples of a loader's dataset, with a bar in the meantime.
+def measured_lengths(loader: DataLoader[Any], measure: Callable[[Any], float]) -> Tensor:
+    """Return the lengths of all samples of a loader's dataset, float64, ``(N,)``, with a bar in the meantime.
 
     They are kept as long as the dataset lives, and measured anew if its settings change, as far as that is seen.
 
@@ -54,7 +55,7 @@ def measured_lengths(loader: DataLoader[Any], measure: Callable[[Any], float]) -
         Exception: What the dataset or the function raises.
 
     Example:
-        >>> measured_lengths(DataLoader(["one", "three"]), len)
+        >>> measured_lengths(DataLoader(["one", "three"]), len).tolist()
         [3.0, 5.0]
     """
     dataset, found = loader.dataset, None
@@ -68,7 +69,8 @@ def measured_lengths(loader: DataLoader[Any], measure: Callable[[Any], float]) -
     batches: Any = DataLoader(
         lengths, BATCH, num_workers=loader.num_workers, generator=torch.Generator(), collate_fn=list, **options
     )
-    measured = [length for batch in Tqdm(batches, desc="lengths", leave=False) for length in batch]
+    each = (length for batch in Tqdm(batches, desc="lengths", leave=False) for length in batch)
+    measured = torch.tensor([*each], dtype=torch.float64)
     if found:
         MEASURED[dataset] = found, measured
     return measured

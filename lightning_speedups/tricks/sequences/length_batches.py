@@ -70,7 +70,8 @@ class LengthBatches(Trick):
 
     A log line says how much padding there was and is. Under DDP all processes make the same plan from seed and epoch,
     without asking each other; they have equally many batches, and at the same time those of the nearest lengths, so
-    that none waits. A run that is resumed within an epoch goes on with the next batch. Validation stays as it is.
+    that none waits. A run that is resumed within an epoch goes on with the next batch. Validation stays as it is. What
+    it saves is not measured yet (``benchmarks/length_batches.py``).
 
     The last batches of the shortest samples are made a little smaller, so that no sample is left out or comes twice;
     with ``drop_last=True`` of the loader all have one size, and some of the shortest are left out, others each time.
@@ -80,7 +81,7 @@ class LengthBatches(Trick):
 
     When not to use it: where all samples have about one length, or the ``collate_fn`` pads to a fixed one; with
     contrastive losses, which learn to tell lengths apart; where the length tells the label, so that batches become
-    one-sided (with BatchNorm, above all). Not measured yet.
+    one-sided (with BatchNorm, above all).
 
     Args:
         batch_size: Most samples of a batch, in one process, 1 or more. None: the loader's own, or with ``max_tokens``
