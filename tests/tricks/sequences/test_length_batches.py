@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from patches import patched
@@ -266,6 +266,22 @@ def test_a_resumed_run_whose_epochs_have_another_length_says_so():
     fit_interrupted(Reader(), data(), 3, [LengthBatches(max_tokens=BUDGET, seed=SEED)])
     with pytest.warns(UserWarning, match="some samples come again"):
         resume(Reader(), data(), [LengthBatches(max_tokens=2 * BUDGET, seed=SEED)])
+
+
+class Module(LightningDataModule):
+    """Makes its loader anew whenever it is asked."""
+
+    def setup(self, stage):
+        self.texts = Texts()
+
+    def train_dataloader(self):
+        return data(self.texts)
+
+
+def test_a_data_module_that_makes_loaders_anew_is_served_and_its_dataset_measured_once():
+    made = Module()
+    assert fit(loader=made, reload_dataloaders_every_n_epochs=1)[0].seen == planned()
+    assert made.texts.asked == 1 + (1 + 3) * COUNT
 
 
 class Looks(Trick):
