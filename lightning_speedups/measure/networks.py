@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_speedups.measure.errors import as_compare_error
@@ -110,3 +111,62 @@ def load_backbone(network: nn.Module, pretrained: nn.Module) -> None:
     heads = head_names(network, last if isinstance(last, tuple | list) else [last])
     state = {name: value for name, value in pretrained.state_dict().items() if name not in heads}
     network.load_state_dict(state, strict=False)
+
+
+class Transformer(nn.Module):
+    """A small GPT-2: pre-norm blocks of causal attention and a two-layer perceptron, with learned places.
+
+    Weights begin as torch's linear layers do, with which plain training of so narrow a network gets further than with
+    GPT-2's; embeddings begin small.
+
+    Args:
+        tokens: Kinds of tokens.
+        context: Most tokens of a sequence.
+        width: Features of a token; a multiple of ``heads``.
+        depth: Blocks.
+        heads: Heads of each attention.
+
+    Example:
+        >>> Transformer(256, context=32, width=64, depth=2)(torch.zeros(2, 16, dtype=torch.int64)).shape
+        torch.Size([2, 16, 256])
+    """
+
+    def __init__(self, tokens: int, *, context: int, width: int = 128, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.embedding, self.places = nn.Embedding(tokens, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens, bias=False)
+        for part in (self.embedding, self.places):
+            nn.init.normal_(part.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of each next token, (N, T, tokens), of tokens, (N, T)."""
+        x = self.embedding(tokens) + self.places.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each added to what it sees the norm of.
+
+    Args:
+        width: Features of a token.
+        heads: Heads of the attention.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.first_norm, self.second_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The tokens' features, (N, T, width), after the block."""
+        q, k, v = self.qkv(self.first_norm(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.proj(seen)
+        branch: Tensor = self.fc2(F.gelu(self.fc1(self.second_norm(x))))
+        return x + branch

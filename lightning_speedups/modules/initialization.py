@@ -8,6 +8,7 @@ Functions that find change nothing; those that change do so in place, and say wh
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 
 import torch
@@ -20,6 +21,8 @@ from lightning_speedups.modules.layers import is_norm
 
 NUMBERS = 2**24
 """How many numbers of patches are looked at, at most: more of them take seconds, and change nothing."""
+PROJECTIONS = re.compile(r"(?:out|c|o|down)_proj|proj|fc2|linear2|w2|wo")
+"""What the last layers of attention and of perceptrons are called, in torch, timm, Hugging Face and nanoGPT."""
 SHORTCUTS = ("downsample", "shortcut")
 """What torchvision, timm and those who write ResNets anew call the way around a block."""
 
@@ -205,7 +208,9 @@ def zero_residual_branches(module: nn.Module) -> list[str]:
 
     Blocks are those that know how (timm's ``zero_init_last``), and those with a ``downsample`` or ``shortcut`` in which
     a norm with a weight comes directly after the last convolution: torchvision's ResNets and those written after them.
-    Blocks of another build, and those in which that norm does not train, stay as they are.
+    In blocks of transformers it is the last projections of attention and perceptron that become 0, known by their usual
+    names, such as ``out_proj`` and ``fc2``, and by a norm of their size around them. Blocks of another build, and those
+    in which these do not train, stay as they are.
 
     Args:
         module: Changed in place.
@@ -228,7 +233,30 @@ def zero_residual_branches(module: nn.Module) -> list[str]:
         else:
             continue
         begun.append(name)
-    return begun
+    return begun + _zero_projections(module)
+
+
+def _zero_projections(module: nn.Module) -> list[str]:
+    """Set the last projections of transformers' blocks to 0, and return the names of the blocks."""
+    parts, begun = dict(module.named_modules()), []
+    for name, part in parts.items():
+        path = name.split(".")
+        outputs = getattr(part, "out_features", getattr(part, "nf", None))  # nf: of Hugging Face's Conv1D
+        trains = all(p.requires_grad for p in part.parameters(recurse=False))
+        if not (PROJECTIONS.fullmatch(path[-1]) and isinstance(outputs, int) and trains):
+            continue
+        around = [".".join(path[:-up]) for up in (1, 2) if up <= len(path)]
+        block = next((one for one in around if _has_norm(parts[one], outputs)), None)
+        if block is not None:
+            for parameter in part.parameters(recurse=False):
+                nn.init.zeros_(parameter)
+            begun.append(block)
+    return list(dict.fromkeys(begun))
+
+
+def _has_norm(block: nn.Module, size: int) -> bool:
+    norms = [one for one in block.children() if is_norm(one)]
+    return any(p.shape == (size,) for norm in norms for p in norm.parameters(recurse=False))
 
 
 def _last_norm(block: nn.Module) -> nn.Module | None:

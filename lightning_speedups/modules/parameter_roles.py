@@ -16,7 +16,7 @@ from lightning_speedups.modules.initialization import statistics_moved
 from lightning_speedups.modules.layers import find_timm_network, is_norm
 from lightning_speedups.modules.weights import find_heads, last_layer
 
-LOOKED_UP = re.compile(r"embed|token|table|(?:^|_)pos(?:_|itional|ition|$)")
+LOOKED_UP = re.compile(r"embed|token|table|(?:^|_)(?:pos|places?)(?:_|itional|ition|$)")
 """How parameters are called that stand for places or tokens and multiply nothing."""
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import convnext_tiny, mobilenet_v2, resnet18, resnet50
 
+from lightning_speedups.measure.networks import Transformer
 from lightning_speedups.modules.initialization import (
     find_stem,
     fingerprint,
@@ -228,6 +229,52 @@ def test_blocks_of_another_build_stay_as_they_are(make):
     before = copy.deepcopy(network.state_dict())
     assert zero_residual_branches(network) == []
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+TRANSFORMERS = {
+    "torch, pre-norm": (lambda: nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True), [""]),
+    "torch": (lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), ["0"]),
+    "decoder": (lambda: nn.TransformerDecoderLayer(8, 2, 16, norm_first=True, batch_first=True), [""]),
+    "timm": (lambda: timm.create_model("test_vit", num_classes=3), ["blocks.0", "blocks.1"]),
+    "ours": (lambda: Transformer(16, context=8, width=8, depth=2), ["blocks.0", "blocks.1"]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_blocks_of_transformers_begin_as_their_shortcuts(name):
+    make, blocks = TRANSFORMERS[name]
+    network = make()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    found = zero_residual_branches(network)
+    assert found[: len(blocks)] == blocks
+    ends = {
+        key for key, value in network.state_dict().items() if not value.any() and not torch.equal(value, before[key])
+    }
+    assert {key.split(".")[-2] for key in ends} <= {"out_proj", "linear2", "proj", "fc2"}
+    for key, value in network.state_dict().items():
+        assert key in ends or torch.equal(value, before[key])
+    for block in map(network.get_submodule, blocks):
+        inputs = torch.randn(2, 5, block.norm1.normalized_shape[0] if hasattr(block, "norm1") else 8)
+        outputs = block.eval()(inputs, inputs) if name == "decoder" else block.eval()(inputs)
+        expected = block.norm2(block.norm1(inputs)) if name == "torch" else inputs
+        assert torch.allclose(outputs, expected, atol=1e-6)
+
+
+def test_layers_that_only_have_such_a_name_stay_as_they_are():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+    network = nn.Sequential(Plain(), Head())
+    assert zero_residual_branches(network) == []
+    frozen = nn.TransformerEncoderLayer(8, 2, 16).requires_grad_(False)
+    assert zero_residual_branches(frozen) == []
 
 
 def test_frozen_blocks_stay_as_they_are():

@@ -27,11 +27,11 @@ from lightning_speedups.modules.initialization import (
     scale_logits,
     set_momentum,
     start_as_identity,
-    statistics_moved,
     weights_of_one,
     whiten,
     zero_residual_branches,
 )
+from lightning_speedups.modules.parameter_roles import looks_trained
 from lightning_speedups.modules.weights import find_heads
 
 MARK = "_fast_start"
@@ -80,8 +80,8 @@ class FastStart(Trick):
     away, and small logits, momentum and fixed weights alone brought nothing that five seeds could tell. A ResNet-18 at
     a rate it hardly bears went from 17 to 36 % with ``whiten=None, zero_residual=True``.
 
-    When not to use it: on pretrained weights, which it would overwrite (BatchNorm's statistics tell, and it refuses;
-    without BatchNorm nothing does). Whitening by a small batch of images: its patches should be ten times as many as
+    When not to use it: on pretrained weights, which it would overwrite (norms tell, and it refuses; without norms
+    nothing does). Whitening by a small batch of images: its patches should be ten times as many as
     the numbers in one. Identity filters where channels are not features of one kind. In long runs the head start fades.
 
     Args:
@@ -89,7 +89,7 @@ class FastStart(Trick):
             from there; None: it stays as it is.
         dirac: Whether convolutions of odd kernels above 1×1 but the first begin as the identity, as far as channels go;
             in the speedrun, where Muon trains them.
-        zero_residual: Whether residual blocks begin as their shortcuts.
+        zero_residual: Whether residual blocks, also of transformers, begin as their shortcuts.
         logit_scale: Multiplies the head's first weights, above 0, so that the first logits are small: 1/9 in the
             speedrun. To scale logits in all of the run, also multiply the head's rate by its square.
         batch_norm_momentum: Share of a batch in BatchNorm's running statistics during the fit, in (0, 1]; 0.4 in the
@@ -162,8 +162,8 @@ class FastStart(Trick):
         before = vars(network).get(MARK)
         writes = bool(self.whiten or self.dirac or self.zero_residual or self.logit_scale)
         self.run.waits = writes and not self.saved.started and before in (None, fingerprint(network))
-        if self.run.waits and before is None and statistics_moved(network):
-            what = "would overwrite weights that were trained: BatchNorm's running statistics have moved"
+        if self.run.waits and before is None and looks_trained(network):
+            what = "would overwrite weights that were trained, as norms show"
             raise self.refusal(what, "Leave it out, or begin with a fresh network.")
         if not self.run.waits:
             self.saved.started = True

@@ -171,7 +171,7 @@ def test_a_network_that_has_its_first_weights_again_is_started_again():
 def test_a_network_that_has_trained_before_is_refused():
     module = fitted(max_steps=2)
     for fresh in (module, copy.deepcopy(module)):
-        with pytest.raises(MisconfigurationException, match="overwrite weights that were trained: BatchNorm's"):
+        with pytest.raises(MisconfigurationException, match="overwrite weights that were trained, as norms show"):
             fitted(FastStart(dirac=True), module=fresh)
         assert all(parameter.requires_grad for parameter in fresh.parameters())
     before = weights(module)
