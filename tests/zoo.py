@@ -220,6 +220,40 @@ class Convolutions(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def some_text(tokens: int = 4000, kinds: int = 32) -> Tensor:
+    """Token numbers of which each tells the next but for some noise."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.where(torch.rand(tokens, generator=generator) < 0.1, torch.arange(tokens) % 7, 5)
+    return steps.cumsum(0) % kinds
+
+
+class WritesText(LightningModule):
+    """A small language model of torch's own layers, as a user writes it; masks and places go by the batch's length."""
+
+    def __init__(
+        self, optimizer: str = "adamw", lr: float = 1e-3, scheduled: bool = False, tied: bool = False, kinds: int = 32
+    ) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(kinds, 32), nn.Parameter(torch.zeros(128, 32))
+        layer = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, kinds, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.optimizer, self.lr, self.scheduled = optimizer, lr, scheduled
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        length = batch[0].shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=self.device)
+        logits = self.head(self.blocks(self.embed(batch[0]) + self.place[:length], mask=mask, is_causal=True))
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
+        self.losses.append(loss.item())
+        return loss
+
+    configure_optimizers = Convolutions.configure_optimizers
+
+
 class Wrapper(torch.optim.Optimizer):
     """Around another optimizer, without torch's hooks: `Optimizer.__init__` never ran."""
 

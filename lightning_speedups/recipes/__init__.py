@@ -8,18 +8,20 @@ from typing import Any
 
 from lightning_speedups.core.arguments import check_choice
 from lightning_speedups.recipes.stack import Stack
+from lightning_speedups.recipes.text_fast import text_fast
 from lightning_speedups.recipes.vision_fast import vision_fast
 
 __all__ = ["RECIPES", "Stack", "config_file", "recipe"]
 
-RECIPES: Mapping[str, Callable[..., Stack]] = {"vision-fast": vision_fast}
+RECIPES: Mapping[str, Callable[..., Stack]] = {"vision-fast": vision_fast, "text-fast": text_fast}
 
 
 def recipe(name: str, data: Any, **options: Any) -> Stack:
     """Return a combination of tricks that was measured, ready for an unmodified LightningModule.
 
     Args:
-        name: ``"vision-fast"``: images to a good accuracy in a few epochs, see `vision_fast`.
+        name: ``"vision-fast"``: images to a good accuracy in a few epochs, see `vision_fast`. ``"text-fast"``: a
+            language model to a good loss in few steps, see `text_fast`.
         data: The training data, as the recipe wants it.
         **options: The recipe's own.
 
