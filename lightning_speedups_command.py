@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 VERSION = "0.1.0"
 DEFAULT_MODEL = "convnet"
+TASKS = ("images", "text")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -55,20 +56,27 @@ def _option(default: Any, meaning: str, *rule: Any, **more: Any) -> Any:
 class Asked:
     """What can be asked of a comparison: a setting is one field, from which its check, its help and its option come."""
 
+    task: str = _option("images", "what to train for", kind=str, metavar="NAME", choices=TASKS)
     model: str = _option(DEFAULT_MODEL, "a timm model, or the small network convnet", kind=str, metavar="NAME")
     weights: str | None = _option(
         None, "what finetune and freeze start from: a weight file, or 'pretrained' for timm's own",
         unset="a network trained on quarter turns of the images", kind=str, metavar="PATH",
     )  # fmt: skip
     seeds: int | None = _option(None, "runs of each arm", (1, 100), "2, quick 1")
-    epochs: int | None = _option(None, "epochs of each run", (1, 1000), "8, quick 6")
-    batch_size: int = _option(64, "samples in a training batch", (2, 65536))
-    lr: float = _option(0.02, "constant rate of plain", (0, 10), kind=float)
-    samples: int | None = _option(None, "training images", (10, 10**7), "8000, quick 3000; yours: all")
-    test_samples: int | None = _option(None, "test images", (10, 10**7), "2000, quick 1000; yours: 2000")
-    width: int | None = _option(None, "channels of convnet's stem", (4, 1024), "16")
+    epochs: int | None = _option(None, "epochs of each run", (1, 1000), "8, quick 6; text 1")
+    batch_size: int | None = _option(None, "samples in a training batch", (2, 65536), "64, text 32")
+    lr: float | None = _option(None, "constant rate of plain", (0, 10), "0.02, text 0.002", float)
+    samples: int | None = _option(
+        None, "training images, or windows of text", (10, 10**7), "8000, quick 3000; yours: all; text 28800, quick 3200"
+    )
+    test_samples: int | None = _option(
+        None, "test images, or windows", (10, 10**7), "2000, quick 1000; yours: 2000; text 500, quick 200"
+    )
+    width: int | None = _option(None, "channels of convnet's stem, or features of a token", (4, 1024), "16, text 128")
     image_size: int | None = _option(None, "side of a folder's images, in pixels", (8, 512), "64 or less")
-    target: float | None = _option(None, "accuracy to reach", (0, 1), "the lowest that a plain run ends with", float)
+    target: float | None = _option(
+        None, "accuracy, or of text loss, to reach", (0, 1), "the worst that a plain run ends with", float
+    )
     pretrain_epochs: int | None = _option(None, "epochs before finetune and freeze", (1, 1000), "half of the epochs")
     accelerator: str = _option("auto", "what to train on", kind=str, metavar="NAME", choices=ACCELERATORS)
     threads: int | None = _option(None, "torch's threads", (1, 1024), "torch's choice")
@@ -102,9 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         help="train plainly and with the tricks, and show what each of them brings",
-        description="Trains the same small network on the same real images plainly and with the tricks, several seeds, "
-        "interleaved. Prints a table and writes compare.png and compare.json. Nothing is downloaded, unless by "
-        "--weights pretrained.",
+        description="Trains the same small network on the same real images, or text, plainly and with the tricks, "
+        "several seeds, interleaved. Prints a table and writes compare.png and compare.json. Nothing is downloaded, "
+        "unless by --weights pretrained.",
     )
     add = compare.add_argument
     add(

@@ -23,12 +23,13 @@ def run(list_arms: bool, **options: Any) -> int:
     try:
         from rich.console import Console
 
-        from lightning_speedups.measure import ARMS, CompareError, compare
+        from lightning_speedups.measure import TASKS, CompareError, compare
     except ModuleNotFoundError as error:
         return _fail(f"{error.name} is not installed: pip install 'lightning-speedups[bench]'")
     if list_arms:
         sys.stdout.writelines(
-            f"{arm.name:<10} {arm.description}{' (by name only)' * arm.on_request}\n" for arm in ARMS.values()
+            f"{arm.name:<10} {arm.description}{' (by name only)' * arm.on_request}\n"
+            for arm in TASKS[options["task"]].arms.values()
         )
         return 0
     try:

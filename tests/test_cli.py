@@ -110,7 +110,7 @@ def test_ctrl_c_before_anything_was_measured(monkeypatch, capsys):
     def pressed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_speedups.measure.runner.digit_collages", pressed)
+    monkeypatch.setattr("lightning_speedups.measure.tasks.digit_collages", pressed)
     assert cli.main(["compare"]) == 130
     assert "nothing measured" in capsys.readouterr().err
 
@@ -138,7 +138,7 @@ def test_a_terminal_is_told_what_is_done_and_a_pipe_is_not(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().err
-    told = ["importing torch and Lightning", "getting the images", "warming up", "first run", "seed 0, plain"]
+    told = ["importing torch and Lightning", "getting the data", "warming up", "first run", "seed 0, plain"]
     assert sorted(told, key=shown.index) == told
     assert cli.main([*arguments, "--no-progress"]) == 0
     assert capsys.readouterr().err == ""

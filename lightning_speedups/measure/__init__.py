@@ -1,4 +1,4 @@
-"""Measure the tricks: paired runs on real images, as a function and as ``lightning-speedups compare``; and the
+"""Measure the tricks: paired runs on real images and text, as a function and as ``lightning-speedups compare``; and the
 learning-rate range test.
 """
 
@@ -14,13 +14,16 @@ from lightning_speedups.measure.images import ImageData
 from lightning_speedups.measure.lr_range_test import LRRangeTest, RangeTestResult
 from lightning_speedups.measure.runs import Run, Summary
 from lightning_speedups.measure.settings import Settings
+from lightning_speedups.measure.text import TextData
 
 if TYPE_CHECKING:
     from lightning_speedups.measure.results import Comparison
     from lightning_speedups.measure.runner import compare
+    from lightning_speedups.measure.tasks import TASKS
 
 __all__ = [
     "ARMS",
+    "TASKS",
     "Arm",
     "CompareError",
     "Comparison",
@@ -32,12 +35,13 @@ __all__ = [
     "Settings",
     "Situation",
     "Summary",
+    "TextData",
     "compare",
     "plot_batch",
 ]
 
 # Imported on demand: these need the extra ``bench``.
-_FILES = {"Comparison": "results", "compare": "runner"}
+_FILES = {"Comparison": "results", "TASKS": "tasks", "compare": "runner"}
 
 
 def __getattr__(name: str) -> Any:

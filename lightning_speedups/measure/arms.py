@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_speedups.attach.packages import Callback
 from lightning_speedups.measure.errors import CompareError
 from lightning_speedups.measure.images import ImageData
+from lightning_speedups.measure.text import TextData
 from lightning_speedups.recipes import recipe
 from lightning_speedups.tricks.batches.mixup_callback import MixupCallback
 from lightning_speedups.tricks.batches.progressive_resizing.progressive_resizing import ProgressiveResizing
@@ -33,20 +34,22 @@ class Situation:
     """What a row of the table may build on; the same for every arm of a seed.
 
     Attributes:
-        epochs: Length of the run.
+        epochs: Length of the run; of one on text it may be a part of one.
         lr: The plain arm's constant learning rate.
         accelerator: The Trainer's accelerator.
         backbone: Attribute path of the backbone in the LightningModule; ``None`` for a timm model.
         seed: Seed of the run.
-        data: The images.
+        data: The images, or the text.
+        batch_size: Samples in plain's batches.
     """
 
-    epochs: int
+    epochs: Any
     lr: float
     accelerator: str
     backbone: str | None
     seed: int
-    data: ImageData
+    data: ImageData | TextData
+    batch_size: int = 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class Arm:
         return max(1, round(self.length * epochs))
 
 
-def _plain(at: Situation) -> Ingredients:
+def plain(at: Situation) -> Ingredients:
+    """Nothing at all."""
     return Ingredients()
 
 
@@ -141,13 +145,14 @@ def _smoothing(at: Situation) -> Ingredients:
     return Ingredients(criterion=LabelSmoothingLoss(0.1))
 
 
-def _precision(at: Situation) -> Ingredients:
+def precision(at: Situation) -> Ingredients:
+    """The precision that the hardware is fast at."""
     return Ingredients(trainer=trainer_defaults(precision="auto", accelerator=at.accelerator, devices=1))
 
 
 def _tuned(at: Situation) -> Ingredients:
-    precision = {"precision": _precision(at).trainer["precision"]}
-    return Ingredients(trainer=precision, criterion=nn.CrossEntropyLoss(label_smoothing=0.1), one_cycle=5 * at.lr)
+    half = {"precision": precision(at).trainer["precision"]}
+    return Ingredients(trainer=half, criterion=nn.CrossEntropyLoss(label_smoothing=0.1), one_cycle=5 * at.lr)
 
 
 def looks(batches: int) -> int:
@@ -170,7 +175,7 @@ def _fast(at: Situation) -> Ingredients:
     stack = recipe(
         "vision-fast", (at.data.x_train, at.data.y_train), epochs=at.epochs, flip=flip, start=1.0, seed=at.seed
     )
-    trainer = {**_precision(at).trainer, "val_check_interval": looks(len(stack.loader))}
+    trainer = {**precision(at).trainer, "val_check_interval": looks(len(stack.loader))}
     return Ingredients(stack.trainer["callbacks"], trainer, stack.loss, loader=stack.loader)
 
 
@@ -181,7 +186,7 @@ def _muon(at: Situation) -> Ingredients:
 def _everything(at: Situation) -> Ingredients:
     return Ingredients(
         [OneCycleMomentum(max_lr=3 * at.lr), MixupCallback(alpha=0.1, stop_after=0.3, seed=at.seed)],
-        _precision(at).trainer,
+        precision(at).trainer,
         LabelSmoothingLoss(0.1),
     )
 
@@ -200,7 +205,7 @@ def _gradual(at: Situation) -> Ingredients:
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
-        Arm("plain", "SGD at a constant learning rate, float32", _plain, baseline=None),
+        Arm("plain", "SGD at a constant learning rate, float32", plain, baseline=None),
         Arm(
             "tuned",
             "by hand: torch's one-cycle and label smoothing, bfloat16, in half of the epochs",
@@ -218,7 +223,7 @@ ARMS: Mapping[str, Arm] = {
         Arm(
             "precision",
             "trainer_defaults(precision='auto'): what the hardware is fast at",
-            _precision,
+            precision,
             on_request=True,
         ),
         Arm("muon", "MuonCallback in the place of SGD, at ten times its rate", _muon, on_request=True),
@@ -251,7 +256,7 @@ ARMS: Mapping[str, Arm] = {
         Arm(
             "finetune",
             "plain, from a pretrained backbone: --weights, or quarter turns",
-            _plain,
+            plain,
             None,
             True,
             on_request=True,
@@ -276,11 +281,12 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
-def choose_arms(names: Sequence[str] | None) -> tuple[Arm, ...]:
+def choose_arms(names: Sequence[str] | None, arms: Mapping[str, Arm] = ARMS) -> tuple[Arm, ...]:
     """The arms of those names, each after the baseline that its ratio needs.
 
     Args:
         names: Names from the table; ``None`` for all that need not be named. A missing baseline is added.
+        arms: The table.
 
     Returns:
         The arms, in the order of the table.
@@ -293,14 +299,14 @@ def choose_arms(names: Sequence[str] | None) -> tuple[Arm, ...]:
         ['finetune', 'freeze']
     """
     if names is None:
-        return tuple(arm for arm in ARMS.values() if not arm.on_request)
+        return tuple(arm for arm in arms.values() if not arm.on_request)
     for name in names:
-        if name not in ARMS:
-            near = difflib.get_close_matches(name, ARMS, n=1)
+        if name not in arms:
+            near = difflib.get_close_matches(name, arms, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise CompareError(f"unknown arm {name!r}: {hint}the arms are {', '.join(ARMS)}")
-    wanted = set(names) | {ARMS[name].baseline for name in names}
-    chosen = tuple(arm for arm in ARMS.values() if arm.name in wanted)
+            raise CompareError(f"unknown arm {name!r}: {hint}the arms are {', '.join(arms)}")
+    wanted = set(names) | {arms[name].baseline for name in names}
+    chosen = tuple(arm for arm in arms.values() if arm.name in wanted)
     if not chosen:
-        raise CompareError(f"no arm to train: the arms are {', '.join(ARMS)}")
+        raise CompareError(f"no arm to train: the arms are {', '.join(arms)}")
     return chosen

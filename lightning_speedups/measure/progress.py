@@ -1,4 +1,4 @@
-"""The progress bar of a comparison: what is prepared, then the current run and its accuracy."""
+"""The progress bar of a comparison: what is prepared, then the current run and its accuracy or loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from lightning_speedups.measure.arms import Arm
+from lightning_speedups.measure.runs import ACCURACY, Metric
 from lightning_speedups.measure.stopwatch import Point, Stopwatch
 
 
@@ -16,9 +17,11 @@ class Bar(Progress):
 
     Args:
         shown: Whether to show anything at all.
+        metric: What is shown of a run.
     """
 
-    def __init__(self, *, shown: bool) -> None:
+    def __init__(self, *, shown: bool, metric: Metric = ACCURACY) -> None:
+        self._metric = metric
         console = Console(stderr=True)
         super().__init__(
             *Progress.get_default_columns(),
@@ -28,7 +31,7 @@ class Bar(Progress):
             transient=True,
             disable=not (shown and (console.is_interactive or console.is_jupyter)),  # a pipe would get empty lines
         )
-        self._work = self.add_task("getting the images", total=None)
+        self._work = self.add_task("getting the data", total=None)
 
     def begin(self, what: str, parts: int) -> None:
         """Show other work from its start.
@@ -66,7 +69,8 @@ class Bar(Progress):
         """
 
         def on_point(point: Point) -> None:
-            self.update(self._work, description=f"{label}: {point.accuracy:.1%}")
+            value = self._metric.shown(self._metric.of(point))
+            self.update(self._work, description=f"{label}: {value}")
 
         self.update(self._work, description=label)
         return Stopwatch(lambda samples: self.advance(self._work, samples), on_point)

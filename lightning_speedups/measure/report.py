@@ -15,18 +15,21 @@ from rich.table import Table
 
 from lightning_speedups.core.counts import counted
 from lightning_speedups.core.throughput import Spread
-from lightning_speedups.measure.runs import Run, Summary
+from lightning_speedups.measure.runs import ACCURACY, Metric, Run, Summary
 
 NOTHING = "–"
 
 
-def table(settings: Mapping[str, Any], rows: Sequence[Summary], notes: Sequence[str]) -> Table:
+def table(
+    settings: Mapping[str, Any], rows: Sequence[Summary], notes: Sequence[str], metric: Metric = ACCURACY
+) -> Table:
     """A rich table with one row an arm.
 
     Args:
         settings: What was compared: ``model``, ``data``, ``epochs`` and the number of ``seeds``.
         rows: One summary an arm.
         notes: What a reader must know.
+        metric: What was compared by; beside a loss stand tokens where epochs stand beside an accuracy.
 
     Returns:
         The table, with the notes as its caption.
@@ -40,27 +43,34 @@ def table(settings: Mapping[str, Any], rows: Sequence[Summary], notes: Sequence[
         box=SIMPLE_HEAD,
     )
     result.add_column("arm", no_wrap=True)
-    for name in ("to target, s", "epochs", "accuracy, %", "samples/s", "speed-up"):
+    columns = ("tokens, M", "loss", "tokens/s") if metric.is_loss else ("epochs", "accuracy, %", "samples/s")
+    for name in ("to target, s", *columns, "speed-up"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row.baseline is None and result.rows:
             result.add_section()
-        result.add_row(*_cells(row), style="bold" if row.baseline is None else None)
+        result.add_row(*_cells(row, metric), style="bold" if row.baseline is None else None)
     return result
 
 
-def _cells(row: Summary) -> list[str]:
-    if row.accuracy is None or row.accuracy_std is None or row.throughput is None:
+def _cells(row: Summary, metric: Metric) -> list[str]:
+    final, deviation = (row.loss, row.loss_std) if metric.is_loss else (row.accuracy, row.accuracy_std)
+    if final is None or deviation is None or row.throughput is None:
         return [row.arm, "not run", *[NOTHING] * 4]
-    accuracy = f"{100 * row.accuracy:.1f}"
+    value = metric.shown(final).removesuffix(metric.unit)
     if row.runs > 1:
-        accuracy += f" ± {100 * row.accuracy_std:.1f}"
+        value += f" ± {metric.shown(deviation).removesuffix(metric.unit)}"
     seconds = _range(row.seconds, 1, never="not reached")
     if row.seconds is not None and row.reached < row.runs:
         seconds += f", {row.reached} of {row.runs}"
-    epochs = NOTHING if row.epochs is None or math.isinf(row.epochs.median) else f"{row.epochs.median:g}"
+    length, form = (row.samples, _millions) if metric.is_loss else (row.epochs, "{:g}".format)
+    until = NOTHING if length is None or math.isinf(length.median) else form(length.median)
     speedup = "1" if row.baseline is None else _range(row.speedup, 2, "×", never=f"only {row.arm}")
-    return [row.arm, seconds, epochs, accuracy, f"{row.throughput.median:.0f}", speedup]
+    return [row.arm, seconds, until, value, f"{row.throughput.median:.0f}", speedup]
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.2f}"
 
 
 def _range(values: Spread | None, digits: int, unit: str = "", *, never: str) -> str:
@@ -76,30 +86,37 @@ def _range(values: Spread | None, digits: int, unit: str = "", *, never: str) ->
     return f"{middle} ({values.low:.{digits}f}–{high})"
 
 
-def _draw_arm(axes: Axes, runs: Sequence[Run], *, is_baseline: bool, is_pale: bool) -> tuple[float, Line2D]:
-    """Mean accuracy over median seconds as a line, from the worst to the best run a band; gives the line's end, too."""
+def _draw_arm(
+    axes: Axes, runs: Sequence[Run], metric: Metric, *, is_baseline: bool, is_pale: bool
+) -> tuple[float, Line2D]:
+    """Mean value over median seconds as a line, from the worst to the best run a band; gives the line's end, too."""
     seconds = np.median([[point.seconds for point in run.points] for run in runs], 0)
-    accuracy = 100 * np.array([[point.accuracy for point in run.points] for run in runs])
-    arm, mean = runs[0].arm, accuracy.mean(0)
+    values = metric.factor * np.array([[metric.of(point) for point in run.points] for run in runs])
+    arm, mean = runs[0].arm, values.mean(0)
     # baselines in black, so that the colours mean tricks
     style, colour = ("-" if arm == "plain" else "--", "black") if is_baseline else ("-", None)
     width, alpha = (1.2, 0.5) if is_pale else (2.6, 1.0)
     (line,) = axes.plot(seconds, mean, style, color=colour, linewidth=width, alpha=alpha, marker="o", markersize=3)
-    line.set_label(f"{arm}  {mean[-1]:.1f} %")
-    axes.fill_between(seconds, accuracy.min(0), accuracy.max(0), color=line.get_color(), alpha=0.10, linewidth=0)
+    line.set_label(f"{arm}  {metric.shown(mean[-1] / metric.factor)}")
+    axes.fill_between(seconds, values.min(0), values.max(0), color=line.get_color(), alpha=0.10, linewidth=0)
     return float(mean[-1]), line
 
 
 def figure(
-    settings: Mapping[str, Any], baselines: Mapping[str, str | None], runs: Sequence[Run], target: float | None
+    settings: Mapping[str, Any],
+    baselines: Mapping[str, str | None],
+    runs: Sequence[Run],
+    target: float | None,
+    metric: Metric = ACCURACY,
 ) -> Figure:
-    """Test accuracy against training seconds: a line an arm (mean over seeds), a light band from worst to best seed.
+    """Accuracy or loss against training seconds: a line an arm (mean over seeds), a light band from worst to best seed.
 
     Args:
         settings: What was compared: ``model``, ``data`` and the number of ``seeds``; ``singles``, drawn pale.
         baselines: The arms in their order, each with the name of its baseline (``None`` for a baseline).
         runs: The complete runs.
-        target: Accuracy to mark, a fraction.
+        target: Accuracy, a fraction, or loss to mark.
+        metric: What was compared by.
 
     Returns:
         A figure of its own, outside pyplot's global state.
@@ -110,14 +127,14 @@ def figure(
     for arm, baseline in baselines.items():
         if of_arm := [run for run in runs if run.arm == arm]:
             is_pale = arm in settings.get("singles", ())
-            lines.append(_draw_arm(axes, of_arm, is_baseline=baseline is None, is_pale=is_pale))
+            lines.append(_draw_arm(axes, of_arm, metric, is_baseline=baseline is None, is_pale=is_pale))
     if target is not None:
-        level = 100 * target
+        level, word = metric.factor * target, f"target {metric.shown(target)}"
         line = axes.axhline(level, color="black", linewidth=0.8, linestyle=":")
-        axes.text(0.99, level, f"target {level:.1f} %", transform=line.get_transform(), ha="right", va="bottom", size=8)
+        axes.text(0.99, level, word, transform=line.get_transform(), ha="right", va="bottom", size=8)
     axes.set(
         xlabel="training seconds, without evaluation",
-        ylabel="test accuracy, %",
+        ylabel=metric.title + f",{metric.unit}" * bool(metric.unit),
         title=f"{settings['model']} on {settings['data']}: mean of {counted(settings['seeds'], 'seed')}, "
         "band worst to best",
     )
@@ -127,6 +144,6 @@ def figure(
     axes.xaxis.set_minor_formatter(lambda seconds, _: f"{seconds:g}" * (f"{seconds:e}"[0] in "235"))
     axes.grid(alpha=0.25, which="both")
     # in the order in which the lines end, so that the legend reads like labels beside them
-    handles = [line for _, line in sorted(lines, key=lambda entry: -entry[0])]
+    handles = [line for _, line in sorted(lines, key=lambda entry: -entry[0])]  # from the top down
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return result

@@ -1,4 +1,4 @@
-"""Train the same network on the same images plainly and with the tricks, several seeds, arms interleaved."""
+"""Train the same network on the same data plainly and with the tricks, several seeds, arms interleaved."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ from torch import nn
 
 from lightning_speedups.core.counts import counted
 from lightning_speedups.measure.arms import Arm, Ingredients, Situation, choose_arms
-from lightning_speedups.measure.digits import digit_collages
 from lightning_speedups.measure.errors import CompareError, as_compare_error
 from lightning_speedups.measure.images import ImageData, quarter_turns
-from lightning_speedups.measure.loading import load_data
 from lightning_speedups.measure.machine import machine_facts, versions
-from lightning_speedups.measure.networks import build_network, load_backbone
+from lightning_speedups.measure.networks import load_backbone
 from lightning_speedups.measure.progress import Bar
 from lightning_speedups.measure.results import Comparison
 from lightning_speedups.measure.runs import Run
 from lightning_speedups.measure.settings import Settings
 from lightning_speedups.measure.stopwatch import Stopwatch
-from lightning_speedups.measure.training import Classifier, quiet, seeded, train
+from lightning_speedups.measure.tasks import TASKS, Data, Task
+from lightning_speedups.measure.training import quiet, seeded, train
 from lightning_speedups_command import DEFAULT_MODEL
 
 WARM_UP_BATCHES = 8
-TEST_LIMIT = 2000  # of the caller's own images, unless asked otherwise: they are looked at every epoch
 
 
 def interleaved(arms: Sequence[Arm], seeds: Sequence[int], once: bool = False) -> list[tuple[int, Arm]]:
@@ -55,43 +53,51 @@ def interleaved(arms: Sequence[Arm], seeds: Sequence[int], once: bool = False) -
 class _Workbench:
     """Builds and trains: what all runs of a comparison share."""
 
-    def __init__(self, data: ImageData, settings: Settings) -> None:
-        self.data, self.settings = data, settings
-        count, batch_size = len(data.y_train), settings.batch_size
+    def __init__(self, task: Task, data: Data, settings: Settings) -> None:
+        self.task, self.data, self.settings = task, data, settings
+        count, batch_size = len(data.y_train), settings.run_batch_size
         if count < batch_size:
-            raise CompareError(f"`batch_size` {batch_size} is more than the {counted(count, 'training image')}")
-        self.samples_per_epoch = count // batch_size * batch_size
+            what = counted(count, f"training {task.sample}")
+            raise CompareError(f"`batch_size` {batch_size} is more than the {what}")
+        self.batches = count // batch_size
+        self.samples_per_epoch = self.batches * data.y_train[:batch_size].numel()
         self._first = self._network(0, data, weights=settings.weights)
         self._pretrained: dict[int, tuple[nn.Module, float]] = {}
 
-    def _network(self, seed: int, data: ImageData, weights: str | None = None) -> nn.Module:
+    def _network(self, seed: int, data: Data, weights: str | None = None) -> nn.Module:
         with seeded(seed):
-            return build_network(self.settings.model, data, width=self.settings.width, weights=weights)
+            return self.task.network(self.settings, data, weights)
 
-    def _train(self, network: nn.Module, data: ImageData, recipe: Ingredients, **run: Any) -> None:
+    def _train(self, network: nn.Module, data: Data, recipe: Ingredients, **run: Any) -> None:
         settings = self.settings
-        lr, criterion = recipe.one_cycle or settings.lr, recipe.criterion
-        module = Classifier(network, data, lr=lr, criterion=criterion, one_cycle=recipe.one_cycle is not None)
-        trainer = {"accelerator": settings.accelerator, **recipe.trainer}
+        lr, criterion = recipe.one_cycle or settings.run_lr, recipe.criterion
+        module = self.task.module(network, data, lr=lr, criterion=criterion, one_cycle=recipe.one_cycle is not None)
+        pace = self.task.pace(run["epochs"], self.batches)
+        trainer = {"accelerator": settings.accelerator, **pace, **recipe.trainer}
         parts: dict[str, Any] = {"callbacks": recipe.callbacks, "trainer": trainer, "loader": recipe.loader}
-        train(module, data, batch_size=settings.batch_size, **parts, **run)
+        train(module, data, batch_size=settings.run_batch_size, make_loaders=self.task.loaders, **parts, **run)
 
     def pretrained(self, seed: int, bar: Bar) -> tuple[nn.Module, float]:
         """What a seed's pretrained arms start from, and the seconds that took: weights, or once a run on turns."""
         if self.settings.weights is not None:
             return self._first, 0.0
         if seed not in self._pretrained:
-            task, epochs = quarter_turns(self.data, seed), self.settings.run_pretrain_epochs
-            network = self._network(seed, task)
+            assert isinstance(self.data, ImageData)
+            turned, epochs = quarter_turns(self.data, seed), self.settings.run_pretrain_epochs
+            network = self._network(seed, turned)
             watch = bar.watch(f"seed {seed}, pretraining")
-            self._train(network, task, Ingredients(), epochs=epochs, seed=seed, watch=watch)
+            self._train(network, turned, Ingredients(), epochs=epochs, seed=seed, watch=watch)
             self._pretrained = {seed: (network.cpu(), watch.points[-1].seconds)}
         return self._pretrained[seed]
 
-    def run(self, seed: int, arm: Arm, epochs: int, watch: Stopwatch, source: nn.Module | None, **trainer: Any) -> None:
+    def run(
+        self, seed: int, arm: Arm, epochs: float, watch: Stopwatch, source: nn.Module | None, **trainer: Any
+    ) -> None:
         """Train one arm from a seed's weights and those of the source's backbone; the points are in the stopwatch."""
         backbone = "model.backbone" if self.settings.model == DEFAULT_MODEL else None
-        recipe = arm.build(Situation(epochs, self.settings.lr, self.settings.accelerator, backbone, seed, self.data))
+        settings, data = self.settings, self.data
+        lr, batch_size = settings.run_lr, settings.run_batch_size
+        recipe = arm.build(Situation(epochs, lr, settings.accelerator, backbone, seed, data, batch_size))
         network = self._network(seed, self.data)
         if source is not None:
             load_backbone(network, source)
@@ -104,7 +110,8 @@ class _Workbench:
         Gives the arms that can't run and why, baselines and arms that were named excepted.
         """
         left_out = {}
-        few = {"limit_train_batches": WARM_UP_BATCHES, "limit_val_batches": 1, "val_check_interval": 1.0}
+        few: dict[str, Any] = {"limit_train_batches": WARM_UP_BATCHES, "limit_val_batches": 1}
+        few |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a run of a few steps gives the tricks reasons to warn
             for arm in bar.each(arms, "warming up"):
@@ -117,16 +124,6 @@ class _Workbench:
                         raise
                     left_out[arm.name] = str(error)
         return left_out
-
-
-def _images(data: ImageData | str | Path | None, settings: Settings) -> ImageData:
-    if settings.image_size is not None and (data is None or isinstance(data, ImageData)):
-        raise CompareError("`image_size` is for folders of images; it needs `data`, the path of a folder")
-    if data is None:
-        return digit_collages(*settings.collages)
-    if not isinstance(data, ImageData):
-        data = load_data(data, image_size=settings.image_size, samples=settings.samples)
-    return data.limited(settings.samples, settings.test_samples or TEST_LIMIT)
 
 
 def _folder(out: str | Path | None) -> Path | None:
@@ -152,8 +149,9 @@ def compare(
     """Compare training with the tricks to training without them, on this machine.
 
     Args:
-        data: Images, or the path of an ``.npz`` file or a folder; ``None`` makes collages of handwritten digits.
-        arms: Names from `lightning_speedups.measure.ARMS`; ``None`` for all that need not be named, but those
+        data: Images, or the path of an ``.npz`` file or a folder; ``None`` makes collages of handwritten digits. The
+            task ``"text"`` has a text of its own, Python's standard library.
+        arms: Names from `lightning_speedups.measure.TASKS`; ``None`` for all that need not be named, but those
             that can't train this model, of which a note tells. Missing baselines are added.
         settings: Size and choices of the comparison.
         out: Folder for ``compare.json`` (rewritten after every run) and ``compare.png``; ``None`` writes nothing.
@@ -174,13 +172,14 @@ def compare(
         ['plain', 'smoothing']
     """
     settings = replace(settings, **options) if settings else Settings(**options)
-    chosen = choose_arms([arms] if isinstance(arms, str) else arms)
+    task = TASKS[settings.task]
+    chosen = choose_arms([arms] if isinstance(arms, str) else arms, task.arms)
     if settings.weights is not None and not any(arm.pretrained for arm in chosen):
         raise CompareError("`weights` is what finetune and freeze start from, but neither is among the arms")
-    bar = Bar(shown=progress)
+    bar = Bar(shown=progress, metric=task.metric)
     with bar:
-        images = _images(data, settings)
-    bench = _Workbench(images, settings)
+        samples = task.load(data, settings)
+    bench = _Workbench(task, samples, settings)
     folder = _folder(out)
     seeds, epochs = settings.run_seeds, settings.run_epochs
     pretrains = settings.weights is None and any(arm.pretrained for arm in chosen)
@@ -192,24 +191,26 @@ def compare(
             left_out = bench.warm_up(chosen, bar, named=arms is not None)
         chosen = tuple(arm for arm in chosen if arm.name not in left_out)
         runs = interleaved(chosen, seeds, once=arms is None)
-        run_epochs = sum(arm.epochs(epochs) for _, arm in runs) + pretrains * len(seeds) * settings.run_pretrain_epochs
+        run_epochs = sum(task.epochs(arm, epochs) for _, arm in runs)
+        run_epochs += pretrains * len(seeds) * settings.run_pretrain_epochs
         result = Comparison(
             baselines={arm.name: arm.baseline for arm in chosen},
-            settings={**_described(settings, images, chosen), "left_out": left_out},
+            settings={**_described(settings, samples, chosen), "left_out": left_out},
             machine=machine_facts(),
             versions=versions(),
-            chance=images.chance,
+            chance=samples.chance,
             target=settings.target,
+            metric=task.metric.name,
         )
         with bar:
-            bar.begin("first run", run_epochs * bench.samples_per_epoch)
+            bar.begin("first run", round(run_epochs * bench.samples_per_epoch))
             try:
                 for seed, arm in runs:
                     source, seconds = bench.pretrained(seed, bar) if arm.pretrained else (None, 0.0)
                     watch = bar.watch(f"seed {seed}, {arm.name}")
                     run = Run(arm.name, seed, watch.points, pretrain_seconds=seconds)
                     result.runs.append(run)
-                    bench.run(seed, arm, arm.epochs(epochs), watch, source)
+                    bench.run(seed, arm, task.epochs(arm, epochs), watch, source)
                     run.complete = True
                     if folder is not None:
                         result.save_json(folder)
@@ -223,19 +224,22 @@ def compare(
     return result
 
 
-def _described(settings: Settings, images: ImageData, arms: Sequence[Arm]) -> dict[str, Any]:
-    """The settings as they came out for these images."""
+def _described(settings: Settings, data: Data, arms: Sequence[Arm]) -> dict[str, Any]:
+    """The settings as they came out for this data."""
+    task = TASKS[settings.task]
     return {
         **asdict(settings),
-        "data": images.name,
-        "samples": len(images.y_train),
-        "test_samples": len(images.y_test),
-        "image": list(images.x_train.shape[1:]),
-        "classes": images.num_classes,
+        "data": data.name,
+        "batch_size": settings.run_batch_size,
+        "lr": settings.run_lr,
+        "samples": len(data.y_train),
+        "test_samples": len(data.y_test),
+        **task.facts(settings, data),
+        "classes": data.num_classes,
         "seeds": len(settings.run_seeds),
         "epochs": settings.run_epochs,
         "pretrain_epochs": settings.run_pretrain_epochs if settings.weights is None else None,
-        "optimizer": "SGD, Nesterov momentum 0.9, weight decay 5e-4",
+        "optimizer": task.optimizer,
         "arms": {arm.name: arm.description for arm in arms},
         "singles": [arm.name for arm in arms if arm.single],
     }

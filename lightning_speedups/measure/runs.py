@@ -9,6 +9,53 @@ from lightning_speedups.core.throughput import Spread, time_to_target
 from lightning_speedups.measure.stopwatch import Point
 
 
+@dataclass(frozen=True)
+class Metric:
+    """What a comparison goes by.
+
+    Attributes:
+        name: The number of a `Point`.
+        is_loss: Whether lower is better.
+        title: What it is, in the words of the report.
+        unit: What is written behind it.
+        factor: How many of that make 1.
+        digits: How many are written after the point.
+    """
+
+    name: Literal["accuracy", "test_loss"]
+    is_loss: bool
+    title: str
+    unit: str
+    factor: float
+    digits: int
+
+    def of(self, point: Point) -> float:
+        """Its value at a point."""
+        value: float = getattr(point, self.name)
+        return value
+
+    def height(self, value: float) -> float:
+        """A number that is the higher the better, from the value, and the value from it."""
+        return -value if self.is_loss else value
+
+    def shown(self, value: float) -> str:
+        """Write a value.
+
+        Args:
+            value: The value.
+
+        Example:
+            >>> ACCURACY.shown(0.512), LOSS.shown(1.5)
+            ('51.2 %', '1.500')
+        """
+        return f"{self.factor * value:.{self.digits}f}{self.unit}"
+
+
+ACCURACY = Metric("accuracy", False, "test accuracy", " %", 100, 1)
+LOSS = Metric("test_loss", True, "validation loss", "", 1, 3)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (ACCURACY, LOSS)}
+
+
 @dataclass
 class Run:
     """One training run.
@@ -27,14 +74,16 @@ class Run:
     complete: bool = False
     pretrain_seconds: float = 0.0
 
-    def until(self, target: float, unit: Literal["seconds", "epoch"]) -> float:
-        """Training seconds, or epochs, until it had reached an accuracy; ``math.inf`` if it never did.
+    def until(self, target: float, unit: Literal["seconds", "epoch", "samples"], metric: Metric = ACCURACY) -> float:
+        """Training seconds, epochs or samples until it had reached a target; ``math.inf`` if it never did.
 
         Args:
-            target: The accuracy, a fraction.
+            target: The accuracy, a fraction, or the loss.
             unit: What to count.
+            metric: What the target is a value of.
         """
-        return time_to_target([(getattr(point, unit), point.accuracy) for point in self.points], target)
+        points = [(getattr(point, unit), metric.height(metric.of(point))) for point in self.points]
+        return time_to_target(points, metric.height(target))
 
 
 @dataclass(frozen=True)
@@ -45,7 +94,7 @@ class Summary:
         arm: Name of the arm.
         baseline: Name of its baseline, ``None`` for a baseline.
         runs: How many runs were complete.
-        target: Accuracy to reach, a fraction; ``None`` when the baseline has no complete run.
+        target: Accuracy, a fraction, or loss to reach; ``None`` when the baseline has no complete run.
         reached: In how many runs it was reached.
         seconds: Training seconds to the target, ``math.inf`` where it was not reached.
         epochs: Epochs to the target, likewise; unlike the seconds they don't depend on what else the machine does.
@@ -53,6 +102,9 @@ class Summary:
         accuracy_std: Its standard deviation over the seeds (n - 1 in the denominator; 0 for one seed).
         throughput: Samples a second, median over runs.
         speedup: Baseline's seconds to the target over the arm's, paired by seed; ``None`` for a baseline.
+        samples: Samples to the target, like the epochs; of texts tokens.
+        loss: Mean final loss on the test data.
+        loss_std: Its standard deviation over the seeds, like that of the accuracy.
     """
 
     arm: str
@@ -66,3 +118,6 @@ class Summary:
     accuracy_std: float | None
     throughput: Spread | None
     speedup: Spread | None
+    samples: Spread | None = None
+    loss: float | None = None
+    loss_std: float | None = None

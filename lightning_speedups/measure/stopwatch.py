@@ -22,7 +22,7 @@ class Point:
     Attributes:
         epoch: Epochs trained so far, from 1.
         seconds: Training seconds so far, without evaluation.
-        samples: Samples trained on so far.
+        samples: Samples trained on so far; of texts tokens.
         accuracy: Test accuracy, a fraction.
         test_loss: Cross-entropy on the test images.
         train_loss: Mean training loss of the epoch, as the arm defines it.
@@ -44,7 +44,7 @@ class Stopwatch(Callback):
     and stops after the hooks of the others.
 
     Args:
-        on_batch: Called after every training batch with the number of its samples.
+        on_batch: Called after every training batch with the number of its labels: of its samples, or of texts tokens.
         on_point: Called with every new point, while the clock stands still.
         clock: Seconds from an arbitrary start.
     """
@@ -74,8 +74,8 @@ class Stopwatch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the samples; the loss stays on the device."""
-        samples = len(batch[1])
+        """Count the labels; the loss stays on the device."""
+        samples = batch[1].numel()
         self._samples += samples
         self._losses.append(outputs["loss"].detach())
         self._on_batch(samples)

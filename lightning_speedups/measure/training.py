@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,7 +144,7 @@ def quiet() -> Iterator[None]:
 
 def train(
     module: LightningModule,
-    data: ImageData,
+    data: Any,
     *,
     batch_size: int,
     epochs: int,
@@ -153,22 +153,24 @@ def train(
     trainer: Mapping[str, Any] | None = None,
     loader: DataLoader[Any] | None = None,
     watch: Stopwatch | None = None,
+    make_loaders: Callable[[Any, int, int], tuple[DataLoader[Any], DataLoader[Any]]] = loaders,
 ) -> list[Point]:
     """Train once through a real Trainer and measure it.
 
     Args:
         module: The LightningModule to train, in place.
-        data: The images.
+        data: The images, or what else ``make_loaders`` takes.
         batch_size: Training batch size.
         epochs: Number of epochs.
         seed: Seed of the batches' order and of torch's global generators during the run.
         callbacks: The tricks' callbacks.
         trainer: Further arguments of the Trainer.
-        loader: Another training loader than that of `loaders`.
+        loader: Another training loader than that of ``make_loaders``.
         watch: The stopwatch to use; holds the points also when the run is interrupted.
+        make_loaders: Makes training and test loader of data, batch size and seed.
 
     Returns:
-        One point an epoch.
+        One point a validation.
 
     Raises:
         KeyboardInterrupt: If the run was interrupted; Lightning would end the program instead.
@@ -189,7 +191,7 @@ def train(
         # a Trainer that is asked for cuDNN's autotuning switches it on for good
         put_back.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
         torch.backends.cudnn.benchmark = False
-        train_loader, test_loader = loaders(data, batch_size, seed)
+        train_loader, test_loader = make_loaders(data, batch_size, seed)
         try:
             Trainer(callbacks=[watch, *callbacks], **arguments).fit(module, loader or train_loader, test_loader)
         except SystemExit as exit_:

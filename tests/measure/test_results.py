@@ -86,8 +86,8 @@ def test_the_table_says_it_all(result):
     assert lines["trick"].split()[3] == "1.5"  # epochs
     assert "not reached, 1 of 2" in lines["late"]
     assert "6.00×" in lines["freeze"]
-    assert "Target of plain and the arms measured against it: 80.0%" in shown
-    assert "Target of finetune and the arms measured against it: 60.0%" in shown
+    assert "Target of plain and the arms measured against it: 80.0 %" in shown
+    assert "Target of finetune and the arms measured against it: 60.0 %" in shown
     assert "7.0 s a seed" in shown
     assert "chance" not in shown
 
@@ -118,7 +118,7 @@ def test_a_target_that_only_the_trick_reaches():
 
 def test_no_better_than_chance_is_said():
     result = comparison(run("plain", 0, [0.2, 0.21], 1.0))
-    assert "no better than chance (20.0%)" in " ".join(text(result).split())
+    assert "no better than chance (20.0 %)" in " ".join(text(result).split())
 
 
 def test_a_busy_machine_is_said(result):
@@ -210,3 +210,73 @@ def test_nothing_measured_at_all():
     text(result)
     result.figure()
     assert json.loads(result.to_json())["runs"] == []
+
+
+# ---- by loss
+
+
+@pytest.fixture
+def by_loss():
+    """Runs of which lower is better."""
+
+    def of(arm, seed, losses, seconds):
+        points = [Point(1, i * seconds, 1_000_000 * i, 0.5, loss, 2.0) for i, loss in enumerate(losses, 1)]
+        return Run(arm, seed, points, complete=True)
+
+    runs = [
+        of("plain", 0, [3.0, 2.0, 1.5], 2.0),  # reaches 1.6 at 6 s
+        of("plain", 1, [3.0, 1.55, 1.6], 2.0),  # at 4 s, and ends there
+        of("trick", 1, [1.6, 1.6, 1.0], 2.5),  # at 2.5 s: 1.6 times
+        of("trick", 0, [2.0, 1.59, 1.2], 2.5),  # at 5 s: 1.2 times
+        of("late", 0, [3.0, 2.0, 1.61], 1.0),
+        of("late", 1, [math.nan, 2.0, 1.9], 1.0),
+    ]
+    return comparison(*runs, metric="test_loss")
+
+
+def test_the_target_of_losses_is_the_highest_that_the_baseline_ended_with(by_loss):
+    assert by_loss.target_of("plain") == by_loss.target_of("trick") == 1.6
+    assert comparison(*by_loss.runs, target=1.0, metric="test_loss").target_of("trick") == 1.0
+
+
+def test_lower_is_reached_sooner(by_loss):
+    row = by_loss.summary("trick")
+    assert (row.speedup.low, row.speedup.high) == pytest.approx((1.2, 1.6))
+    assert (row.seconds.low, row.seconds.high, row.reached) == (2.5, 5.0, 2)
+    assert (row.samples.low, row.samples.high) == (1_000_000, 2_000_000)
+    assert (row.loss, row.loss_std) == pytest.approx((1.1, 0.1414), rel=1e-3)
+    assert by_loss.summary("late").reached == 0
+    assert by_loss.sooner("trick", "plain").median == pytest.approx(1.4)
+
+
+def test_the_table_of_losses(by_loss):
+    by_loss.chance = 3.1
+    shown = text(by_loss)
+    lines = {line.split()[0]: line for line in shown.splitlines() if line.split()}
+    assert "5.0 (4.0–6.0)" in lines["plain"]
+    assert "1.550 ± 0.071" in lines["plain"]
+    assert "1.40× (1.20–1.60)" in lines["trick"]
+    assert lines["trick"].split()[3] == "1.50"  # million tokens
+    assert "Target of plain and the arms measured against it: 1.600, the highest that a run of plain" in shown
+    assert "chance" not in shown
+    by_loss.chance = 1.6
+    assert "no better than chance (1.600)" in " ".join(text(by_loss).split())
+
+
+def test_the_figure_of_losses(by_loss):
+    axes = by_loss.figure().axes[0]
+    assert axes.get_ylabel() == "validation loss"
+    named = {line.get_label().split()[0]: line for line in axes.lines if not line.get_label().startswith("_")}
+    assert list(named["trick"].get_ydata()) == pytest.approx([1.8, 1.595, 1.1])
+    assert [entry.get_text() for entry in axes.get_legend().get_texts()][-1] == "trick  1.100"
+    assert "target 1.600" in [one.get_text() for one in axes.texts]
+
+
+def test_results_without_a_metric_go_by_accuracy(result):
+    old = json.loads(result.to_json())
+    del old["metric"]
+    given = {name: old[name] for name in ("baselines", "settings", "machine", "versions", "chance", "target")}
+    runs = [Run(**{**run, "points": [Point(**point) for point in run["points"]]}) for run in old["runs"]]
+    again = Comparison(**given, runs=runs)
+    assert again.goal.name == "accuracy"
+    assert again.summaries() == result.summaries()

@@ -13,7 +13,6 @@ from lightning_speedups.measure.settings import OPTIONS, Settings
         ({"epochs": -3}, "`epochs`"),
         ({"epochs": True}, "`epochs`"),
         ({"batch_size": 1}, r"Expected `batch_size` to be a whole number in \[2, 65536\], but got 1\."),
-        ({"batch_size": None}, "`batch_size`"),
         ({"samples": 9}, "`samples` to be"),
         ({"test_samples": 0}, "`test_samples`"),
         ({"width": 3}, "`width`"),
@@ -43,11 +42,11 @@ def test_quick_is_smaller_and_what_is_asked_for_wins():
     full, quick = Settings(), Settings(quick=True)
     assert len(quick.run_seeds) < len(full.run_seeds)
     assert quick.run_epochs < full.run_epochs
-    assert quick.collages < full.collages
-    assert (list(full.run_seeds), full.collages) == ([0, 1], (8000, 2000))
-    assert (list(quick.run_seeds), quick.collages) == ([0], (3000, 1000))
+    assert quick.embedded < full.embedded
+    assert (list(full.run_seeds), full.embedded) == ([0, 1], (8000, 2000))
+    assert (list(quick.run_seeds), quick.embedded) == ([0], (3000, 1000))
     asked = Settings(quick=True, seeds=4, epochs=9, samples=777, test_samples=55, pretrain_epochs=3)
-    assert (list(asked.run_seeds), asked.run_epochs, asked.collages) == ([0, 1, 2, 3], 9, (777, 55))
+    assert (list(asked.run_seeds), asked.run_epochs, asked.embedded) == ([0, 1, 2, 3], 9, (777, 55))
     assert asked.run_pretrain_epochs == 3
     assert Settings(epochs=1).run_pretrain_epochs == 1
 
@@ -56,4 +55,4 @@ def test_every_setting_is_told_of():
     for name, option in OPTIONS.items():
         assert f"    {name}: {option.meaning}" in Settings.__doc__
     assert "seeds: runs of each arm, 1 to 100 (default: 2, quick 1)." in Settings.__doc__
-    assert "lr: constant rate of plain, above 0 to 10 (default: 0.02)." in Settings.__doc__
+    assert "lr: constant rate of plain, above 0 to 10 (default: 0.02, text 0.002)." in Settings.__doc__
