@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 VERSION = "0.1.0"
 DEFAULT_MODEL = "convnet"
-TASKS = ("images", "text")
+TASKS = ("images", "text", "lines")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -63,16 +63,20 @@ class Asked:
         unset="a network trained on quarter turns of the images", kind=str, metavar="PATH",
     )  # fmt: skip
     seeds: int | None = _option(None, "runs of each arm", (1, 100), "2, quick 1")
-    epochs: int | None = _option(None, "epochs of each run", (1, 1000), "8, quick 6; text 1")
+    epochs: int | None = _option(None, "epochs of each run", (1, 1000), "8, quick 6; text 1; lines 4, quick 2")
     batch_size: int | None = _option(None, "samples in a training batch", (2, 65536), "64, text 32")
-    lr: float | None = _option(None, "constant rate of plain", (0, 10), "0.02, text 0.002", float)
+    lr: float | None = _option(None, "constant rate of plain", (0, 10), "0.02, text and lines 0.002", float)
     samples: int | None = _option(
-        None, "training images, or windows of text", (10, 10**7), "8000, quick 3000; yours: all; text 28800, quick 3200"
-    )
+        None, "training images, windows of text, or lines", (10, 10**7),
+        "8000, quick 3000; yours: all; text 28800, quick 3200; lines 20000, quick 4000",
+    )  # fmt: skip
     test_samples: int | None = _option(
-        None, "test images, or windows", (10, 10**7), "2000, quick 1000; yours: 2000; text 500, quick 200"
+        None, "test images, windows or lines", (10, 10**7),
+        "2000, quick 1000; yours: 2000; text 500, quick 200; lines 2000, quick 500",
+    )  # fmt: skip
+    width: int | None = _option(
+        None, "channels of convnet's stem, or features of a token", (4, 1024), "16, text 128, lines 64"
     )
-    width: int | None = _option(None, "channels of convnet's stem, or features of a token", (4, 1024), "16, text 128")
     image_size: int | None = _option(None, "side of a folder's images, in pixels", (8, 512), "64 or less")
     target: float | None = _option(
         None, "accuracy, or of text loss, to reach", (0, 1), "the worst that a plain run ends with", float

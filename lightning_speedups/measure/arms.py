@@ -12,8 +12,6 @@ from torch.utils.data import DataLoader
 
 from lightning_speedups.attach.packages import Callback
 from lightning_speedups.measure.errors import CompareError
-from lightning_speedups.measure.images import ImageData
-from lightning_speedups.measure.text import TextData
 from lightning_speedups.recipes import recipe
 from lightning_speedups.tricks.batches.mixup_callback import MixupCallback
 from lightning_speedups.tricks.batches.progressive_resizing.progressive_resizing import ProgressiveResizing
@@ -39,7 +37,7 @@ class Situation:
         accelerator: The Trainer's accelerator.
         backbone: Attribute path of the backbone in the LightningModule; ``None`` for a timm model.
         seed: Seed of the run.
-        data: The images, or the text.
+        data: The images, the text or its lines.
         batch_size: Samples in plain's batches.
     """
 
@@ -48,7 +46,7 @@ class Situation:
     accelerator: str
     backbone: str | None
     seed: int
-    data: ImageData | TextData
+    data: Any
     batch_size: int = 64
 
 

@@ -28,6 +28,13 @@ DEFAULTS: dict[str, dict[str, tuple[Any, Any]]] = {
         "samples": (28800, 3200),
         "test_samples": (500, 200),
     },
+    "lines": {
+        "epochs": (4, 2),
+        "batch_size": (64, 64),
+        "lr": (0.002, 0.002),
+        "samples": (20000, 4000),
+        "test_samples": (2000, 500),
+    },
 }
 """What is taken by a task where nothing is asked for: in full, and in a quick comparison."""
 
@@ -59,8 +66,8 @@ class Settings(Asked):
             for name in OPTIONS:
                 _check(name, getattr(self, name), self.task)
         told = [name for name in IMAGES_ONLY if getattr(self, name) != OPTIONS[name].default]
-        if self.task == "text" and told:
-            raise CompareError(f"`{told[0]}` is for images, not for text")
+        if self.task != "images" and told:
+            raise CompareError(f"`{told[0]}` is for images, not for {self.task}")
         if self.weights == "pretrained" and self.model == DEFAULT_MODEL:
             raise CompareError(f"`weights` pretrained needs a timm `model`; {DEFAULT_MODEL} takes the path of a file")
         if self.weights is not None and self.pretrain_epochs is not None:

@@ -1,4 +1,4 @@
-"""What a comparison can be about: images and a text, each with its data, its network and its arms."""
+"""What a comparison can be about: images, a text and its lines, each with its data, its network and its arms."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from lightning_speedups.measure.digits import digit_collages
 from lightning_speedups.measure.errors import CompareError
 from lightning_speedups.measure.images import ImageData
 from lightning_speedups.measure.language_model import LanguageModel, text_loaders
+from lightning_speedups.measure.lines import LineClassifier, LineReader, LinesData, library_lines, line_loaders
 from lightning_speedups.measure.loading import load_data
 from lightning_speedups.measure.networks import Transformer, build_network
 from lightning_speedups.measure.runs import ACCURACY, LOSS, Metric
 from lightning_speedups.measure.settings import Settings
-from lightning_speedups.measure.text import TextData, library_text
-from lightning_speedups.measure.text_arms import TEXT_ARMS
+from lightning_speedups.measure.text import BYTES, CONTEXT, TextData, library_text
+from lightning_speedups.measure.text_arms import LINE_ARMS, TEXT_ARMS
 from lightning_speedups.measure.training import Classifier, loaders
 
 TEST_LIMIT = 2000  # of the caller's own images, unless asked otherwise: they are looked at every epoch
 HEADS = 4
+OPTIMIZER = "AdamW, betas 0.9 and 0.999, weight decay 0.01"
 LOOKS = 10  # at a run on text
 
-Data = ImageData | TextData
+Data = ImageData | TextData | LinesData
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,18 @@ def _images(given: ImageData | str | Path | None, settings: Settings) -> ImageDa
     return given.limited(settings.samples, settings.test_samples or TEST_LIMIT)
 
 
-def _text(given: Any, settings: Settings) -> TextData:
+def _own(given: Any, settings: Settings) -> tuple[int, int]:
     if given is not None:
-        raise CompareError("`data` is for images; the task text has a text of its own")
-    return library_text(*settings.embedded)
+        raise CompareError(f"`data` is for images; the task {settings.task} has a text of its own")
+    return settings.embedded
+
+
+def _text(given: Any, settings: Settings) -> TextData:
+    return library_text(*_own(given, settings))
+
+
+def _lines(given: Any, settings: Settings) -> LinesData:
+    return library_lines(*_own(given, settings))
 
 
 def _image_network(settings: Settings, data: ImageData, weights: str | None) -> nn.Module:
@@ -105,14 +115,27 @@ def _image_network(settings: Settings, data: ImageData, weights: str | None) -> 
 
 
 def _text_network(settings: Settings, data: TextData, weights: str | None) -> nn.Module:
-    width = settings.width or 128
+    return Transformer(data.num_classes, context=data.x_train.shape[1], width=_width(settings, 128), heads=HEADS)
+
+
+def _line_network(settings: Settings, data: LinesData, weights: str | None) -> nn.Module:
+    body = Transformer(BYTES, context=CONTEXT, width=_width(settings, 64), depth=2, heads=HEADS)
+    return LineReader(body, data.num_classes)
+
+
+def _width(settings: Settings, usual: int) -> int:
+    width = settings.width or usual
     if width % HEADS:
         raise CompareError(f"`width` of the transformer must be a multiple of its {HEADS} heads, got {width}")
-    return Transformer(data.num_classes, context=data.x_train.shape[1], width=width, heads=HEADS)
+    return width
 
 
 def _language_model(network: nn.Module, data: TextData, **options: Any) -> LightningModule:
     return LanguageModel(network, **options)
+
+
+def _line_classifier(network: nn.Module, data: LinesData, **options: Any) -> LightningModule:
+    return LineClassifier(network, **options)
 
 
 TASKS: Mapping[str, Task] = {
@@ -131,12 +154,23 @@ TASKS: Mapping[str, Task] = {
         TEXT_ARMS,
         LOSS,
         "window",
-        "AdamW, betas 0.9 and 0.999, weight decay 0.01",
+        OPTIMIZER,
         _text,
         _text_network,
         _language_model,
         text_loaders,
         lambda settings, data: {"model": "transformer", "context": data.x_train.shape[1], "bytes": data.size},
         in_part=True,
+    ),
+    "lines": Task(
+        LINE_ARMS,
+        ACCURACY,
+        "line",
+        OPTIMIZER,
+        _lines,
+        _line_network,
+        _line_classifier,
+        line_loaders,
+        lambda settings, data: {"model": "transformer", "bytes": data.size},
     ),
 }

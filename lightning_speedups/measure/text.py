@@ -103,6 +103,15 @@ def coded(sources: Iterable[bytes]) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(sources)), dtype=torch.uint8).long()
 
 
+def library_name(size: int) -> str:
+    """Where the text comes from, for the report.
+
+    Args:
+        size: Its bytes.
+    """
+    return f"the standard library of Python {platform.python_version()}, {size / 1e6:.1f} MB"
+
+
 def library_text(samples: int | None = None, test_samples: int | None = None, *, context: int = CONTEXT) -> TextData:
     """Make the embedded data set: windows of Python's standard library; every tenth module is held out.
 
@@ -123,6 +132,5 @@ def library_text(samples: int | None = None, test_samples: int | None = None, *,
     held_out = sources[HELD_OUT - 1 :: HELD_OUT]
     rest = [source for i, source in enumerate(sources) if i % HELD_OUT != HELD_OUT - 1]
     size = sum(map(len, sources))
-    name = f"the standard library of Python {platform.python_version()}, {size / 1e6:.1f} MB"
-    data = TextData(name, *windows(coded(rest), context), *windows(coded(held_out), context), size=size)
+    data = TextData(library_name(size), *windows(coded(rest), context), *windows(coded(held_out), context), size=size)
     return data.limited(samples, test_samples)

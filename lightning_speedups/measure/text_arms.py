@@ -1,4 +1,4 @@
-"""The arms of a comparison on text: a table with one row a trick."""
+"""The arms of a comparison on text and on its lines: tables with one row a trick."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lightning_speedups.recipes import recipe
 from lightning_speedups.tricks.optimizers.muon.muon_callback import MuonCallback
 from lightning_speedups.tricks.rates.lr_curve import LRCurve
 from lightning_speedups.tricks.rates.one_cycle_momentum import OneCycleMomentum
+from lightning_speedups.tricks.sequences.length_batches import LengthBatches
 from lightning_speedups.tricks.sequences.sequence_length_warmup import SequenceLengthWarmup
 
 
@@ -38,6 +39,10 @@ def _muon(at: Situation) -> Ingredients:
     return Ingredients([MuonCallback(lr=10 * at.lr, rest_lr=at.lr, rest="adamw")])
 
 
+def _buckets(at: Situation) -> Ingredients:
+    return Ingredients([LengthBatches(seed=at.seed)])
+
+
 # AdamW with torch's own betas and weight decay, at a constant rate that was plain's best on validation, among 0.001,
 # 0.002 and 0.004.
 TEXT_ARMS: Mapping[str, Arm] = {
@@ -62,5 +67,12 @@ TEXT_ARMS: Mapping[str, Arm] = {
             precision,
             on_request=True,
         ),
+    )
+}
+LINE_ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("plain", "AdamW at a constant learning rate, float32, random batches padded to their longest", plain, None),
+        Arm("buckets", "LengthBatches: as many lines in a batch, of about one length", _buckets),
     )
 }

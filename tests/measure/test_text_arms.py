@@ -147,7 +147,7 @@ def test_every_arm_trains():
         ({"image_size": 32}, "`image_size` is for images"),
         ({"pretrain_epochs": 2}, "`pretrain_epochs` is for images"),
         ({"target": 101.0}, r"`target` to be a number in \(0, 100\]"),
-        ({"task": "sound"}, r"`task` to be 'images' or 'text', but got 'sound'"),
+        ({"task": "sound"}, r"`task` to be 'images', 'text' or 'lines', but got 'sound'"),
     ],
 )
 def test_what_can_not_be_is_refused(options, message):
