@@ -38,7 +38,6 @@ class Situation:
         backbone: Attribute path of the backbone in the LightningModule; ``None`` for a timm model.
         seed: Seed of the run.
         data: The images, the text or its lines.
-        batch_size: Samples in plain's batches.
     """
 
     epochs: Any
@@ -47,7 +46,6 @@ class Situation:
     backbone: str | None
     seed: int
     data: Any
-    batch_size: int = 64
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class _Workbench:
         settings = self.settings
         lr, criterion = recipe.one_cycle or settings.run_lr, recipe.criterion
         module = self.task.module(network, data, lr=lr, criterion=criterion, one_cycle=recipe.one_cycle is not None)
-        pace = self.task.pace(run["epochs"], self.batches)
+        pace = self.task.pace(run["epochs"], self.batches if recipe.loader is None else len(recipe.loader))
         trainer = {"accelerator": settings.accelerator, **pace, **recipe.trainer}
         parts: dict[str, Any] = {"callbacks": recipe.callbacks, "trainer": trainer, "loader": recipe.loader}
         train(module, data, batch_size=settings.run_batch_size, make_loaders=self.task.loaders, **parts, **run)
@@ -95,9 +95,8 @@ class _Workbench:
     ) -> None:
         """Train one arm from a seed's weights and those of the source's backbone; the points are in the stopwatch."""
         backbone = "model.backbone" if self.settings.model == DEFAULT_MODEL else None
-        settings, data = self.settings, self.data
-        lr, batch_size = settings.run_lr, settings.run_batch_size
-        recipe = arm.build(Situation(epochs, lr, settings.accelerator, backbone, seed, data, batch_size))
+        lr, accelerator = self.settings.run_lr, self.settings.accelerator
+        recipe = arm.build(Situation(epochs, lr, accelerator, backbone, seed, self.data))
         network = self._network(seed, self.data)
         if source is not None:
             load_backbone(network, source)

@@ -19,7 +19,7 @@ def _tuned(at: Situation) -> Ingredients:
 
 def _fast(at: Situation) -> Ingredients:
     windows = at.data.x_train, at.data.y_train
-    stack = recipe("text-fast", windows, epochs=at.epochs, batch_size=at.batch_size, seed=at.seed)
+    stack = recipe("text-fast", windows, epochs=at.epochs, seed=at.seed)
     return Ingredients(stack.trainer["callbacks"], precision(at).trainer, stack.loss, loader=stack.loader)
 
 

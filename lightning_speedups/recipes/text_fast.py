@@ -65,11 +65,24 @@ def tokens_and_next(data: Any, context: int) -> tuple[Tensor, Tensor]:
     return parts[0], parts[1]
 
 
+def batch_size_for(windows: float) -> int:
+    """Return a batch size with which a run has some five hundred steps, between 8 and 512.
+
+    Args:
+        windows: Windows of the whole run, those that come again included.
+
+    Example:
+        >>> [batch_size_for(windows) for windows in (1000, 8640, 100_000, 10_000_000)]
+        [8, 17, 200, 512]
+    """
+    return max(8, min(512, round(windows / 500)))
+
+
 def text_fast(
     data: Any,
     *,
     epochs: float = 1,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     context: int = 128,
     start: int = 16,
     full_from: float = 0.4,
@@ -91,7 +104,7 @@ def text_fast(
         data: Token numbers: a text ``(tokens,)``, or windows and each token's next, ``(N, T)`` and ``(N, T)``, as a
             pair of tensors or a ``TensorDataset`` of them.
         epochs: Length of the run in passes over the text, above 0; less than 1 for a part of it.
-        batch_size: Windows in a batch, from 1 to all.
+        batch_size: Windows in a batch, 1 or more; None: so many that the run has some five hundred steps, 8 to 512.
         context: Tokens of the windows that a text is cut into, 1 or more; of windows their own length counts.
         start: Tokens of a sequence at the start, 1 or more; ``context`` or more: no growth.
         full_from: From which part of the run on sequences are full, in (0, 1].
@@ -113,15 +126,16 @@ def text_fast(
         >>> text = torch.frombuffer(bytearray(b"any text " * 1000), dtype=torch.uint8)
         >>> stack = text_fast(text, epochs=0.5)
         >>> stack.trainer["max_steps"], [type(callback).__name__ for callback in stack.trainer["callbacks"]]
-        (1, ['MuonCallback', 'LRCurve', 'FastStart', 'SequenceLengthWarmup'])
+        (4, ['MuonCallback', 'LRCurve', 'FastStart', 'SequenceLengthWarmup'])
     """
     epochs = check_number("epochs", epochs, 0, above=True)
     context = check_number("context", context, 1, whole=True)
     start = check_number("start", start, 1, whole=True)
     full_from = check_number("full_from", full_from, 0, 1, above=True)
     inputs, targets = tokens_and_next(data, context)
-    batch_size = check_number("batch_size", batch_size, 1, whole=True)
-    loader = InMemoryLoader([inputs, targets], min(batch_size, len(inputs)), shuffle=True, drop_last=True, seed=seed)
+    batch_size = check_number("batch_size", batch_size, 1, whole=True, optional=True)
+    batch_size = min(batch_size or batch_size_for(epochs * len(inputs)), len(inputs))
+    loader = InMemoryLoader([inputs, targets], batch_size, shuffle=True, drop_last=True, seed=seed)
     steps = max(1, round(epochs * len(loader)))
     callbacks = [
         MuonCallback(lr=lr, rest_lr=rest_lr, weight_decay=0.0, rest="adamw"),

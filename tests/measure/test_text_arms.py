@@ -22,7 +22,7 @@ def tiny(arms, **options):
 
 
 def situation(**options):
-    given = {"epochs": 0.5, "lr": 0.002, "accelerator": "cpu", "backbone": None, "seed": 3, "batch_size": 8}
+    given = {"epochs": 0.5, "lr": 0.002, "accelerator": "cpu", "backbone": None, "seed": 3}
     return Situation(**(given | {"data": library_text(40, 10)} | options))
 
 
@@ -47,7 +47,7 @@ def test_ingredients_are_fresh_for_every_run(arm):
 def test_fast_is_the_recipe_for_this_text():
     at = situation()
     ingredients = TEXT_ARMS["fast"].build(at)
-    stack = recipe("text-fast", (at.data.x_train, at.data.y_train), epochs=0.5, batch_size=8, seed=3)
+    stack = recipe("text-fast", (at.data.x_train, at.data.y_train), epochs=0.5, seed=3)
     assert made_of(list(ingredients.callbacks)) == made_of(stack.trainer["callbacks"])
     assert type(ingredients.criterion) is type(stack.loss)
     batches = zip(ingredients.loader, stack.loader, strict=True)
@@ -62,7 +62,8 @@ def test_arms_are_chosen_from_the_tables_of_the_task():
 
 
 @pytest.mark.parametrize(
-    ("epochs", "batches", "steps", "every"), [(1, 900, 900, 90), (0.3, 900, 270, 27), (2, 10, 20, 1), (0.01, 10, 1, 1)]
+    ("epochs", "batches", "steps", "every"),
+    [(1, 900, 900, 90), (0.3, 900, 270, 27), (2, 10, 20, 1), (0.01, 10, 1, 1), (1, 115, 110, 11)],
 )
 def test_a_run_is_looked_at_ten_times_and_at_its_end(epochs, batches, steps, every):
     pace = TASKS["text"].pace(epochs, batches)
@@ -98,7 +99,7 @@ def test_a_comparison_from_end_to_end(tmp_path):
     assert [run.points[-1].samples for run in result.complete("plain")] == [80 * 128] * 2
     assert all(run.points[-1].samples < 80 * 128 for run in result.complete("lengths"))  # cut ones count as they are
     fast = result.complete("fast")[0].points[-1]
-    assert fast.samples <= 3 * 8 * 128
+    assert 0 < fast.samples <= 3 * 8 * 128
     assert result.table().row_count == 3
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 

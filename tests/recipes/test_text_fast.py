@@ -10,7 +10,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from lightning_speedups import FastStart, LRCurve, Muon, MuonCallback, SequenceLengthWarmup
 from lightning_speedups.modules.parameter_roles import Role, parameter_roles
-from lightning_speedups.recipes.text_fast import text_fast, tokens_and_next, windows
+from lightning_speedups.recipes.text_fast import batch_size_for, text_fast, tokens_and_next, windows
 from zoo import WritesText, assert_same_weights, some_text, trainer, weights
 
 
@@ -165,6 +165,21 @@ def test_options_reach_their_parts():
 def test_the_loss_is_torchs():
     logits, targets = torch.randn(8, 4), torch.arange(8) % 4
     assert torch.equal(text_fast(some_text()).loss(logits, targets), torch.nn.functional.cross_entropy(logits, targets))
+
+
+@pytest.mark.parametrize("windows", [1, 400, 4000, 5000, 8640, 256_000, 10**7])
+def test_a_run_has_some_five_hundred_steps_within_bounds(windows):
+    size = batch_size_for(windows)
+    assert 8 <= size <= 512
+    if 4000 < windows <= 256_000:
+        assert 450 <= windows / size <= 550
+
+
+@pytest.mark.parametrize("epochs", [0.5, 3])
+def test_a_longer_run_has_larger_batches(epochs):
+    stack = text_fast(some_text(80_000), context=8, epochs=epochs)
+    assert stack.loader.batch_size == 20 * epochs
+    assert stack.trainer["max_steps"] == pytest.approx(500, rel=0.02)
 
 
 # ---- data
