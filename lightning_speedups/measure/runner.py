@@ -27,6 +27,7 @@ from lightning_speedups.measure.runs import Run
 from lightning_speedups.measure.settings import Settings
 from lightning_speedups.measure.stopwatch import Stopwatch
 from lightning_speedups.measure.tasks import TASKS, Data, Task
+from lightning_speedups.measure.text import TextData
 from lightning_speedups.measure.training import quiet, seeded, train
 from lightning_speedups_command import DEFAULT_MODEL
 
@@ -136,7 +137,7 @@ def _folder(out: str | Path | None) -> Path | None:
 
 
 def compare(
-    data: ImageData | str | Path | None = None,
+    data: ImageData | TextData | str | Path | None = None,
     arms: Sequence[str] | None = None,
     *,
     settings: Settings | None = None,
@@ -149,7 +150,7 @@ def compare(
 
     Args:
         data: Images, or the path of an ``.npz`` file or a folder; ``None`` makes collages of handwritten digits. The
-            task ``"text"`` has a text of its own, Python's standard library.
+            task ``"text"`` has a text of its own, Python's standard library, or takes a `TextData`.
         arms: Names from `lightning_speedups.measure.TASKS`; ``None`` for all that need not be named, but those
             that can't train this model, of which a note tells. Missing baselines are added.
         settings: Size and choices of the comparison.

@@ -103,6 +103,8 @@ def _own(given: Any, settings: Settings) -> tuple[int, int]:
 
 
 def _text(given: Any, settings: Settings) -> TextData:
+    if isinstance(given, TextData):
+        return given.limited(settings.samples, settings.test_samples)
     return library_text(*_own(given, settings))
 
 

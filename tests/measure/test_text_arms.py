@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning_speedups import cli
 from lightning_speedups.measure import TASKS, Arm, CompareError, Ingredients, Settings, compare
 from lightning_speedups.measure.arms import Situation, choose_arms
-from lightning_speedups.measure.text import library_text
+from lightning_speedups.measure.text import TextData, library_text
 from lightning_speedups.measure.text_arms import TEXT_ARMS
 from lightning_speedups.recipes import recipe
 from zoo import made_of
@@ -102,6 +102,18 @@ def test_a_comparison_from_end_to_end(tmp_path):
     assert 0 < fast.samples <= 3 * 8 * 128
     assert result.table().row_count == 3
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_own_windows_are_taken_as_they_are():
+    tokens = torch.arange(330).view(11, 30) % 7
+    result = compare(
+        TextData("sevens", tokens, (tokens + 1) % 7, tokens, (tokens + 1) % 7, size=330),
+        ["plain"],
+        progress=False,
+        **(TINY | {"samples": None, "test_samples": None, "epochs": 30, "lr": 0.01, "seeds": 1}),
+    )
+    assert (result.settings["data"], result.settings["context"], result.settings["samples"]) == ("sevens", 30, 11)
+    assert result.runs[0].points[-1].accuracy > 0.9
 
 
 def test_arms_of_a_seed_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
