@@ -144,7 +144,7 @@ def test_arms_of_a_seed_start_from_the_same_weights_and_see_the_same_batches(mon
 
 @pytest.mark.slow
 def test_every_arm_trains():
-    result = tiny(list(TEXT_ARMS), seeds=1, samples=320)
+    result = tiny(list(TEXT_ARMS), seeds=1, samples=160)
     assert {run.arm for run in result.runs if run.complete} == set(TEXT_ARMS)
     assert result.table().row_count == len(TEXT_ARMS)
 
