@@ -28,7 +28,8 @@ def make_channels_last(root: nn.Module) -> list[nn.Parameter]:
     """Lay the weights of all convolutions in two and three dimensions with their channels last, gradients included.
 
     Values and parameters stay the same objects. A weight that is computed (parametrizations, weight norm) or not made
-    yet (lazy layers) stays as it is, and so does one of which both layouts are the same (one input channel, 1×1).
+    yet (lazy layers) stays as it is. Where both layouts are the same in memory (one input channel, 1×1), the strides
+    change alone, to those that gradients come with, which DDP compares.
 
     Args:
         root: The module.
@@ -39,14 +40,14 @@ def make_channels_last(root: nn.Module) -> list[nn.Parameter]:
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
         >>> len(make_channels_last(net)), net[0].weight.is_contiguous(memory_format=torch.channels_last)
-        (1, True)
+        (2, True)
     """
     changed = []
     for module in root.modules():
         weight, layout = module._parameters.get("weight"), format_of(module)
         if weight is None or layout is None or nn.parameter.is_lazy(weight):
             continue
-        if not weight.is_contiguous(memory_format=layout):
+        if weight.stride() != torch.empty_like(weight, device="meta", memory_format=layout).stride():
             _lay(weight, layout)
             changed.append(weight)
     return changed
@@ -69,9 +70,9 @@ def make_contiguous(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _lay(parameter: nn.Parameter, layout: torch.memory_format) -> None:
-    parameter.data = parameter.data.contiguous(memory_format=layout)
+    parameter.data = parameter.data.to(memory_format=layout)
     if parameter.grad is not None:
-        parameter.grad.data = parameter.grad.data.contiguous(memory_format=layout)
+        parameter.grad.data = parameter.grad.data.to(memory_format=layout)
 
 
 def match_state(optimizer: Optimizer) -> None:

@@ -22,13 +22,15 @@ def net():
     )  # fmt: skip
 
 
-def test_what_has_both_layouts_stays_and_the_rest_keeps_values_and_identity():
+def test_weights_have_the_strides_of_torchs_own_conversion_and_keep_values_and_identity():
     module = net()
     before = [(p, p.detach().clone(), p.stride()) for p in module.parameters()]
     module[0].weight.grad = torch.randn(8, 3, 3, 3)
     gradient = module[0].weight.grad.clone()
     changed = make_channels_last(module)
-    assert [id(one) for one in changed] == [id(module[0].weight), id(module[1].weight)]
+    assert [id(one) for one in changed] == [id(one.weight) for one in module[:4]]
+    torchs = net().to(memory_format=torch.channels_last)
+    assert [p.stride() for p in module.parameters()] == [p.stride() for p in torchs.parameters()]
     assert all(one.is_contiguous(memory_format=torch.channels_last) for one in (*changed, module[0].weight.grad))
     assert torch.equal(module[0].weight.grad, gradient)
     assert make_channels_last(module) == []
