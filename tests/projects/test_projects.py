@@ -1,0 +1,139 @@
+"""Ten kinds of projects, written as people write them, with four or five tricks at once, under either package.
+
+A kind is a file beside this one, with ``project(L)``: what is trained, on what, with which tricks and Trainer arguments, made of the classes of the
+package ``L``. ``LOSS`` is the name under which it logs what must fall; ``STRATEGY``, where it is there, what DDP needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Callback
+from patches import patched
+
+from zoo import InterruptAt, Interrupted, assert_same_weights, weights
+
+KINDS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_"))
+PACKAGES = ["lightning.pytorch"]
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "num_sanity_val_steps": 0,
+}
+every_project = pytest.mark.parametrize(("kind", "package"), [(kind, one) for kind in KINDS for one in PACKAGES])
+
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:Checkpoint directory .* exists and is not empty"
+    ),  # another run's of the same test
+    pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),  # with `sync_dist`, which projects forget
+]
+
+
+class InterruptWithin(InterruptAt):
+    """Saves a checkpoint within the second epoch, and ends the run."""
+
+    def __init__(self):
+        super().__init__(step=0)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (1, 2):
+            self.step = trainer.global_step
+            self.interrupt(trainer)
+
+
+class Project:
+    """A project of its kind, made anew, and its Trainer."""
+
+    def __init__(self, kind, package, *more, tricks=True, seed=7, **arguments):
+        L, self.kind = importlib.import_module(package), importlib.import_module(f"projects.{kind}")
+        seed_everything(7, verbose=False)
+        self.module, self.data, own_tricks, own = self.kind.project(L)
+        callbacks = [*own.pop("callbacks", []), *(own_tricks if tricks else []), *more]
+        if "devices" in arguments:
+            options = {"start_method": "fork", "timeout": timedelta(seconds=60), **getattr(self.kind, "STRATEGY", {})}
+            arguments["strategy"] = L.strategies.DDPStrategy(**options)
+        self.trainer = L.Trainer(**(QUIET | own | arguments), callbacks=callbacks)
+        seed_everything(seed, verbose=False)
+
+    def fit(self, **how):
+        self.trainer.fit(self.module, self.data, **how)
+        return self
+
+    def left_behind(self):
+        """What a fit leaves on the Trainer and the module."""
+        hooks = {name for name, part in self.module.named_modules() if part._forward_hooks or part._forward_pre_hooks}
+        frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
+        evaluating = {name for name, part in self.module.named_modules() if not part.training}
+        return {"patched": patched(self.trainer), "hooks": hooks, "frozen": frozen, "evaluating": evaluating}
+
+
+class Losses(Callback):
+    """Notes the loss of each epoch, and the parameters of each process."""
+
+    def __init__(self, name):
+        self.name, self.epochs = name, []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if self.name in trainer.callback_metrics:
+            self.epochs.append(float(trainer.callback_metrics[self.name]))
+
+    def on_train_end(self, trainer, pl_module):
+        self.on_train_epoch_start(trainer, pl_module)
+        parameters = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
+        torch.save((self.epochs, parameters), f"rank{trainer.global_rank}.pt")
+
+
+@functools.cache
+def whole(kind, package):
+    """A run without interruption, and the loss of each of its epochs."""
+    run = Project(kind, package)
+    losses = Losses(run.kind.LOSS)
+    run.trainer.callbacks.append(losses)
+    return run.fit(), losses.epochs
+
+
+@functools.cache
+def left_by_a_plain_fit(kind, package):
+    return Project(kind, package, tricks=False, max_epochs=1, limit_train_batches=1).fit().left_behind()
+
+
+@every_project
+def test_with_its_tricks_a_project_trains_and_nothing_is_left_of_them(kind, package):
+    run, losses = whole(kind, package)
+    assert len(losses) == run.trainer.max_epochs
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < 0.9 * losses[0]
+    assert run.left_behind() == left_by_a_plain_fit(kind, package)
+
+
+@every_project
+def test_an_interrupted_and_resumed_project_ends_with_the_same_bits(kind, package):
+    parted = Project(kind, package, InterruptWithin())
+    with pytest.raises(Interrupted):
+        parted.fit()
+    assert parted.left_behind() == left_by_a_plain_fit(kind, package)
+    resumed = Project(kind, package, seed=123).fit(ckpt_path="at.ckpt", weights_only=False)  # their hyperparameters
+    assert_same_weights(weights(whole(kind, package)[0].module), weights(resumed.module))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize(("kind", "package"), [(kind, PACKAGES[i % len(PACKAGES)]) for i, kind in enumerate(KINDS)])
+def test_two_processes_train_it_and_stay_equal(kind, package):
+    run = Project(kind, package, devices=2)
+    run.trainer.callbacks.append(Losses(run.kind.LOSS))
+    run.fit()
+    (losses, first), (_, second) = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert losses[-1] < losses[0]
+    assert_same_weights(first, second)
