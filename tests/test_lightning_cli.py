@@ -15,15 +15,14 @@ import pytest
 import torch
 import yaml
 from found import TRICKS
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from lightning_speedups.attach.packages import ROOTS, Callback
 from lightning_speedups.recipes import RECIPES, config_file
 from zoo import loader, made_of
 
 CALLBACKS = [name for name, trick in TRICKS.items() if inspect.isclass(trick) and issubclass(trick, Callback)]
 LOSSES = [name for name, trick in TRICKS.items() if inspect.isclass(trick) and issubclass(trick, nn.Module)]
-PACKAGES = ["lightning.pytorch"]
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -43,7 +42,7 @@ def required(trick):
     return {one.name: value_of(hints[one.name]) for one in without if one.kind is not one.VAR_KEYWORD}
 
 
-@pytest.fixture(params=PACKAGES)
+@pytest.fixture(params=ROOTS)
 def package(request, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])  # `args` beside arguments of the tests' own are warned of
     return request.param
@@ -127,7 +126,7 @@ def test_a_recipes_file_goes_before_a_users_own(name, command):
 
 
 @pytest.mark.slow
-def test_a_script_that_never_imports_the_package_takes_its_full_names(package):
+def test_a_script_that_never_imports_the_package_takes_its_full_names(package="pytorch_lightning"):
     Path("train.py").write_text(
         textwrap.dedent(f"""
         from {package}.cli import LightningCLI

@@ -15,22 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import Callback
 from patches import patched
 
-from zoo import InterruptAt, Interrupted, assert_same_weights, weights
+from lightning_speedups.attach.packages import ROOTS, Callback
+from zoo import InterruptAt, Interrupted, assert_same_weights, trainer, weights
 
 KINDS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_"))
-PACKAGES = ["lightning.pytorch"]
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "num_sanity_val_steps": 0,
-}
-every_project = pytest.mark.parametrize(("kind", "package"), [(kind, one) for kind in KINDS for one in PACKAGES])
+every_project = pytest.mark.parametrize(("kind", "package"), [(kind, one) for kind in KINDS for one in ROOTS])
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -63,7 +54,7 @@ class Project:
         if "devices" in arguments:
             options = {"start_method": "fork", "timeout": timedelta(seconds=60), **getattr(self.kind, "STRATEGY", {})}
             arguments["strategy"] = L.strategies.DDPStrategy(**options)
-        self.trainer = L.Trainer(**(QUIET | own | arguments), callbacks=callbacks)
+        self.trainer = trainer(L, **(own | arguments), callbacks=callbacks)
         seed_everything(seed, verbose=False)
 
     def fit(self, **how):
@@ -129,7 +120,7 @@ def test_an_interrupted_and_resumed_project_ends_with_the_same_bits(kind, packag
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-@pytest.mark.parametrize(("kind", "package"), [(kind, PACKAGES[i % len(PACKAGES)]) for i, kind in enumerate(KINDS)])
+@pytest.mark.parametrize(("kind", "package"), [(kind, ROOTS[i % len(ROOTS)]) for i, kind in enumerate(KINDS)])
 def test_two_processes_train_it_and_stay_equal(kind, package):
     run = Project(kind, package, devices=2)
     run.trainer.callbacks.append(Losses(run.kind.LOSS))
