@@ -126,7 +126,8 @@ def test_a_recipes_file_goes_before_a_users_own(name, command):
 
 
 @pytest.mark.slow
-def test_a_script_that_never_imports_the_package_takes_its_full_names(package="pytorch_lightning"):
+def test_a_script_that_never_imports_the_package_takes_its_full_names():
+    package = "pytorch_lightning"
     Path("train.py").write_text(
         textwrap.dedent(f"""
         from {package}.cli import LightningCLI

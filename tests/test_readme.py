@@ -48,7 +48,9 @@ def test_every_result_file_that_is_named_exists():
     assert all((ROOT / name).exists() for name in named)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tricks.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/tricks.md", "docs/which_trick.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+)
 def test_links_lead_somewhere(name):
     page = ROOT / name
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
