@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch._dynamo  # once, and not in each process that forks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics import MaxMetric, MeanMetric

@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from patches import patched
+from torch.multiprocessing import ProcessRaisedException
 
 from lightning_speedups.attach.packages import ROOTS, Callback
 from zoo import InterruptAt, Interrupted, assert_same_weights, trainer, weights
@@ -24,9 +25,7 @@ KINDS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not p
 every_project = pytest.mark.parametrize(("kind", "package"), [(kind, one) for kind in KINDS for one in ROOTS])
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:Checkpoint directory .* exists and is not empty"
-    ),  # another run's of the same test
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # another run's, of one test
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),  # with `sync_dist`, which projects forget
 ]
 
@@ -38,27 +37,49 @@ class InterruptWithin(InterruptAt):
         super().__init__(step=0)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if (trainer.current_epoch, batch_idx) == (1, 2):
+        if (trainer.current_epoch, batch_idx) == (1, 2 if trainer.world_size == 1 else 0):
             self.step = trainer.global_step
             self.interrupt(trainer)
+
+
+class Notes(Callback):
+    """Notes the loss of each epoch, and the parameters of each process at the end."""
+
+    def __init__(self, loss):
+        self.loss, self.losses = loss, []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if self.loss in trainer.callback_metrics:
+            self.losses.append(float(trainer.callback_metrics[self.loss]))
+
+    def on_train_end(self, trainer, pl_module):
+        self.on_train_epoch_start(trainer, pl_module)
+        if trainer.world_size > 1:
+            parameters = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
+            torch.save((self.losses, parameters), f"rank{trainer.global_rank}.pt")
 
 
 class Project:
     """A project of its kind, made anew, and its Trainer."""
 
-    def __init__(self, kind, package, *more, tricks=True, seed=7, **arguments):
-        L, self.kind = importlib.import_module(package), importlib.import_module(f"projects.{kind}")
+    def __init__(self, kind, package, *more, tricks=True, **arguments):
+        L, project = importlib.import_module(package), importlib.import_module(f"projects.{kind}")
         seed_everything(7, verbose=False)
-        self.module, self.data, own_tricks, own = self.kind.project(L)
-        callbacks = [*own.pop("callbacks", []), *(own_tricks if tricks else []), *more]
+        self.module, self.data, self.tricks, own = project.project(L)
+        self.notes = Notes(project.LOSS)
+        callbacks = [*own.pop("callbacks", []), *(self.tricks if tricks else []), *more, self.notes]
         if "devices" in arguments:
-            options = {"start_method": "fork", "timeout": timedelta(seconds=60), **getattr(self.kind, "STRATEGY", {})}
+            options = {"start_method": "fork", "timeout": timedelta(seconds=60), **getattr(project, "STRATEGY", {})}
             arguments["strategy"] = L.strategies.DDPStrategy(**options)
         self.trainer = trainer(L, **(own | arguments), callbacks=callbacks)
-        seed_everything(seed, verbose=False)
 
-    def fit(self, **how):
-        self.trainer.fit(self.module, self.data, **how)
+    def fit(self):
+        self.trainer.fit(self.module, self.data)
+        return self
+
+    def resume(self):
+        torch.manual_seed(123)  # what has been drawn until then is no help
+        self.trainer.fit(self.module, self.data, ckpt_path="at.ckpt", weights_only=False)  # for their hyperparameters
         return self
 
     def left_behind(self):
@@ -69,29 +90,10 @@ class Project:
         return {"patched": patched(self.trainer), "hooks": hooks, "frozen": frozen, "evaluating": evaluating}
 
 
-class Losses(Callback):
-    """Notes the loss of each epoch, and the parameters of each process."""
-
-    def __init__(self, name):
-        self.name, self.epochs = name, []
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if self.name in trainer.callback_metrics:
-            self.epochs.append(float(trainer.callback_metrics[self.name]))
-
-    def on_train_end(self, trainer, pl_module):
-        self.on_train_epoch_start(trainer, pl_module)
-        parameters = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
-        torch.save((self.epochs, parameters), f"rank{trainer.global_rank}.pt")
-
-
 @functools.cache
 def whole(kind, package):
-    """A run without interruption, and the loss of each of its epochs."""
-    run = Project(kind, package)
-    losses = Losses(run.kind.LOSS)
-    run.trainer.callbacks.append(losses)
-    return run.fit(), losses.epochs
+    """A run without interruption."""
+    return Project(kind, package).fit()
 
 
 @functools.cache
@@ -101,7 +103,9 @@ def left_by_a_plain_fit(kind, package):
 
 @every_project
 def test_with_its_tricks_a_project_trains_and_nothing_is_left_of_them(kind, package):
-    run, losses = whole(kind, package)
+    run = whole(kind, package)
+    losses = run.notes.losses
+    assert len(run.tricks) in (4, 5)
     assert len(losses) == run.trainer.max_epochs
     assert all(map(math.isfinite, losses))
     assert losses[-1] < 0.9 * losses[0]
@@ -114,17 +118,22 @@ def test_an_interrupted_and_resumed_project_ends_with_the_same_bits(kind, packag
     with pytest.raises(Interrupted):
         parted.fit()
     assert parted.left_behind() == left_by_a_plain_fit(kind, package)
-    resumed = Project(kind, package, seed=123).fit(ckpt_path="at.ckpt", weights_only=False)  # their hyperparameters
-    assert_same_weights(weights(whole(kind, package)[0].module), weights(resumed.module))
+    assert_same_weights(weights(whole(kind, package).module), weights(Project(kind, package).resume().module))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize(("kind", "package"), [(kind, ROOTS[i % len(ROOTS)]) for i, kind in enumerate(KINDS)])
-def test_two_processes_train_it_and_stay_equal(kind, package):
-    run = Project(kind, package, devices=2)
-    run.trainer.callbacks.append(Losses(run.kind.LOSS))
-    run.fit()
-    (losses, first), (_, second) = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(2))
+def test_two_processes_stay_equal_and_end_with_the_same_bits_after_an_interruption(kind, package):
+    def ranks():
+        return [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+    Project(kind, package, devices=2).fit()
+    (losses, one), (_, other) = ranks()
     assert losses[-1] < losses[0]
-    assert_same_weights(first, second)
+    assert_same_weights(one, other)
+    with pytest.raises(ProcessRaisedException, match="Interrupted"):
+        Project(kind, package, InterruptWithin(), devices=2).fit()
+    Project(kind, package, devices=2).resume()
+    for _, resumed in ranks():
+        assert_same_weights(one, resumed)
