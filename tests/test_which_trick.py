@@ -33,7 +33,8 @@ def test_all_that_is_named_exists_and_takes_the_arguments_it_is_shown_with():
     shown = [(one[1], re.findall(r"(\w+)=", one[2] or "")) for one in spans if one]
     assert len(shown) > 80
     for name, arguments in shown:
-        missing = set(arguments) - set(inspect.signature(meaning(name)).parameters if arguments else ())
+        meant = meaning(name)
+        missing = set(arguments) - set(inspect.signature(meant).parameters if arguments else ())
         assert not missing, f"{name} takes no {missing}"
 
 

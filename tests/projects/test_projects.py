@@ -87,7 +87,8 @@ class Project:
         hooks = {name for name, part in self.module.named_modules() if part._forward_hooks or part._forward_pre_hooks}
         frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
         evaluating = {name for name, part in self.module.named_modules() if not part.training}
-        return {"patched": patched(self.trainer), "hooks": hooks, "frozen": frozen, "evaluating": evaluating}
+        strides = {name: parameter.stride() for name, parameter in self.module.named_parameters()}
+        return patched(self.trainer), hooks, frozen, evaluating, strides
 
 
 @functools.cache
