@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import lightning_speedups
-from zoo import PACKAGE, Convolutions, photos, trainer
+from zoo import LIGHTNING, Convolutions, photos, trainer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "which_trick.md").read_text()
 BEFORE, _, TABLES = PAGE.partition("## I come from")
@@ -21,7 +21,7 @@ OURS = re.sub(r"```.*?```", "", BEFORE, flags=re.DOTALL) + re.sub(r"^\| .*? \|",
 
 def meaning(name):
     """What a name stands for: something of this package, of Lightning or of torch, or a module."""
-    for home in (lightning_speedups, PACKAGE, PACKAGE.callbacks, torch.optim.lr_scheduler):
+    for home in (lightning_speedups, LIGHTNING, LIGHTNING.callbacks, torch.optim.lr_scheduler):
         if hasattr(home, name.split(".")[0]):
             return functools.reduce(getattr, name.split("."), home)
     module, _, last = name.rpartition(".")
@@ -41,7 +41,7 @@ def test_all_that_is_named_exists_and_takes_the_arguments_it_is_shown_with():
 def test_every_trick_of_a_table_elsewhere_is_lightnings_where_it_is_said_so():
     lightnings = TABLES.partition("| Lightning's callback |")[2]
     for name in re.findall(r"`(\w+)`", "".join(re.findall(r"^\| .*? \|", lightnings, re.MULTILINE))):
-        assert hasattr(PACKAGE.callbacks, name)
+        assert hasattr(LIGHTNING.callbacks, name)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def names():
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
 
-    class Data(PACKAGE.LightningDataModule):
+    class Data(LIGHTNING.LightningDataModule):
         def train_dataloader(self):
             dataset = torch.utils.data.TensorDataset(images.float(), labels)
             return torch.utils.data.DataLoader(dataset, batch_size=16, shuffle=True)
