@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_speedups import AutocastCache, CompiledModules, ExactResume, LRCurve, MuonCallback
+from lightning_speedups import CompiledModules, ExactResume, LRCurve, MuonCallback, SequenceLengthWarmup
 
 LOSS = "train_loss"
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from the slow red hen. " * 4
@@ -60,7 +60,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def project(L):
+def project(L, block_size=8):
     class GPT(L.LightningModule):
         def __init__(
             self, vocab_size, block_size, n_layer=2, n_head=2, n_embd=16, learning_rate=1e-2, weight_decay=0.1
@@ -112,17 +112,17 @@ def project(L):
             self.log("train_loss", loss, on_epoch=True, on_step=False)
             return loss
 
-    text = CharDataset(TEXT, block_size=8)
+    text = CharDataset(TEXT, block_size)
     loader = DataLoader(text, batch_size=8, shuffle=True, num_workers=0, drop_last=True)
     tricks = [
         MuonCallback(),
         LRCurve("linear", warmup=2),
         CompiledModules(backend="eager"),
-        AutocastCache(),
+        SequenceLengthWarmup(start=4, multiple=4),
         ExactResume(),
     ]
     return (
-        GPT(text.vocab_size, 8),
+        GPT(text.vocab_size, block_size),
         loader,
         tricks,
         {"max_epochs": 3, "gradient_clip_val": 1.0, "precision": "bf16-mixed"},

@@ -75,8 +75,8 @@ def project(L):
             assert sample_imgs.shape == (4, 1, 8, 8)
 
     tricks = [
-        LRCurve("cosine", total_steps=12, optimizer=0),
-        CyclicMomentum(0.002, 0.008, step_size_up=3, cycle_momentum=False, total_steps=12, optimizer=1),
+        LRCurve("cosine", optimizer=0),
+        CyclicMomentum(0.002, 0.008, step_size_up=3, cycle_momentum=False, optimizer=1),
         BatchAugmentation(crop=1),
         ChannelsLast(),
         ExactResume(),

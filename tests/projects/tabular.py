@@ -4,9 +4,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_speedups import AveragedWeights, CyclicMomentum, EffectiveBatchSize, ExactResume, StopAtTarget
+from lightning_speedups import (
+    AveragedWeights,
+    CyclicMomentum,
+    ExactResume,
+    StopAtTarget,
+    SubsetTraining,
+    mean_over_samples,
+)
 
-LOSS = "train_loss_epoch"
+LOSS = "val_loss"
 
 
 class QuantileLoss(nn.Module):
@@ -19,7 +26,7 @@ class QuantileLoss(nn.Module):
         for i, q in enumerate(self.quantiles):
             errors = target - y_pred[..., i]
             losses.append(torch.max((q - 1) * errors, q * errors).unsqueeze(-1))
-        return 2 * torch.cat(losses, dim=-1).mean()
+        return 2 * mean_over_samples(torch.cat(losses, dim=-1))
 
 
 class Table(Dataset):
@@ -83,7 +90,7 @@ def project(L):
         CyclicMomentum(0.002, 0.02, step_size_up=3),
         AveragedWeights(horizon=4, every=1),
         StopAtTarget("val_loss", target=0.01, mode="min"),
-        EffectiveBatchSize(32),
+        SubsetTraining(method="loss", stop_at=1.0),
         ExactResume(),
     ]
     own = [L.callbacks.EarlyStopping(monitor="val_loss", patience=3)]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from lightning_speedups import EffectiveBatchSize, ExactResume, FreezeBackboneFinetune, FusedOptimizer, WarmupLRScaler
+from lightning_speedups import ExactResume, FreezeBackboneFinetune, FusedOptimizer, LengthBatches, WarmupLRScaler
 
 LOSS = "train_loss"
 PAD = 0
@@ -138,9 +138,9 @@ def project(L):
             return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
 
     tricks = [
-        FreezeBackboneFinetune("model.bert", unfreeze_at_epoch=1, backbone_lr_ratio=0.5),
+        FreezeBackboneFinetune(None, unfreeze_at_epoch=1, backbone_lr_ratio=0.5),
         WarmupLRScaler(scale=2.0, warmup_epochs=1),
-        EffectiveBatchSize(8),
+        LengthBatches(max_tokens=60),
         FusedOptimizer(),
         ExactResume(),
     ]
