@@ -50,7 +50,7 @@ TEXT_ARMS: Mapping[str, Arm] = {
     for arm in (
         Arm("plain", "AdamW at a constant learning rate, float32", plain, baseline=None),
         Arm("tuned", "by hand: torch's one-cycle up to three times the rate, in half of the steps", _tuned, length=0.5),
-        Arm("fast", "the recipe text-fast, in three tenths of the steps", _fast, length=0.3),
+        Arm("fast", "the recipe text-fast, with three tenths of the windows", _fast, length=0.3),
         Arm("lengths", "SequenceLengthWarmup: from 16 to all bytes over the first 40 %", _lengths, single=True),
         Arm("muon", "MuonCallback in the place of AdamW for matrices, at ten times its rate", _muon, single=True),
         Arm(

@@ -66,16 +66,16 @@ def tokens_and_next(data: Any, context: int) -> tuple[Tensor, Tensor]:
 
 
 def batch_size_for(windows: float) -> int:
-    """Return a batch size with which a run has some five hundred steps, between 8 and 512.
+    """Return a batch size with which a run has some eight hundred steps, between 8 and 512.
 
     Args:
         windows: Windows of the whole run, those that come again included.
 
     Example:
         >>> [batch_size_for(windows) for windows in (1000, 8640, 100_000, 10_000_000)]
-        [8, 17, 200, 512]
+        [8, 11, 125, 512]
     """
-    return max(8, min(512, round(windows / 500)))
+    return max(8, min(512, round(windows / 800)))
 
 
 def text_fast(
@@ -85,9 +85,9 @@ def text_fast(
     batch_size: int | None = None,
     context: int = 128,
     start: int = 16,
-    full_from: float = 0.4,
+    full_from: float = 0.7,
     lr: float = 0.02,
-    rest_lr: float = 0.003,
+    rest_lr: float = 0.006,
     seed: int | None = None,
 ) -> Stack:
     """Return what trains a transformer on text, from scratch, to a good loss in few steps.
@@ -104,7 +104,7 @@ def text_fast(
         data: Token numbers: a text ``(tokens,)``, or windows and each token's next, ``(N, T)`` and ``(N, T)``, as a
             pair of tensors or a ``TensorDataset`` of them.
         epochs: Length of the run in passes over the text, above 0; less than 1 for a part of it.
-        batch_size: Windows in a batch, 1 or more; None: so many that the run has some five hundred steps, 8 to 512.
+        batch_size: Windows in a batch, 1 or more; None: so many that the run has some eight hundred steps, 8 to 512.
         context: Tokens of the windows that a text is cut into, 1 or more; of windows their own length counts.
         start: Tokens of a sequence at the start, 1 or more; ``context`` or more: no growth.
         full_from: From which part of the run on sequences are full, in (0, 1].
@@ -138,7 +138,7 @@ def text_fast(
     loader = InMemoryLoader([inputs, targets], batch_size, shuffle=True, drop_last=True, seed=seed)
     steps = max(1, round(epochs * len(loader)))
     callbacks = [
-        MuonCallback(lr=lr, rest_lr=rest_lr, weight_decay=0.0, rest="adamw"),
+        MuonCallback(lr=lr, rest_lr=rest_lr, momentum=0.9, weight_decay=0.0, rest="adamw"),
         LRCurve("linear", replace=True),
         FastStart(whiten=None, zero_residual=True),
         *([SequenceLengthWarmup(start, full_from)] if start < inputs.shape[1] else []),
