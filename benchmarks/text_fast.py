@@ -3,7 +3,7 @@
 Paired by seed and interleaved, as `lightning-speedups compare --task text`. Run nothing beside it.
 
     for rate in 0.001 0.002 0.004; do python benchmarks/text_fast.py --validation --seeds 1 --lr $rate; done  # plain's own
-    python benchmarks/text_fast.py --validation --seeds 1 --variants "batch_size=8;lr=0.03 rest_lr=0.006;precision=32-true"
+    python benchmarks/text_fast.py --validation --seeds 1 --variants "batch_size=8;lr=0.03 rest_lr=0.01;precision=32-true"
     python benchmarks/text_fast.py --ablation --out benchmarks/results
 
 A variant is arguments of the recipe, and `length` (its share of plain's windows, 0.3), `precision` (of the Trainer), and

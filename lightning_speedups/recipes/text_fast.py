@@ -87,7 +87,7 @@ def text_fast(
     start: int = 16,
     full_from: float = 0.7,
     lr: float = 0.02,
-    rest_lr: float = 0.006,
+    rest_lr: float = 0.012,
     seed: int | None = None,
 ) -> Stack:
     """Return what trains a transformer on text, from scratch, to a good loss in few steps.

@@ -67,7 +67,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest_on_one_line_down
     for step, (_, groups) in enumerate(notes.steps):
         for group in groups:
             assert group["rule"] == ("muon" if group["name"] == "muon" else "adamw")
-            peak = 0.02 if group["name"] == "muon" else 0.006
+            peak = 0.02 if group["name"] == "muon" else 0.012
             assert group["lr"] == pytest.approx(peak * (1 - step / 15))
             assert group["weight_decay"] == 0
     groups = {group["name"]: {names[id(p)] for p in group["params"]} for group in notes.steps[0][1]}
