@@ -151,8 +151,16 @@ class LengthBatches(Trick):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the place in the epoch into the checkpoint."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if not self.saved.done and self._loader.is_under_way:
-            checkpoint["callbacks"][self.state_key]["done"] = self._loader.batches_done()
+        checkpoint["callbacks"][self.state_key]["done"] = self._done()
+
+    def undo(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Know the place for checkpoints saved after the fit or its failure."""
+        self.saved.done = self._done()
+        super().undo(trainer, pl_module)
+
+    def _done(self) -> int:
+        """Return how many batches of the epoch are done; of a resumed run that has not gone on, the checkpoint's."""
+        return self.saved.done or (self._loader.batches_done() if self._loader.is_under_way else 0)
 
     def plan(self, epoch: int, rank: int) -> list[list[int]]:
         """Return the batches of one process in an epoch."""
@@ -247,8 +255,7 @@ class _Plans(LoaderGrip):
 
     def batches_of(self, epoch: int) -> list[list[int]]:
         """Return this rank's batches."""
-        selection = self.loaders.selection
-        return self.trick.plan(epoch, getattr(selection and selection.source, "rank", 0))
+        return self.trick.plan(epoch, getattr(getattr(self.loaders.selection, "source", None), "rank", 0))
 
     def epoch_left(self) -> tuple[list[int], int] | None:
         """Return the samples of the epoch that a resumed run goes on with, and how many batches it has had."""
