@@ -119,12 +119,11 @@ def test_resumed_it_equals_the_whole_run(stop):
 class AsBefore(FreezeBackboneFinetune):
     """With the layers that it found in a BERT when it knew only of children."""
 
+    state_key = FreezeBackboneFinetune.__qualname__
+
     def find_layers(self, pl_module):
         super().find_layers(pl_module)
         return layers_by_child(pl_module.net.bert)
-
-
-AsBefore.__qualname__ = FreezeBackboneFinetune.__qualname__
 
 
 @pytest.mark.parametrize("options", [{"lr_decay": 0.5}, {"gradual": True}, {"schedule": {1: "encoder"}}], ids=str)

@@ -738,6 +738,8 @@ def test_a_whole_model_that_is_resumed_equals_the_whole_run():
 class PacesAllAlike(FreezeBackboneFinetune):
     """As it was before the last layer of a whole model took the head's place."""
 
+    state_key = FreezeBackboneFinetune.__qualname__
+
     def settle_courses(self, pl_module):
         self.resumed, resumed = True, self.resumed
         super().settle_courses(pl_module)
@@ -745,9 +747,6 @@ class PacesAllAlike(FreezeBackboneFinetune):
 
     def state_dict(self):
         return {name: value for name, value in super().state_dict().items() if name != "head"}
-
-
-PacesAllAlike.__qualname__ = FreezeBackboneFinetune.__qualname__
 
 
 @pytest.mark.parametrize(
