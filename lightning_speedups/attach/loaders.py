@@ -46,14 +46,16 @@ class LoaderGrip(Grip):
         keeps_order: Whether the trick must know an epoch's order to its end, which is then drawn at the beginning.
         makes_batches: Whether the trick makes the batches itself.
         batches_planned: How many it makes in every epoch; None as long as it does not know the loader.
-        planned_size: How many samples they have, on average.
+        planned_size: How many samples they have, on average; None: as the loader says, or nobody knows yet.
+        sizes_differ: Whether it makes batches of different sizes, so that no number of them makes so many samples.
     """
 
     loaders: Loaders
     keeps_order = False
     makes_batches = False
     batches_planned: int | None = None
-    planned_size = 1
+    planned_size: int | None = None
+    sizes_differ = False
 
     def __init__(
         self, trick: Trick, any_loader: bool = False, name: str | None = None, reads_rows: bool = False
@@ -278,6 +280,12 @@ class Loaders:
         """Return the grips of the tricks that the Trainer runs."""
         return [grip for grip in self.grips if grip.trick.is_active(self.trainer)]
 
+    @property
+    def batch_size(self) -> int | None:
+        """The loader's own batch size, or that of a trick that makes the batches; None where it is not known."""
+        told = next((grip.planned_size for grip in self.active_grips() if grip.makes_batches), None)
+        return told or (None if self.selection is None else self.selection.own_size)
+
     def start(self) -> None:
         """Catch up with a run that goes on from a checkpoint."""
         self.has_all, loop, epoch = True, self.trainer.fit_loop, self.trainer.current_epoch
@@ -423,11 +431,6 @@ class Selection(Sampler[Any]):
         """Who makes the batches in the sampler's place, if anybody does."""
         return next((grip for grip in self.loaders.active_grips() if grip.batches_planned is not None), None)
 
-    @property
-    def batch_size(self) -> int:
-        """The loader's own batch size, or that of a trick that makes the batches."""
-        return self.own_size if (planner := self.planner) is None else planner.planned_size
-
     def begin(self, epoch: int) -> None:
         """Prepare an epoch."""
         if callable(set_epoch := getattr(self.source, "set_epoch", None)):
@@ -505,9 +508,14 @@ class Planned(BatchSampler):
         return super().__iter__() if planner is None else self.sampler.planned(planner)
 
 
+def find_loaders(trainer: Trainer) -> Loaders | None:
+    """Return who stands at the training loader, if a trick has a hold on it."""
+    return Station.of(trainer.strategy, "process_dataloader").find(Loaders)
+
+
 def find_selection(trainer: Trainer) -> Selection | None:
     """Return what stands in for the sampler of the training loader, or None where tricks cannot change its epochs."""
-    loaders = Station.of(trainer.strategy, "process_dataloader").find(Loaders)
+    loaders = find_loaders(trainer)
     return None if loaders is None else loaders.selection
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_speedups.attach.loaders import find_selection
+from lightning_speedups.attach.loaders import find_loaders, find_selection
 from lightning_speedups.attach.trick import Grip, callbacks_of
 from lightning_speedups.core.durations import RunFacts
 from lightning_speedups.core.run_length import RunLength
@@ -89,7 +89,7 @@ def loader_batch_size(trainer: Trainer, loader: Any = None) -> int | None:
     loader = trainer.train_dataloader if loader is None else loader
     # The last one: whole batches as samples, so that the loader itself does not batch.
     samplers = (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
-    sizes = (getattr(holder, "batch_size", None) for holder in (find_selection(trainer), loader, *samplers))
+    sizes = (getattr(holder, "batch_size", None) for holder in (find_loaders(trainer), loader, *samplers))
     return next((size for size in sizes if isinstance(size, int)), None)
 
 

@@ -77,7 +77,8 @@ class LengthBatches(Trick):
     with ``drop_last=True`` of the loader all have one size, and some of the shortest are left out, others each time.
 
     A loss that is a mean over the batch stays one: with ``max_tokens`` a sample in a batch of few counts more in it
-    than one in a batch of many, while tokens count about the same. Other tricks are told the mean number of samples.
+    than one in a batch of many, while tokens count about the same. Other tricks are told the mean number of samples
+    then; ``EffectiveBatchSize`` cannot count on it.
 
     When not to use it: where all samples have about one length, or the ``collate_fn`` pads to a fixed one; with
     contrastive losses, which learn to tell lengths apart; where the length tells the label, so that batches become
@@ -215,6 +216,18 @@ class _Plans(LoaderGrip):
         """Tell whether there is a place in an epoch."""
         return "loaders" in vars(self) and self.batches_planned is not None
 
+    @property
+    def sizes_differ(self) -> bool:  # type: ignore[override]
+        """Tell whether tokens limit the batches."""
+        return self.trick.max_tokens is not None
+
+    @property
+    def planned_size(self) -> int | None:  # type: ignore[override]
+        """The size of the batches, also before the loader is there, or the mean of different ones."""
+        if not self.sizes_differ:
+            return self.trick.batch_size
+        return None if (buckets := self.trick.run.buckets) is None else buckets.mean_size
+
     def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
         """Get to know the samples, once."""
         trick, selection = self.trick, self.loaders.selection
@@ -227,7 +240,7 @@ class _Plans(LoaderGrip):
         if trick.run.buckets is None or trick.run.dataset is not loader.dataset:
             buckets = trick.settle(trainer, loader, selection)
             trick.run = Known(loader.dataset, buckets)
-            self.batches_planned, self.planned_size = buckets.steps, buckets.mean_size
+            self.batches_planned = buckets.steps
         if trick.saved.in_epoch != self.batches_planned:
             trick.saved.done, trick.saved.in_epoch = 0, self.batches_planned or 0
 
@@ -267,4 +280,4 @@ class _Plans(LoaderGrip):
     def leave(self, trainer: Trainer) -> None:
         """Leave the batches to the loader."""
         super().leave(trainer)
-        self.batches_planned, self.planned_size = None, 1
+        self.batches_planned = None

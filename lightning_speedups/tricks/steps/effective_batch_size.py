@@ -93,10 +93,10 @@ class EffectiveBatchSize(Trick):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At fit start, if whole batches do not make as many samples, if no single loader
-            tells its batch size, if something else sets the accumulation (``Trainer(accumulate_grad_batches=...)``,
-            ``GradientAccumulationScheduler``, ``StochasticWeightAveraging``), in manual optimization, or if the
-            strategy may split gradients; in the first step, if a batch has no tensor to count, or if the optimizer
-            computes gradients several times.
+            tells its batch size, or batches differ in size (``LengthBatches(max_tokens=...)``), if something else sets
+            the accumulation (``Trainer(accumulate_grad_batches=...)``, ``GradientAccumulationScheduler``,
+            ``StochasticWeightAveraging``), in manual optimization, or if the strategy may split gradients; in the first
+            step, if a batch has no tensor to count, or if the optimizer computes gradients several times.
 
     Source:
         Marek et al., arXiv:2507.07101 (what accumulation is for); Smith et al., arXiv:1711.00489 (growing batches).
@@ -131,6 +131,10 @@ class EffectiveBatchSize(Trick):
         if others:
             what = f"sets how many batches make an optimizer step, and so does {others[0]}"
             raise self.refusal(what, "Use one of them.", samples=self.samples)
+        for one in callbacks_of(trainer):
+            if any(getattr(grip, "sizes_differ", False) for grip in getattr(one, "grips", ())):
+                what = f"counts on batches of one size, but {type(one).__name__} makes them of different ones"
+                raise self.refusal(what, "Use `Trainer(accumulate_grad_batches=...)`.", samples=self.samples)
         # Before those who take the loader over on fit start, and ask for the length of the run.
         Station.of(trainer.strategy, "process_dataloader").join(self, partial(self._see, trainer))
         Station.of(trainer.strategy, "backward").join(self, self._weigh)

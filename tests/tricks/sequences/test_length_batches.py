@@ -33,6 +33,7 @@ from lightning_speedups import (
     SubsetTraining,
 )
 from lightning_speedups.attach.loaders import LoaderGrip
+from lightning_speedups.attach.run_length import loader_batch_size
 from lightning_speedups.attach.trick import Trick
 from lightning_speedups.core.length_batches import into_buckets
 from lightning_speedups.core.randomness import generator_for
@@ -366,10 +367,29 @@ def test_one_line_says_what_was_padding_and_little_of_it_is_warned_of(caplog):
     assert even.padding == even.padding_before == 0.0
 
 
-def test_steps_of_several_batches_are_as_many_as_they_were():
-    module, run = fit(LengthBatches(seed=SEED), callbacks=[EffectiveBatchSize(16)])
-    assert module.told == [run.global_step] == [3 * math.ceil(COUNT / 16)]
-    assert module.seen == planned(max_tokens=None, batch_size=8)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("own", "count"), [(None, COUNT), (16, COUNT), (None, 17)])
+def test_steps_of_several_batches_are_as_many_as_they_were(own, count, first):
+    trick, steps = LengthBatches(batch_size=own, seed=SEED), EffectiveBatchSize(2 * (own or 8))
+    module, run = Reader(), trainer(callbacks=[trick, steps] if first else [steps, trick])
+    run.fit(module, data(Told(count)))
+    in_epoch = len(module.of_epoch(0))
+    assert in_epoch > count / (own or 8)  # which is not the mean size
+    assert module.told == [run.global_step] == [3 * math.ceil(in_epoch / 2)]
+
+
+def test_steps_of_so_many_samples_are_refused_where_tokens_limit_the_batches():
+    with pytest.raises(MisconfigurationException, match=r"one size, but LengthBatches .* `Trainer\(accumulate_grad_ba"):
+        fit(callbacks=[EffectiveBatchSize(24)])
+    module, run = fit(accumulate_grad_batches=2)
+    assert module.told == [run.global_step] == [3 * math.ceil(len(planned()) / 3 / 2)]
+
+
+def test_the_mean_size_of_batches_that_tokens_limit_is_told():
+    told = Looks()
+    told.on_train_start = lambda run, module: setattr(told, "size", loader_batch_size(run))
+    module, _ = fit(callbacks=[told])
+    assert told.size == round(3 * COUNT / len(module.seen))
 
 
 class Stream(IterableDataset):
