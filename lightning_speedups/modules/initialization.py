@@ -7,6 +7,7 @@ Functions that find change nothing; those that change do so in place, and say wh
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Collection
@@ -209,7 +210,8 @@ def zero_residual_branches(module: nn.Module) -> list[str]:
     Blocks are those that know how (timm's ``zero_init_last``), and those with a ``downsample`` or ``shortcut`` in which
     a norm with a weight comes directly after the last convolution: torchvision's ResNets and those written after them.
     In blocks of transformers it is the last projections of attention and perceptron that become 0, known by their usual
-    names, such as ``out_proj`` and ``fc2``, and by a norm of their size around them. Blocks of another build, and those
+    names, such as ``out_proj`` and ``fc2``, by a norm of their size around them, and by layers before them that take
+    that size. Blocks of another build, and those
     in which these do not train, stay as they are.
 
     Args:
@@ -245,6 +247,8 @@ def _zero_projections(module: nn.Module) -> list[str]:
         trains = all(p.requires_grad for p in part.parameters(recurse=False))
         if not (PROJECTIONS.fullmatch(path[-1]) and isinstance(outputs, int) and trains):
             continue
+        if not _takes(parts[".".join(path[:-1])], part, outputs):
+            continue
         around = [".".join(path[:-up]) for up in (1, 2) if up <= len(path)]
         block = next((one for one in around if _has_norm(parts[one], outputs)), None)
         if block is not None:
@@ -252,6 +256,15 @@ def _zero_projections(module: nn.Module) -> list[str]:
                 nn.init.zeros_(parameter)
             begun.append(block)
     return list(dict.fromkeys(begun))
+
+
+def _takes(branch: nn.Module, end: nn.Module, size: int) -> bool:
+    """Tell whether something before the end of a branch takes what its block adds the end to: what does not, as the
+    projection of patches or the second layer of a plain perceptron, has no shortcut around it.
+    """
+    before = itertools.takewhile(lambda one: one is not end.weight, branch.parameters())
+    inputs = 0 if hasattr(end, "nf") else -1
+    return any(one.ndim == 2 and one.shape[inputs] == size for one in before)
 
 
 def _has_norm(block: nn.Module, size: int) -> bool:

@@ -271,7 +271,17 @@ def test_layers_that_only_have_such_a_name_stay_as_they_are():
             super().__init__()
             self.proj = nn.Linear(8, 8)
 
-    network = nn.Sequential(Plain(), Head())
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.norm = nn.Linear(48, 8), nn.LayerNorm(8)
+
+    class Perceptron(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.bn, self.fc2, self.fc3 = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    network = nn.Sequential(Plain(), Head(), Patches(), Perceptron())
     assert zero_residual_branches(network) == []
     frozen = nn.TransformerEncoderLayer(8, 2, 16).requires_grad_(False)
     assert zero_residual_branches(frozen) == []
