@@ -61,8 +61,9 @@ class SequenceLengthWarmup(BatchTrick):
             for language models on a stream of tokens.
         dim: Which dimension of the tensors is the sequence, 1 or more.
         inputs: Where the sequences ``(N, ..., T, ...)`` and what goes along with them stand in the batch: an index,
-            key, attribute or path (a tuple of these), or a list of such places. None: at the first tensor of more than
-            ``dim`` dimensions, and wherever a tensor has the same length.
+            key, attribute or path (a tuple of these), or a list of such places. None: at ``"input_ids"``, else at the
+            first tensor of more than ``dim`` dimensions, and wherever a tensor has the same length; name them where
+            another one, such as features of a sample, may have it by chance.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -129,7 +130,8 @@ class SequenceLengthWarmup(BatchTrick):
         """Return what is cut, by places."""
         if self.inputs is None:
             found = {at: one for at, one in places_of_tensors(batch) if not one.is_nested and one.ndim > self.dim}
-            first = next(iter(found.values()), None)
+            tokens = [one for at, one in found.items() if path_of(at)[-1:] == ("input_ids",)]
+            first = next(iter([*tokens, *found.values()]), None)
             parts = {at: one for at, one in found.items() if one.shape[self.dim] == first.shape[self.dim]}  # type: ignore[union-attr]
         else:
             parts = {place: self.tensor_of(batch, place, "inputs") for place in self.inputs}

@@ -135,6 +135,14 @@ def test_all_of_the_sequences_length_is_cut_and_nothing_else():
     assert batch["ids"].shape == (4, 32)
 
 
+def test_tokens_go_before_a_tensor_that_stands_first():
+    batch = {"features": torch.rand(4, 40), "inner": {"input_ids": INPUTS[:4], "mask": INPUTS[:4] > 3}}
+    (seen,) = fit(Batches(batch), SequenceLengthWarmup()).seen
+    assert torch.equal(seen["features"], batch["features"])
+    assert torch.equal(seen["inner"]["input_ids"], INPUTS[:4, :8])
+    assert torch.equal(seen["inner"]["mask"], INPUTS[:4, :8] > 3)
+
+
 def test_named_places_are_cut_alone_in_whatever_dimension():
     batch = {"sound": torch.rand(4, 2, 32), "targets": torch.rand(4, 32, 32)}
     (seen,) = fit(Batches(batch), SequenceLengthWarmup(dim=2, inputs=["sound"])).seen
