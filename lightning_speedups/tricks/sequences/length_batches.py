@@ -142,6 +142,7 @@ class LengthBatches(Trick):
         self.padding: float | None = None
         self.padding_before: float | None = None
         self._loader = _Plans(self, any_loader=True)
+        self._loader.sizes_differ, self._loader.planned_size = max_tokens is not None, batch_size
         self.grips = (self._loader,)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -216,18 +217,6 @@ class _Plans(LoaderGrip):
         """Tell whether there is a place in an epoch."""
         return "loaders" in vars(self) and self.batches_planned is not None
 
-    @property
-    def sizes_differ(self) -> bool:  # type: ignore[override]
-        """Tell whether tokens limit the batches."""
-        return self.trick.max_tokens is not None
-
-    @property
-    def planned_size(self) -> int | None:  # type: ignore[override]
-        """The size of the batches, also before the loader is there, or the mean of different ones."""
-        if not self.sizes_differ:
-            return self.trick.batch_size
-        return None if (buckets := self.trick.run.buckets) is None else buckets.mean_size
-
     def change_loader(self, trainer: Trainer, loader: Any, epoch: int) -> None:
         """Get to know the samples, once."""
         trick, selection = self.trick, self.loaders.selection
@@ -241,6 +230,8 @@ class _Plans(LoaderGrip):
             buckets = trick.settle(trainer, loader, selection)
             trick.run = Known(loader.dataset, buckets)
             self.batches_planned = buckets.steps
+            if self.sizes_differ:
+                self.planned_size = buckets.mean_size
         if trick.saved.in_epoch != self.batches_planned:
             trick.saved.done, trick.saved.in_epoch = 0, self.batches_planned or 0
 
