@@ -49,6 +49,7 @@ class BatchOrder(IntEnum):
     MEMORY_FORMAT = 30
     MIX = 40
     REPLACE = 50
+    CHECK = 60
 
     def __repr__(self) -> str:
         """Say it as ever: random streams are made of this, and resumed runs redraw theirs."""

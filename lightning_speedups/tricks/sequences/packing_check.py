@@ -55,7 +55,7 @@ class PackingCheck(BatchTrick):
         >>> trainer = Trainer(callbacks=[PackingCheck()])  # beside DataLoader(texts, 64, collate_fn=pack(512))
     """
 
-    batch_order = BatchOrder.REPLACE
+    batch_order = BatchOrder.CHECK
     run_as = Run
     run: Run
 

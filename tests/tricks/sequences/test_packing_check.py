@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_speedups import PackingCheck, block_mask, pack
+from lightning_speedups import AutoMicroBatch, PackingCheck, block_mask, pack
 from zoo import Batches, assert_same_weights, trainer, weights
 
 
@@ -72,6 +72,18 @@ def test_one_that_does_not_is_refused_before_its_first_step(causal):
         trainer(callbacks=[PackingCheck()]).fit(module, texts())
     assert_same_weights(before, weights(module))
     assert module.training
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_batches_that_run_in_parts_are_checked_as_a_whole(masks):
+    module, callbacks = Model(masks), [AutoMicroBatch(start=2), PackingCheck()]
+    if masks:
+        trainer(max_epochs=1, callbacks=callbacks).fit(module, texts())
+        assert len(module.modes) > 4
+        return
+    with pytest.raises(MisconfigurationException, match="lets packed sequences see each other"):
+        trainer(callbacks=callbacks).fit(module, texts())
+    assert module.modes == []
 
 
 def test_attention_that_does_nothing_at_first_is_refused_ten_batches_later():
