@@ -138,6 +138,7 @@ OF_BOTH = {  # what may be imported from one of Lightning's two packages and be 
 OF_ONE = {  # where only one's objects are
     "attach/packages.py": {"lightning", "pytorch_lightning", "exceptions", "lightnings_exceptions"},
     "measure/training.py": {"LightningModule", "Trainer"},  # of its own
+    "measure/language_model.py": {"LightningModule"},
     "measure/runner.py": {"MisconfigurationException"},
     "models/transfer_classifier.py": {"LightningModule"},  # and pytorch_lightning.py has the other
     "pytorch_lightning.py": {"LightningModule"},
