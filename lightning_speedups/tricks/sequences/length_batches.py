@@ -227,11 +227,9 @@ class _Plans(LoaderGrip):
         elif trick.saved.seed is None:  # one for all ranks, which plan alike
             trick.saved.seed = trainer.strategy.broadcast(torch.initial_seed())
         if trick.run.buckets is None or trick.run.dataset is not loader.dataset:
-            buckets = trick.settle(trainer, loader, selection)
-            trick.run = Known(loader.dataset, buckets)
+            trick.run = Known(loader.dataset, buckets := trick.settle(trainer, loader, selection))
             self.batches_planned = buckets.steps
-            if self.sizes_differ:
-                self.planned_size = buckets.mean_size
+            self.planned_size = buckets.mean_size if self.sizes_differ else trick.batch_size
         if trick.saved.in_epoch != self.batches_planned:
             trick.saved.done, trick.saved.in_epoch = 0, self.batches_planned or 0
 
@@ -251,11 +249,10 @@ class _Plans(LoaderGrip):
         if trainer.world_size > 1 and not isinstance(source, DistributedSampler):
             what = f"shares the samples out among processes, but the sampler is a {type(source).__name__}"
             raise refusal(what, "Use a DistributedSampler, or let Lightning do so: `use_distributed_sampler=True`.")
-        if self.trick.run.dataset is not self.loader.dataset:
-            with same_randomness(trainer):
-                if not each_once(source, len(self.loader.dataset)):
-                    what = f"hands out each sample once an epoch, but the {type(source).__name__} does not"
-                    raise refusal(what, "Use `shuffle=True`, and give samples weights in the loss.")
+        with same_randomness(trainer):
+            if self.trick.run.dataset is not self.loader.dataset and not each_once(source, len(self.loader.dataset)):
+                what = f"hands out each sample once an epoch, but the {type(source).__name__} does not"
+                raise refusal(what, "Use `shuffle=True`, and give samples weights in the loss.")
 
     def batches_of(self, epoch: int) -> list[list[int]]:
         """Return this rank's batches."""
