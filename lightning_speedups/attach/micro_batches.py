@@ -164,7 +164,7 @@ class MicroBatchTrick(Trick):
         epoch, batch = trainer.fit_loop.epoch_loop, kwargs.get("batch")
         samples = next((one.shape[0] for one in tensors_in(batch) if one.ndim), 0)
         if epoch.batch_idx == 0:  # rather than when memory runs out
-            split_batch(batch, micro_sizes(samples, samples // 2 or 1))
+            self._split(batch, micro_sizes(samples, samples // 2 or 1))
         put_back = remembered(changed_by_passes(trainer, keeps=whole._zero_grad_fn is None))
         while True:
             sizes = micro_sizes(samples or 1, self.size)
@@ -195,7 +195,7 @@ class MicroBatchTrick(Trick):
     def _passes(self, trainer: Trainer, whole: Any, kwargs: Any, sizes: Sequence[int]) -> Any:
         """Do what a closure does, for one micro-batch after the other."""
         loop, losses = trainer.fit_loop.epoch_loop.automatic_optimization, list[Tensor]()
-        micros = split_batch(kwargs["batch"], sizes) if len(sizes) > 1 else [kwargs["batch"]]
+        micros = self._split(kwargs["batch"], sizes) if len(sizes) > 1 else [kwargs["batch"]]
         self.run.options.clear()
         self.run.means.reset(metrics=False)
         for i, micro in enumerate(micros):
@@ -211,6 +211,17 @@ class MicroBatchTrick(Trick):
         if len(sizes) == 1:
             return result
         return class_of(trainer, f"{AUTOMATIC}.ClosureResult")(torch.stack(losses).sum() if losses else None)
+
+    def _split(self, batch: Any, sizes: Sequence[int]) -> list[Any]:
+        try:
+            return split_batch(batch, sizes)
+        except ValueError as error:
+            what = f"cuts batches between samples, which cannot be done with this one. {error}"
+            way_out = (
+                "Let `collate_fn` make batches of tensors with the samples first, or, where samples share a tensor (as "
+                "graphs do), let the loader make smaller batches and add them up with `EffectiveBatchSize`"
+            )
+            raise self.refusal(what.removesuffix("."), f"{way_out}.") from error
 
     def _shrink(self, failed: int, reason: str) -> None:
         """Take half the size for the next attempt; refuse one that is too small."""

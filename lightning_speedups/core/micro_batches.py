@@ -49,8 +49,8 @@ def split_batch(batch: Any, sizes: Sequence[int]) -> list[Any]:
 def _cut(part: Any, rows: slice, samples: int) -> Any:
     if getattr(part, "ndim", 0):  # NumPy's arrays, too
         if len(part) != samples:
-            said = f"Expected each tensor to have the batch's {samples} samples first, but got {tuple(part.shape)}."
-            raise ValueError(f"{said} Let `collate_fn` make such batches.")
+            shape = tuple(part.shape)
+            raise ValueError(f"Expected each tensor to have the batch's {samples} samples first, but got {shape}.")
         return part[rows]
     is_list = isinstance(part, (list, tuple))
     if is_list and len(part) == samples and isinstance(part[0], (str, int, float)):

@@ -115,6 +115,8 @@ class SampleLosses(TorchFunctionMode):
             shape = args[0].shape[: args[0].ndim - result.ndim + 1]  # of what became the first one
             if self.samples not in shape[1:] or self._is_of_batch(args[0]):
                 self._flattened[result] = shape
+        elif func in _KEEPS and (shape := self._flattened.get(args[0])) and not torch.compiler.is_compiling():
+            self._flattened[result] = shape
         return result
 
     def _is_of_batch(self, tensor: Tensor) -> bool:
@@ -222,4 +224,5 @@ _LOSSES: dict[Callable[..., Any], inspect.Signature] = {
         F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div,
     )
 }  # fmt: skip
+_KEEPS = {Tensor.to, Tensor.masked_fill}  # with which this package's losses begin
 _FLATTENS = {Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten}

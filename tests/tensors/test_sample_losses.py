@@ -319,6 +319,22 @@ def test_flattened_losses_are_averaged_by_sample_and_weighted_by_it(how):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("smoothing", [0.1, [0.1] * C])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_flattened_this_packages_smoothing_loss_is_what_it_is_otherwise(dtype, smoothing, mixed, weights):
+    x, y = values(N, 5, C).to(dtype).requires_grad_(), labels(N, 5)
+    y = MixedLabels.mix(y, y.flip(0), torch.full((N,), 0.75)) if mixed else y
+    criterion, seen = LabelSmoothingLoss(smoothing), [SampleLosses(N, weights) for _ in range(2)]
+    with seen[0]:
+        want = criterion(x.mT, y)
+    with seen[1]:
+        got = criterion(x.view(-1, C), y.view(-1))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(seen[1].losses, seen[0].losses)
+
+
 def test_flattened_losses_that_are_not_known_to_be_one_samples_after_the_others_are_left_alone():
     x, y = values(5, N, C).requires_grad_(), labels(5, N)
     square, marks = values(N, N, C).requires_grad_(), labels(N, N)

@@ -104,7 +104,7 @@ class SubsetTraining(SeededBatchTrick):
     them and this package's losses; that of tokens, ``cross_entropy(scores.view(-1, V), labels.view(-1))`` with an
     ``ignore_index``, is their mean over the sample's tokens that count. A loss of your own (Dice, quantiles) ends with
     ``lightning_speedups.mean_over_samples(losses)`` instead of ``losses.mean()``, see there; if the first batch shows
-    no losses, the run stops with an error.
+    no losses, the run stops with an error. Several losses in a step add up, and the sample's weight counts for each.
 
     - ``"infobatch"`` drops samples at random from those below the mean loss, and weighs the others of these so that the
       expected sum of an epoch's gradients is that of all samples: fewer steps, each larger by 1/``keep`` on average,
@@ -122,8 +122,9 @@ class SubsetTraining(SeededBatchTrick):
     gradient is then unbiased only as far as the blend is that sample.
 
     When not to use it: in runs of a few epochs (the first and the last eighth are full), on small or noisy data, where
-    ``"loss"`` in particular trains on wrong labels; for one pass over endless data, where no sample comes back; where
-    validation and other work that is done once an epoch costs most of the time.
+    ``"loss"`` in particular trains on wrong labels; for a GAN, where the losses of what is generated count as those of
+    the samples at the same places, and tell nothing of these (``"random"`` will do); for one pass over endless data,
+    where no sample comes back; where validation and other work that is done once an epoch costs most of the time.
 
     Args:
         keep: Share of the samples that the shortened epochs have, in (0, 1]. With 1.0 nothing changes.

@@ -64,10 +64,10 @@ class AutoMicroBatch(MicroBatchTrick):
         grow: Double it.
 
     Raises:
-        ValueError: If an argument is out of range, or in the first batch, if it cannot be split.
+        ValueError: If an argument is out of range.
         MisconfigurationException: At fit start, in manual optimization, with LBFGS, SyncBatchNorm or a static graph,
-            under strategies that split the model, and beside ``FeatureCache`` and what reads each sample's loss; later,
-            if ``min_size`` does not fit.
+            under strategies that split the model, and beside ``FeatureCache`` and what reads each sample's loss; in the
+            first batch, if it cannot be split, as one of graphs; later, if ``min_size`` does not fit.
 
     Source:
         Huang et al., arXiv:1811.06965; the idea of halving is that of Composer's ``device_train_microbatch_size``.

@@ -383,10 +383,13 @@ def test_memory_that_runs_out_before_the_batch_begins_is_not_its_fault():
 def test_a_batch_that_cannot_be_split_is_refused_although_it_fits():
     inputs, labels = images(8)
     for batch, said in (
-        ([inputs, labels, torch.ones(3)], r"batch's 8 samples first, but got \(3,\).*`collate_fn`"),
+        (
+            [inputs, labels, torch.ones(3)],
+            r"^AutoMicroBatch cuts .* 8 samples first, but got \(3,\)\. Let `collate_fn`.*graphs",
+        ),
         (["no tensor"], "tensors with samples, but found none"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(MisconfigurationException, match=said):
             fitted(Net(), AutoMicroBatch(), data=Batches(batch))
 
 
@@ -398,7 +401,7 @@ class Fetches(Net):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_step_that_fetches_its_batches_itself_is_refused():
-    with pytest.raises(ValueError, match="tensors with samples, but found none"):
+    with pytest.raises(MisconfigurationException, match="tensors with samples, but found none"):
         fitted(Fetches(), AutoMicroBatch())
 
 

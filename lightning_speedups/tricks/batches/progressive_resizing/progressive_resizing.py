@@ -5,7 +5,6 @@ arXiv:1906.06423).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -27,7 +26,7 @@ from lightning_speedups.tricks.batches.progressive_resizing.growth import SizesO
 from lightning_speedups.tricks.batches.progressive_resizing.image_places import ImagePlaces
 from lightning_speedups.tricks.batches.progressive_resizing.loader_sizes import LoaderSizes
 from lightning_speedups.tricks.batches.progressive_resizing.regularization import Regularization
-from lightning_speedups.tricks.batches.progressive_resizing.size_trial import try_sizes
+from lightning_speedups.tricks.batches.progressive_resizing.size_trial import ANY_SIZE, try_sizes
 
 
 @dataclass
@@ -73,7 +72,7 @@ class ProgressiveResizing(BatchTrick):
     random states; after the validation, BatchNorm has the training's own statistics back. Under DDP these are each
     rank's own, as always with BatchNorm. Checkpoints hold the training's statistics: one made while images were small
     evaluates worse than the validation before it. A module that optimizes manually, or a strategy that splits the
-    model, goes without both.
+    model, goes without both, and a message says so.
 
     In eight epochs of CIFAR-10 (``benchmarks/smaller_batches.py``, eight seeds) it took 0.74 of the time (0.65 to 0.82)
     and cost 0.4 points (95 %: 0.8 to none). Growing from 0.3 to 0.8 of the run it took 0.65 and cost 1.3, and training
@@ -207,8 +206,14 @@ class ProgressiveResizing(BatchTrick):
         self.saved.full = list(full)
         if self.probe and not self.run.is_tried:
             self.run.is_tried = True
-            with suppress(NoCopyError):
-                try_sizes(trainer, self, full, self.sizes.to_come(trainer, full), partial(self.images.resized, batch))
+            to_come = self.sizes.to_come(trainer, full)
+            try:
+                try_sizes(trainer, self, full, to_come, partial(self.images.resized, batch))
+            except NoCopyError as error:
+                self.run.said.info(
+                    f"{self.name} cannot try beforehand whether the model takes images of other sizes: {error}. If "
+                    f"shapes do not fit in the first step, it does not. {ANY_SIZE}"
+                )
         size = self.sizes.now(trainer, full)
         resized = self.images.resized(batch, size)
         if size == full:

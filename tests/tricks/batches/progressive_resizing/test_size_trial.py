@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_speedups import ProgressiveResizing
 from lightning_speedups.attach.copies import NoCopyError
 from lightning_speedups.tricks.batches.progressive_resizing.size_trial import try_sizes
-from zoo import Classifier, ReplayLoader, trainer
+from zoo import Classifier, ReplayLoader, TwoOptimizers, trainer
 
 
 class Tries(Callback):
@@ -62,3 +62,15 @@ def test_a_module_that_optimizes_manually_cannot_be_tried():
 
     with pytest.raises(NoCopyError, match="optimizes manually"):
         tried([8, 32], module=Manual())
+
+
+def test_what_cannot_be_tried_is_said_before_the_first_step(caplog):
+    class OneSize(TwoOptimizers):
+        def training_step(self, batch, batch_idx):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), caplog.at_level("INFO"):
+        trainer(callbacks=[ProgressiveResizing()], max_steps=4).fit(OneSize(), ReplayLoader())
+    assert (
+        "cannot try beforehand whether the model takes images of other sizes: OneSize optimizes manually" in caplog.text
+    )
