@@ -148,7 +148,8 @@ def find_heads(network: nn.Module) -> list[list[str]]:
     known which it is.
 
     It is what lies outside a Hugging Face model's ``base_model``, or what its ``get_output_embeddings`` returns, or a
-    child that is called as heads are. Parameters must train in it, and outside of it.
+    child that is called as heads are, with those called auxiliary (``aux_classifier``). Parameters must train in it,
+    and outside of it.
 
     Args:
         network: Which one.
@@ -166,7 +167,8 @@ def find_heads(network: nn.Module) -> list[list[str]]:
     elif isinstance(output, nn.Module):
         found = [[path for path, part in network.named_modules() if part is output]]
     else:
-        found = [[name] for name in HEADS if name in children]
+        auxiliary = [name for name in children if name.lower().startswith("aux")]
+        found = [[name, *auxiliary] for name in HEADS if name in children]
     return [one for one in found if one and not children.keys() <= {*one}]
 
 

@@ -44,6 +44,12 @@ NETWORKS = {
     "mobilenet_v3": (lambda: models.mobilenet_v3_small(num_classes=4), {"classifier.0", "classifier.3"}, "0", "12"),
     "efficientnet": (lambda: models.efficientnet_b0(num_classes=4), {"classifier.1"}, "0", "8"),
     "convnext": (lambda: models.convnext_tiny(num_classes=4), {"classifier.0", "classifier.2"}, "0", "7"),
+    "fcn": (
+        lambda: models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True),
+        {f"{head}.{layer}" for head in ("classifier", "aux_classifier") for layer in (0, 1, 4)},
+        "conv1",
+        "layer4",
+    ),
     "timm": (lambda: timm.create_model("resnet10t", num_classes=4), {"fc"}, "stem", "layer4"),
     "bert": (BertLikeForClassification, {"classifier"}, "embeddings", "pooler"),
     "roberta": (
