@@ -65,7 +65,7 @@ class Asked:
     seeds: int | None = _option(None, "runs of each arm", (1, 100), "2, quick 1")
     epochs: int | None = _option(None, "epochs of each run", (1, 1000), "8, quick 6; text 1; lines 4, quick 2")
     batch_size: int | None = _option(None, "samples in a training batch", (2, 65536), "64, text 32")
-    lr: float | None = _option(None, "constant rate of plain", (0, 10), "0.02, text and lines 0.002", float)
+    lr: float | None = _option(None, "constant rate of plain", (0, 10), "0.02, text 0.001, lines 0.002", float)
     samples: int | None = _option(
         None, "training images, windows of text, or lines", (10, 10**7),
         "8000, quick 3000; yours: all; text 28800, quick 3200; lines 20000, quick 4000",

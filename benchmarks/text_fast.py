@@ -2,7 +2,7 @@
 
 Paired by seed and interleaved, as `lightning-speedups compare --task text`. Run nothing beside it.
 
-    for rate in 0.001 0.002 0.004; do python benchmarks/text_fast.py --validation --seeds 1 --lr $rate; done  # plain's own
+    for rate in 0.0005 0.001 0.002 0.004; do python benchmarks/text_fast.py --validation --seeds 1 --lr $rate; done  # plain's own
     python benchmarks/text_fast.py --validation --seeds 1 --variants "batch_size=8;lr=0.03 rest_lr=0.01;precision=32-true"
     python benchmarks/text_fast.py --ablation --out benchmarks/results
 

@@ -24,7 +24,7 @@ DEFAULTS: dict[str, dict[str, tuple[Any, Any]]] = {
     "text": {
         "epochs": (1, 1),
         "batch_size": (32, 32),
-        "lr": (0.002, 0.002),
+        "lr": (0.001, 0.001),
         "samples": (28800, 3200),
         "test_samples": (500, 200),
     },

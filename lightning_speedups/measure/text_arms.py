@@ -36,7 +36,7 @@ def _curve(at: Situation) -> Ingredients:
 
 
 def _muon(at: Situation) -> Ingredients:
-    return Ingredients([MuonCallback(lr=10 * at.lr, rest_lr=at.lr, rest="adamw")])
+    return Ingredients([MuonCallback(lr=20 * at.lr, rest_lr=at.lr, rest="adamw")])
 
 
 def _buckets(at: Situation) -> Ingredients:
@@ -52,7 +52,7 @@ TEXT_ARMS: Mapping[str, Arm] = {
         Arm("tuned", "by hand: torch's one-cycle up to three times the rate, in half of the steps", _tuned, length=0.5),
         Arm("fast", "the recipe text-fast, with three tenths of the windows", _fast, length=0.3),
         Arm("lengths", "SequenceLengthWarmup: from 16 to all bytes over the first 40 %", _lengths, single=True),
-        Arm("muon", "MuonCallback in the place of AdamW for matrices, at ten times its rate", _muon, single=True),
+        Arm("muon", "MuonCallback in the place of AdamW for matrices, at twenty times its rate", _muon, single=True),
         Arm(
             "onecycle",
             "OneCycleMomentum: up to three times the rate and down to almost nothing, in half of the steps",

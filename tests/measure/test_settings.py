@@ -55,4 +55,4 @@ def test_every_setting_is_told_of():
     for name, option in OPTIONS.items():
         assert f"    {name}: {option.meaning}" in Settings.__doc__
     assert "seeds: runs of each arm, 1 to 100 (default: 2, quick 1)." in Settings.__doc__
-    assert "lr: constant rate of plain, above 0 to 10 (default: 0.02, text and lines 0.002)." in Settings.__doc__
+    assert "lr: constant rate of plain, above 0 to 10 (default: 0.02, text 0.001, lines 0.002)." in Settings.__doc__

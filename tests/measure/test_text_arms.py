@@ -90,7 +90,7 @@ def test_a_comparison_from_end_to_end(tmp_path):
     assert document["metric"] == "test_loss"
     asked = document["settings"]
     assert (asked["task"], asked["model"], asked["context"], asked["epochs"]) == ("text", "transformer", 128, 1)
-    assert (asked["lr"], asked["batch_size"], asked["samples"]) == (0.002, 8, 80)
+    assert (asked["lr"], asked["batch_size"], asked["samples"]) == (0.001, 8, 80)
     assert asked["bytes"] == library_text(10, 10).size
     assert "standard library of Python" in asked["data"]
     assert "image" not in asked
@@ -170,7 +170,7 @@ def test_what_can_not_be_is_refused(options, message):
 
 def test_settings_of_a_text_are_its_own_and_those_asked_for_win():
     text, images = Settings(task="text"), Settings()
-    assert (text.run_epochs, text.run_batch_size, text.run_lr, text.embedded) == (1, 32, 0.002, (28800, 500))
+    assert (text.run_epochs, text.run_batch_size, text.run_lr, text.embedded) == (1, 32, 0.001, (28800, 500))
     assert (images.run_epochs, images.run_batch_size, images.run_lr) == (8, 64, 0.02)
     asked = Settings(task="text", epochs=3, batch_size=4, lr=0.5, samples=20, test_samples=30, target=1.5, quick=True)
     assert (asked.run_epochs, asked.run_batch_size, asked.run_lr, asked.embedded) == (3, 4, 0.5, (20, 30))
