@@ -18,7 +18,8 @@ def test_there_are_notebooks():
 @pytest.mark.timeout(1500)  # a machine with ten other things to do still finishes
 @pytest.mark.filterwarnings("default")  # Jupyter's own; those of the notebook's code come in its kernel, not here
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_it_runs_and_draws(path, tmp_path):
+def test_it_runs_and_draws(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the kernel: another worker has the other core
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": tmp_path}}).execute()
     drawing = re.compile(r"plt\.subplots|\.figure\(\)|^plot_(schedule|batch)\(", re.M)
