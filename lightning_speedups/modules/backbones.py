@@ -143,7 +143,7 @@ def _without_head(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     return (inner if is_all else [network]), without
 
 
-def find_heads(network: nn.Module) -> list[list[str]]:
+def find_named_heads(network: nn.Module) -> list[list[str]]:
     """Return what may be the head of a network that is not timm's: the paths of its modules. Several say that it is not
     known which it is.
 
@@ -156,7 +156,7 @@ def find_heads(network: nn.Module) -> list[list[str]]:
 
     Example:
         >>> net = nn.ModuleDict({"conv1": nn.Conv2d(3, 8, 3), "fc": nn.Linear(8, 2)})
-        >>> find_heads(net), find_heads(net["fc"])
+        >>> find_named_heads(net), find_named_heads(net["fc"])
         ([['fc']], [])
     """
     children = {name: child for name, child in network.named_children() if _trains(child)}
@@ -192,7 +192,7 @@ def _networks(module: nn.Module) -> dict[str, tuple[nn.Module, list[nn.Module]]]
         return {"": (network, classifiers)}
     found = {}
     for path, part in _places(module):
-        for names in find_heads(part):
+        for names in find_named_heads(part):
             said = ", ".join(f"{path}.{name}".lstrip(".") for name in names)
             found[said] = part, [part.get_submodule(name) for name in names]
     return found

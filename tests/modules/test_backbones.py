@@ -9,7 +9,7 @@ from torch import nn
 from torchvision import models
 from transformers_like import BertLike, BertLikeForClassification, GptLike, RobertaLikeForClassification
 
-from lightning_speedups.modules.backbones import NoBackboneError, are_paths, find_heads, find_layers, has_head
+from lightning_speedups.modules.backbones import NoBackboneError, are_paths, find_layers, find_named_heads, has_head
 from lightning_speedups.modules.layers import layers_by_child, split_layers
 
 
@@ -169,9 +169,9 @@ def test_no_head_or_several_are_refused_with_the_names(module, told):
 
 
 def test_heads_of_one_network():
-    assert find_heads(BertLike()) == []
-    assert find_heads(RobertaLikeForClassification()) == [["classifier", "pre_classifier"]]
-    assert find_heads(kept(a=linear(), fc=linear(), head=linear())) == [["fc"], ["head"]]
+    assert find_named_heads(BertLike()) == []
+    assert find_named_heads(RobertaLikeForClassification()) == [["classifier", "pre_classifier"]]
+    assert find_named_heads(kept(a=linear(), fc=linear(), head=linear())) == [["fc"], ["head"]]
 
 
 # ---- several paths
