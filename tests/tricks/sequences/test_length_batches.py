@@ -419,7 +419,7 @@ def weighted():
         ({}, lambda: data(shuffle=False, sampler=weighted()), "WeightedRandomSampler does not. Use `shuffle=True`"),
         ({}, lambda: data(shuffle=False, sampler=RandomSampler(Told(), True)), "RandomSampler does not"),
         ({}, lambda: data(shuffle=False, sampler=SubsetRandomSampler(range(40))), "SubsetRandomSampler does not"),
-        ({"max_tokens": 50}, data, r"no sample above 50, but got 60 for sample \d+\. Give a larger `max_tokens`"),
+        ({"max_tokens": 50}, data, r"no sample above 50, but got 60 for sample \d+\. Give smaller batches, or a `max_tokens` into which"),
         ({"lengths": [1, 2]}, data, r"have 90 numbers, one a sample, but got 2\. Give `lengths=`: a function"),
         ({"lengths": lambda sample: sample.size}, data, "'tuple' object has no attribute 'size'. Give `lengths=`"),
         ({}, lambda: data(["one", "three"]), "a str has neither `input_ids` nor a tensor or a list of numbers"),
