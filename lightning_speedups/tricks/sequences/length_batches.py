@@ -181,7 +181,7 @@ class LengthBatches(Trick):
         try:
             buckets = into_buckets(lengths, size, self.max_tokens, self.buckets, ranks, drops)
         except ValueError as error:
-            way_out = f"{error} Give smaller batches, or a `max_tokens` into which each sample fits."
+            way_out = f"{error} Give smaller batches or a larger `max_tokens`."
             raise self.refusal("cannot make the batches", way_out, max_tokens=self.max_tokens) from error
         mixed = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))
         planned = buckets.plan(torch.Generator().manual_seed(0))

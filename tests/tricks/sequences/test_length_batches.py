@@ -323,18 +323,21 @@ def test_the_loader_is_given_back_also_after_a_failure():
         def on_train_batch_end(self, *_):
             raise KeyError
 
+    def held(loader):  # but what Lightning notes for good after a failure in somebody's `train_dataloader`
+        return {name: value for name, value in vars(loader).items() if name not in ("_iterator", "__pl_attrs_record")}
+
     for options in ({}, {"num_workers": 1, "persistent_workers": True}):
         for callbacks in ([], [Fails()], [LoaderTuning()]):
             loader, trick = data(**options), LengthBatches(max_tokens=BUDGET)
             run = trainer(callbacks=[trick, *callbacks], max_epochs=1)
-            before = {name: value for name, value in vars(loader).items() if name != "_iterator"}
+            before = held(loader)
             parts = vars(loader.batch_sampler).copy()
             if callbacks and isinstance(callbacks[0], Fails):
                 with pytest.raises(KeyError):
                     run.fit(Reader(), loader)
             else:
                 run.fit(Reader(), loader)
-            assert {name: value for name, value in vars(loader).items() if name != "_iterator"} == before
+            assert held(loader) == before
             assert vars(loader.batch_sampler) == parts
             assert type(loader.batch_sampler) is BatchSampler
             assert patched(run) == set()
@@ -419,7 +422,7 @@ def weighted():
         ({}, lambda: data(shuffle=False, sampler=weighted()), "WeightedRandomSampler does not. Use `shuffle=True`"),
         ({}, lambda: data(shuffle=False, sampler=RandomSampler(Told(), True)), "RandomSampler does not"),
         ({}, lambda: data(shuffle=False, sampler=SubsetRandomSampler(range(40))), "SubsetRandomSampler does not"),
-        ({"max_tokens": 50}, data, r"no sample above 50, but got 60 for sample \d+\. Give smaller batches, or a `max_tokens` into which"),
+        ({"max_tokens": 50}, data, r"no sample above 50, but got 60 for sample \d+\. Give smaller batches or a larger"),
         ({"lengths": [1, 2]}, data, r"have 90 numbers, one a sample, but got 2\. Give `lengths=`: a function"),
         ({"lengths": lambda sample: sample.size}, data, "'tuple' object has no attribute 'size'. Give `lengths=`"),
         ({}, lambda: data(["one", "three"]), "a str has neither `input_ids` nor a tensor or a list of numbers"),
