@@ -452,6 +452,19 @@ class Interrupted(Exception):
     """Ends a fit in the middle."""
 
 
+class NotesGroups(Callback):
+    """Which optimizer steps, and what its groups hold then."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_pre_hook(self.note)
+
+    def note(self, optimizer, *_):
+        self.steps.append((type(optimizer), [{**group} for group in optimizer.param_groups]))
+
+
 class InterruptAt(Callback):
     """Saves a checkpoint after a step (or at the end of its epoch), as a ModelCheckpoint would, and ends the run."""
 

@@ -11,20 +11,15 @@ from torch.utils.data import Subset, TensorDataset
 from lightning_speedups import FastStart, LRCurve, Muon, MuonCallback, SequenceLengthWarmup
 from lightning_speedups.modules.parameter_roles import Role, parameter_roles
 from lightning_speedups.recipes.text_fast import batch_size_for, text_fast, tokens_and_next, windows
-from zoo import WritesText, assert_same_weights, some_text, trainer, weights
+from zoo import NotesGroups, WritesText, assert_same_weights, some_text, trainer, weights
 
 
-class Notes(Callback):
+class Notes(NotesGroups):
     """What each step sees and has."""
 
     def __init__(self):
-        self.steps, self.batches, self.ends = [], [], []
-
-    def on_train_start(self, trainer, pl_module):
-        trainer.optimizers[0].register_step_pre_hook(self.note)
-
-    def note(self, optimizer, *_):
-        self.steps.append((type(optimizer), [{**group} for group in optimizer.param_groups]))
+        super().__init__()
+        self.batches, self.ends = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batches.append(tuple(batch))

@@ -22,20 +22,15 @@ from lightning_speedups import (
     SubsetTraining,
 )
 from lightning_speedups.recipes.vision_fast import batch_size_for, images_and_labels, vision_fast
-from zoo import Convolutions, assert_same_weights, photos, trainer, weights
+from zoo import Convolutions, NotesGroups, assert_same_weights, photos, trainer, weights
 
 
-class Notes(Callback):
+class Notes(NotesGroups):
     """What an optimizer is and holds at each step, and what a batch looks like there."""
 
     def __init__(self):
-        self.steps, self.sides, self.labels = [], [], []
-
-    def on_train_start(self, trainer, pl_module):
-        trainer.optimizers[0].register_step_pre_hook(self.note)
-
-    def note(self, optimizer, *_):
-        self.steps.append((type(optimizer), [{**group} for group in optimizer.param_groups]))
+        super().__init__()
+        self.sides, self.labels = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.sides.append(batch[0].shape[-1])
