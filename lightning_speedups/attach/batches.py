@@ -200,6 +200,14 @@ class Seed:
 
     seed: int | None = None
 
+    def settle(self, trainer: Trainer, given: int | None) -> int:
+        """Return the seed given, else the checkpoint's, else that of torch's generator, and keep it."""
+        if given is not None:
+            self.seed = given
+        elif self.seed is None:  # one for all ranks: a checkpoint holds one
+            self.seed = int(trainer.strategy.broadcast(torch.initial_seed()))
+        return self.seed
+
 
 class SeededBatchTrick(BatchTrick):
     """A trick that changes training batches at random: the draws depend on the seed, the rank and the batch's number
@@ -211,6 +219,7 @@ class SeededBatchTrick(BatchTrick):
     """
 
     saved_as = Seed
+    saved: Seed
 
     def __init__(self, seed: int | None) -> None:
         check_number("seed", seed, whole=True, optional=True)
@@ -224,11 +233,7 @@ class SeededBatchTrick(BatchTrick):
 
     def run_seed(self, trainer: Trainer) -> int:
         """Return the seed given, else the checkpoint's, else that of torch's generator."""
-        if self.seed is not None:
-            self.saved.seed = self.seed
-        elif self.saved.seed is None:  # one for all ranks: a checkpoint holds one
-            self.saved.seed = trainer.strategy.broadcast(torch.initial_seed())
-        return int(self.saved.seed)
+        return self.saved.settle(trainer, self.seed)
 
     def generator(self, trainer: Trainer) -> torch.Generator:
         """Return the source of randomness for this batch, on the CPU."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_speedups.measure.text import TextData
+from lightning_speedups.measure.training import loader_pair, on_one_cycle
 
 EVALUATION_BATCH = 100
 
@@ -53,11 +54,7 @@ class LanguageModel(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW."""
         optimizer = torch.optim.AdamW(self.parameters(), self.lr)
-        if not self.one_cycle:
-            return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return on_one_cycle(self, optimizer) if self.one_cycle else optimizer
 
 
 def text_loaders(data: TextData, batch_size: int, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -71,7 +68,5 @@ def text_loaders(data: TextData, batch_size: int, seed: int) -> tuple[DataLoader
     Returns:
         (training loader, test loader), of pairs of int64 tokens.
     """
-    shuffle = torch.Generator().manual_seed(seed)
     train_set, test_set = TensorDataset(data.x_train, data.y_train), TensorDataset(data.x_test, data.y_test)
-    train_loader = DataLoader(train_set, batch_size, shuffle=True, drop_last=True, generator=shuffle)
-    return train_loader, DataLoader(test_set, EVALUATION_BATCH)
+    return loader_pair(train_set, test_set, batch_size, seed, evaluation_batch=EVALUATION_BATCH)

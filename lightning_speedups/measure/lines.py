@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_speedups.measure.images import subset
 from lightning_speedups.measure.language_model import LanguageModel
 from lightning_speedups.measure.text import CONTEXT, coded, library_modules, library_name
+from lightning_speedups.measure.training import loader_pair
 
 SHORTEST = 8
 """Lines of fewer bytes, without what stands around them, say nothing."""
 PADDING = 0
 """A byte that is in no line."""
-EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,5 @@ def line_loaders(data: LinesData, batch_size: int, seed: int) -> tuple[DataLoade
     Returns:
         (training loader, test loader), of padded lines and labels.
     """
-    shuffle = torch.Generator().manual_seed(seed)
     train_set, test_set = _Lines(data.x_train, data.y_train), _Lines(data.x_test, data.y_test)
-    train_loader = DataLoader(train_set, batch_size, shuffle=True, drop_last=True, generator=shuffle, collate_fn=padded)
-    return train_loader, DataLoader(test_set, EVALUATION_BATCH, collate_fn=padded)
+    return loader_pair(train_set, test_set, batch_size, seed, padded)

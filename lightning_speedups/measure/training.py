@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -77,11 +78,14 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """SGD with Nesterov momentum."""
         optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        if not self.one_cycle:
-            return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return on_one_cycle(self, optimizer) if self.one_cycle else optimizer
+
+
+def on_one_cycle(module: LightningModule, optimizer: Optimizer) -> Any:
+    """What ``configure_optimizers`` returns for torch's ``OneCycleLR`` over the run, up to the optimizer's rate."""
+    steps = int(module.trainer.estimated_stepping_batches)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class _Images(Dataset[tuple[Tensor, Tensor]]):
@@ -111,10 +115,32 @@ def loaders(data: ImageData, batch_size: int, seed: int) -> tuple[DataLoader[Any
     """
     train_set = _Images(data.x_train, data.y_train, *data.statistics())
     test_set = _Images(data.x_test, data.y_test, *data.statistics())
-    shuffle = torch.Generator().manual_seed(seed)
-    # a batch is a tuple already
-    train_loader = DataLoader(train_set, batch_size, shuffle=True, drop_last=True, generator=shuffle, collate_fn=tuple)
-    return train_loader, DataLoader(test_set, EVALUATION_BATCH, collate_fn=tuple)
+    return loader_pair(train_set, test_set, batch_size, seed, collate_fn=tuple)  # a batch is a tuple already
+
+
+def loader_pair(
+    train_set: Dataset[Any],
+    test_set: Dataset[Any],
+    batch_size: int,
+    seed: int,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    evaluation_batch: int = EVALUATION_BATCH,
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Training and test loader of two data sets; the order of the training batches depends on the seed alone.
+
+    Args:
+        train_set: Training samples.
+        test_set: Test samples.
+        batch_size: Training batch size; a last, smaller batch is dropped.
+        seed: Seed of the loader's own generator.
+        collate_fn: What makes a batch of samples; torch's, if none is given.
+        evaluation_batch: Samples in a test batch.
+    """
+    order = torch.Generator().manual_seed(seed)
+    train_loader = DataLoader(
+        train_set, batch_size, shuffle=True, drop_last=True, generator=order, collate_fn=collate_fn
+    )
+    return train_loader, DataLoader(test_set, evaluation_batch, collate_fn=collate_fn)
 
 
 @contextlib.contextmanager

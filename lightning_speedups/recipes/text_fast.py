@@ -8,10 +8,9 @@ import math
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.recipes.stack import Stack
+from lightning_speedups.recipes.stack import Stack, pair_of_tensors
 from lightning_speedups.tricks.batches.in_memory.in_memory_loader import InMemoryLoader
 from lightning_speedups.tricks.hardware.trainer_defaults import trainer_defaults
 from lightning_speedups.tricks.optimizers.fast_start import FastStart
@@ -52,17 +51,16 @@ def tokens_and_next(data: Any, context: int) -> tuple[Tensor, Tensor]:
     """
     if isinstance(data, Tensor) and data.ndim == 1 and len(data) > context and not data.is_floating_point():
         return windows(data.long(), context)
-    parts = data.tensors if type(data) is TensorDataset else data
-    is_pair = isinstance(parts, tuple | list) and len(parts) == 2 and all(isinstance(one, Tensor) for one in parts)
-    if not is_pair or parts[0].ndim != 2 or parts[0].shape != parts[1].shape or not len(parts[0]):
-        given = parts if is_pair else [data] if isinstance(data, Tensor) else []
+    parts = pair_of_tensors(data)
+    if parts is None or parts[0].ndim != 2 or parts[0].shape != parts[1].shape or not len(parts[0]):
+        given = parts or ([data] if isinstance(data, Tensor) else [])
         shapes = f" of shapes {[tuple(one.shape) for one in given]}" if given else ""
         raise ValueError(
             f"Expected `data` to be the whole numbers of a text of more than {context} tokens, (tokens,), or windows "
             "and each token's next, (N, T) and (N, T), as a pair of tensors or a TensorDataset of them, but got "
             f"{type(data).__name__}{shapes}."
         )
-    return parts[0], parts[1]
+    return parts
 
 
 def batch_size_for(windows: float) -> int:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
 from lightning_speedups.core.arguments import check_number
-from lightning_speedups.recipes.stack import Stack
+from lightning_speedups.recipes.stack import Stack, pair_of_tensors
 from lightning_speedups.tricks.batches.batch_augmentation import BatchAugmentation
 from lightning_speedups.tricks.batches.in_memory.in_memory_loader import InMemoryLoader
 from lightning_speedups.tricks.batches.progressive_resizing.progressive_resizing import ProgressiveResizing
@@ -44,15 +43,14 @@ def images_and_labels(data: Any) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If it is neither, or one has other dimensions, or they are of different lengths.
     """
-    parts = data.tensors if type(data) is TensorDataset else data
-    is_pair = isinstance(parts, tuple | list) and len(parts) == 2 and all(isinstance(one, Tensor) for one in parts)
-    if not is_pair or (parts[0].ndim, parts[1].ndim) != (4, 1) or not 0 < len(parts[0]) == len(parts[1]):
-        shapes = f" of shapes {[tuple(one.shape) for one in parts]}" if is_pair else ""
+    parts = pair_of_tensors(data)
+    if parts is None or (parts[0].ndim, parts[1].ndim) != (4, 1) or not 0 < len(parts[0]) == len(parts[1]):
+        shapes = f" of shapes {[tuple(one.shape) for one in parts]}" if parts else ""
         raise ValueError(
             "Expected `data` to be images (N, C, H, W) and labels (N,), as a pair of tensors or a TensorDataset of "
             f"them, but got {type(data).__name__}{shapes}."
         )
-    return parts[0], parts[1]
+    return parts
 
 
 def vision_fast(

@@ -222,10 +222,7 @@ class _Plans(LoaderGrip):
         trick, selection = self.trick, self.loaders.selection
         self._require_plain(trainer, selection)
         assert selection is not None
-        if trick.seed is not None:
-            trick.saved.seed = trick.seed
-        elif trick.saved.seed is None:  # one for all ranks, which plan alike
-            trick.saved.seed = trainer.strategy.broadcast(torch.initial_seed())
+        trick.saved.settle(trainer, trick.seed)
         if trick.run.buckets is None or trick.run.dataset is not loader.dataset:
             trick.run = Known(loader.dataset, buckets := trick.settle(trainer, loader, selection))
             self.batches_planned = buckets.steps
